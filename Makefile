@@ -1,0 +1,83 @@
+# Each target makes the environment that it needs in .venv, and makes it anew when pyproject.toml has changed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PREFIX ?= /opt/mlpiped
+BINDIR ?= /usr/local/bin
+CONFDIR ?= /etc/mlpiped
+UNITDIR ?= /etc/systemd/system
+SYSUSERSDIR ?= /etc/sysusers.d
+TMPFILESDIR ?= /etc/tmpfiles.d
+PYTEST_ARGS ?=
+
+# The first Python that is new enough and can make a virtual environment.
+find_python = for p in $${PYTHON:-} python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null 2>&1 \
+	&& $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { command -v $$p; exit 0; }; done; \
+	echo 'error: no Python 3.11 or newer with its venv module on PATH' >&2; \
+	echo 'hint: install it (Debian: apt install python3-venv), or name one: make PYTHON=/path/to/python3' >&2; exit 1
+
+.PHONY: help venv check test bench demo install clean
+
+help:
+	@echo 'make demo     the main job, end to end, on real data'
+	@echo 'make test     every test'
+	@echo 'make check    format, lint, types, layers'
+	@echo 'make bench    the benchmarks'
+	@echo 'make venv     the environment for development, in $(VENV)'
+	@echo 'make install  as root: $(PREFIX), commands in $(BINDIR), the systemd unit'
+	@echo 'make clean    remove what was made here'
+
+venv: $(VENV)/.dev
+
+$(VENV)/.python:
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		python=$$($(find_python)); \
+		echo "venv: $(VENV) with $$python"; \
+		rm -rf $(VENV); $$python -m venv $(VENV); \
+	fi; touch $@
+
+# An extra for each purpose, so that a demo does not wait for the linters.
+$(VENV)/.dev $(VENV)/.demo: $(VENV)/.%: $(VENV)/.python pyproject.toml
+	@echo 'pip: installing .[$*]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+check: $(VENV)/.dev
+	@echo 'check: format'; $(BIN)/ruff format --check --quiet . \
+		|| { echo 'hint: $(BIN)/ruff format .' >&2; exit 1; }
+	@echo 'check: lint'; $(BIN)/ruff check --quiet .
+	@echo 'check: types'; $(BIN)/mypy
+	@echo 'check: layers'; $(BIN)/python -m pytest -q tests/test_layers.py
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.dev
+	@$(BIN)/python -m tests.bench.run
+
+demo: $(VENV)/.demo
+	@$(BIN)/mlpiped demo
+
+install:
+	@python=$$($(find_python)); \
+	echo "install: $(PREFIX) with $$python"; $$python -m venv $(PREFIX)
+	@$(PREFIX)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade .
+	@install -d $(BINDIR) $(CONFDIR)/plugins $(UNITDIR) $(SYSUSERSDIR) $(TMPFILESDIR)
+	@ln -sfn $(PREFIX)/bin/mlpiped $(BINDIR)/mlpiped; ln -sfn $(PREFIX)/bin/mlpipectl $(BINDIR)/mlpipectl
+	@sed 's|/usr/local/bin/mlpiped|$(BINDIR)/mlpiped|' systemd/mlpiped.service > $(UNITDIR)/mlpiped.service
+	@install -m 0644 systemd/mlpiped.sysusers $(SYSUSERSDIR)/mlpiped.conf
+	@install -m 0644 systemd/mlpiped.tmpfiles $(TMPFILESDIR)/mlpiped.conf
+	@test -e $(CONFDIR)/mlpiped.toml || install -m 0644 config/mlpiped.toml $(CONFDIR)/mlpiped.toml
+	@echo 'next: systemd-sysusers && systemd-tmpfiles --create && systemctl daemon-reload'
+	@echo '      systemctl enable --now mlpiped'
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info demo-output bench-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find mlpiped plugins tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	@echo 'clean: done'

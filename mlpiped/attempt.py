@@ -1,0 +1,346 @@
+"""ONE attempt of one step: intent -> submit -> handle -> observe -> outcome -> collect -> commit.
+
+`run` starts a new one, `adopt` goes on with one that an earlier daemon began; both end in an `Ended`. What a failure
+means for the step (retry or not) is the run's business, not the attempt's.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import structlog
+
+from mlpiped import crash
+from mlpiped.artifacts import OutputFault
+from mlpiped.backends.base import Exited, Job, JobOutput, Lost, NeverRan, Part
+from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
+from mlpiped.ledger import moves
+from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
+from mlpiped.publish import destination
+from mlpiped.spec import Concat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlpiped.backends.base import Backend, Handle, Outcome
+    from mlpiped.clock import Clock
+    from mlpiped.facts import Facts, StepFacts
+    from mlpiped.ledger import AttemptRow, RunRow
+    from mlpiped.resolve import Plan
+    from mlpiped.spec import Arg
+
+log = structlog.get_logger("attempt")
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to reach a backend
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How an attempt ended. `outcome` None: nothing is wrong with the step, it must only be run again."""
+
+    outcome: StepOutcome | None
+    why: str
+    end: AttemptEnd
+    exit_code: int | None = None
+    outputs: tuple[OutputFact, ...] = ()
+    tainted: bool = False
+    final: bool = False  # trying again cannot help
+    usage: dict[str, float | int | None] = field(default_factory=dict)
+
+
+class Attempt:
+    def __init__(
+        self,
+        facts: Facts,
+        clock: Clock,
+        backend: Backend,
+        run: RunRow,
+        plan: Plan,
+        index: int,
+        token: str,
+        n: int,
+        number: int,
+        on_running: Callable[[], None],
+        on_exit: Callable[[], None],
+    ) -> None:
+        self.facts = facts
+        self.world = facts.world
+        self.clock = clock
+        self.backend = backend
+        self.run_row = run
+        self.plan = plan
+        self.index = index
+        self.step = plan.graph.steps[index]
+        self.token = token
+        self.n = n  # of the step's tokens
+        self.number = number  # counts from 1: `MLPIPED_ATTEMPT`
+        self.begun = False  # the intent is durable
+        self.handle: Handle | None = None
+        self.held: str | None = None  # why the backend cannot be asked just now
+        self._on_running = on_running
+        self._on_exit = on_exit
+        self._cancelled = False
+
+    # --- the two beginnings -----------------------------------------------------------------------------------
+    async def run(self, step: StepFacts) -> Ended:
+        crash.point("before_intent")
+        try:
+            job = await self._job(step)
+        except MlpipedError as fault:
+            # No intent yet: the code could not be snapshot. Nothing is in the ledger to end.
+            return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.NEVER_RAN, final=True)
+        intent = moves.intent(
+            self.run_row.id,
+            self.index,
+            self.token,
+            self.n,
+            self.backend.name,
+            step.key,
+            json.dumps(step.parts),
+            self.clock.now(),
+        )
+        await self.world.ledger.write(intent)
+        self.begun = True
+        crash.point("after_intent")
+        if self._cancelled:
+            return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
+        try:
+            handle = await self.backend.submit(job)
+        except InvalidJob as fault:
+            return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.FAILED, final=True)
+        except BackendUnavailable as fault:
+            return await self._found_or_fenced(fault.message)
+        crash.point("after_submit")
+        return await self._observe(handle)
+
+    async def adopt(self, row: AttemptRow) -> Ended:
+        """Go on with an attempt of an earlier daemon: with its handle, or by fencing its intent."""
+        self.begun = True
+        if row.handle is None:
+            return await self._found_or_fenced(None)
+        return await self._observe(row.handle)
+
+    async def cancel(self) -> None:
+        self._cancelled = True
+        if self.handle is not None:
+            try:
+                await self.backend.cancel(self.handle)
+            except BackendUnavailable as fault:
+                self.held = fault.message
+
+    # --- the way ----------------------------------------------------------------------------------------------
+    async def _found_or_fenced(self, trouble: str | None) -> Ended:
+        """It is not known whether the token started: the fence says so, for good."""
+        pause = FIRST_PAUSE if trouble else 0.0
+        while True:
+            self.held = trouble
+            await self.clock.sleep(pause)
+            pause = min(max(pause, FIRST_PAUSE) * 2, LONGEST_PAUSE)
+            try:
+                found = await self.backend.fence(self.token)
+            except BackendUnavailable as fault:
+                trouble = fault.message
+                continue
+            self.held = None
+            if isinstance(found, NeverRan):
+                return self._judged_never_ran(found)
+            return await self._observe(found)
+
+    async def _observe(self, handle: Handle) -> Ended:
+        self.handle = handle
+        self.world.ledger.post(moves.handle(self.token, json.dumps(handle), self.clock.now()))
+        crash.point("after_handle")
+        self._on_running()
+        if self._cancelled:
+            await self.cancel()
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                outcome = await self.backend.wait(handle)
+                break
+            except BackendUnavailable as fault:
+                self.held = fault.message
+                await self.clock.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+        self.held = None
+        self._on_exit()
+        crash.point("before_outcome")
+        return await self._judge(handle, outcome)
+
+    async def _judge(self, handle: Handle, outcome: Outcome) -> Ended:
+        match outcome:
+            case Lost(reason):
+                return Ended(StepOutcome.LOST, reason, AttemptEnd.LOST)
+            case NeverRan():
+                return self._judged_never_ran(outcome)
+            case Exited():
+                pass
+        usage = {"cpu": outcome.cpu, "max_rss": outcome.max_rss, "seconds": _seconds(outcome)}
+        if outcome.error is not None:
+            return Ended(StepOutcome.FAILED, outcome.error, AttemptEnd.FAILED, outcome.code, usage=usage)
+        if outcome.timed_out:
+            why = f"timed out after {self.step.timeout:g} s"
+            return Ended(StepOutcome.TIMED_OUT, why, AttemptEnd.TIMED_OUT, outcome.code, usage=usage)
+        if outcome.cancelled or (self._cancelled and outcome.code != 0):
+            return Ended(StepOutcome.CANCELLED, "cancelled", AttemptEnd.CANCELLED, outcome.code, usage=usage)
+        if outcome.code != 0:
+            why = _exit_words(outcome) + await self._last_words(handle)
+            return Ended(StepOutcome.FAILED, why, AttemptEnd.FAILED, outcome.code, usage=usage)
+        return await self._collect(handle, outcome, usage)
+
+    def _judged_never_ran(self, outcome: NeverRan) -> Ended:
+        if self._cancelled:
+            return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
+        return Ended(None, f"it had not started: {outcome.reason}", AttemptEnd.NEVER_RAN)
+
+    async def _collect(self, handle: Handle, outcome: Exited, usage: dict[str, float | int | None]) -> Ended:
+        ledger = self.world.ledger
+        if self.step.outputs:
+            ledger.post(moves.collecting(self.token, 0, json.dumps(usage), self.clock.now()))
+        changed = await self.facts.changed_since(self.index, self.plan)
+        if changed is not None:
+            why = f"an input changed while it ran: {changed}"
+            return Ended(None, why, AttemptEnd.TAINTED, 0, tainted=True, usage=usage)
+        outputs: tuple[OutputFact, ...] = ()
+        if self.step.outputs:
+            folder = await self.backend.fetch(handle, self.world.store.incoming)
+            try:
+                outputs = tuple(await self.world.store.collect(folder, self._outputs()))
+                await self._publish(outputs)
+            except OutputFault as fault:
+                return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.FAILED, 0, usage=usage)
+            except OSError as fault:
+                why = f"its outputs could not be kept: {fault.strerror}: {fault.filename}"
+                return Ended(StepOutcome.FAILED, why, AttemptEnd.FAILED, 0, usage=usage)
+        crash.point("before_commit")
+        cost = int((_seconds(outcome) or 0) * 1e6)
+        key, reusable = self.facts.steps[self.index].key, not self.step.effect
+        commit = moves.commit_result(self.token, key, outputs, cost, self.clock.now(), reusable)
+        (first,) = await ledger.write(commit)
+        if not first:
+            return Ended(StepOutcome.LOST, "another attempt was committed first", AttemptEnd.SUPERSEDED, final=True)
+        crash.point("after_commit")
+        return Ended(StepOutcome.SUCCEEDED, "", AttemptEnd.COMMITTED, 0, outputs, usage=usage)
+
+    async def record(self, ended: Ended, again: str | None) -> None:
+        """Make the end durable: the attempt's, and the step's unless it is run `again` (a sentence)."""
+        if ended.end in (AttemptEnd.COMMITTED, AttemptEnd.SUPERSEDED):
+            return  # `commit_result` was the one transaction
+        now, ops = self.clock.now(), []
+        if self.begun:
+            to = None if again is None else StepState.QUEUED
+            usage = json.dumps(ended.usage)
+            ops.append(moves.attempt_ended(self.token, ended.end, to, again, ended.exit_code, ended.why, usage, now))
+        if again is None and ended.outcome is not None:
+            run_id, code = self.run_row.id, ended.exit_code
+            ops.append(moves.finish_step(run_id, self.index, ended.outcome, ended.why, now, exit_code=code))
+        if ops:
+            await self.world.ledger.write(*ops)
+
+    async def tidy(self, ended: Ended) -> None:
+        """Free what the attempt no longer needs; after a failure its working folder stays for a look."""
+        if ended.outcome in (StepOutcome.SUCCEEDED, StepOutcome.CANCELLED):
+            try:
+                await self.backend.discard(self.token, keep_logs=True)
+            except BackendUnavailable:
+                log.info("left for gc", token=self.token)
+
+    # --- pieces -----------------------------------------------------------------------------------------------
+    async def _job(self, facts: StepFacts) -> Job:
+        step, spec = self.step, self.plan.graph.spec
+        code = None
+        if facts.source is not None and facts.code is not None:
+            code = str(await self.world.code.snapshot(facts.source, facts.code))
+        env = dict(step.environment.env)
+        env.update({f"MLPIPED_PARAM_{_variable(n)}": _text(v) for n, v in facts.parameters.items()})
+        env.update(
+            MLPIPED_PIPELINE=spec.name,
+            MLPIPED_STEP=step.name,
+            MLPIPED_RUN_ID=str(self.run_row.id),
+            MLPIPED_TOKEN=self.token,
+            MLPIPED_ATTEMPT=str(self.number),
+            MLPIPED_STEP_KEY=facts.key,
+        )
+        return Job(
+            token=self.token,
+            arguments=tuple(_parts(a, facts) for a in step.arguments),
+            inputs=facts.paths,
+            outputs=self._outputs(),
+            env=env,
+            input_env={f"MLPIPED_INPUT_{_variable(p.name)}": p.name for p in step.inputs if not p.in_arguments},
+            parameters=facts.parameters,
+            shell=step.shell,
+            code=code,
+            requirements=step.environment.requirements,
+            python=step.environment.python,
+            cpus=step.resources.cpus,
+            memory=step.resources.memory,
+            timeout=step.timeout,
+            grace=step.grace,
+        )
+
+    def _outputs(self) -> tuple[JobOutput, ...]:
+        return tuple(JobOutput(o.name, o.file_name, o.output_kind) for o in self.step.outputs)
+
+    async def _publish(self, outputs: tuple[OutputFact, ...]) -> None:
+        made = {fact.name: fact for fact in outputs}
+        for output in self.step.outputs:
+            if output.publish is not None:
+                where = destination(output, self.plan.graph.spec, self.step, self.run_row.id, self.world.datastores)
+                await self.world.store.publish(made[output.name], where)
+
+    async def _last_words(self, handle: Handle) -> str:
+        """`: <the last line of stderr>`, or nothing."""
+        tail = b""
+        try:
+            async for chunk in self.backend.logs(handle, "stderr", -4096, False):
+                tail = (tail + chunk)[-4096:]
+        except BackendUnavailable:
+            return ""
+        lines = tail.decode(errors="replace").strip().splitlines()
+        return f": {lines[-1].strip()[:200]}" if lines else ""
+
+
+def _parts(argument: Arg, facts: StepFacts) -> tuple[Part, ...]:
+    found = []
+    for part in argument.parts if isinstance(argument, Concat) else (argument,):
+        match part.kind:
+            case "text":
+                found.append(Part("text", part.text))
+            case "parameter":
+                found.append(Part("text", _text(facts.parameters[part.name])))
+            case "input":
+                found.append(Part("input", part.port))
+            case "output":
+                found.append(Part("output", part.port))
+    return tuple(found)
+
+
+def _text(value: object) -> str:
+    """A parameter as one argument: `true`, `0.1`, text as it is; nothing for None."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "" if value is None else str(value)
+
+
+def _variable(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name).upper()
+
+
+def _seconds(outcome: Exited) -> float | None:
+    if outcome.started is None or outcome.ended is None:
+        return None
+    return max(0.0, outcome.ended - outcome.started)
+
+
+def _exit_words(outcome: Exited) -> str:
+    if outcome.signal is None:
+        return f"exited with status {outcome.code}"
+    try:
+        name = signal.Signals(outcome.signal).name
+    except ValueError:
+        name = str(outcome.signal)
+    return f"was ended by {name}"

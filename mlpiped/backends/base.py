@@ -1,0 +1,192 @@
+"""The Backend seam: how a job gets to a machine and its exit status comes back.
+
+Backends know nothing of runs or of the ledger.
+
+The job folder, the same on every kind of machine (`FOLDER_*`), named by the attempt's token:
+
+    job.json        what to run (0600: it may hold secrets); the side that executes removes it after the start
+    claim/          who executes this token, or the fence: made by one rename, which only one side can win
+      lock          held (flock) by the supervisor for as long as it lives
+      handle.json   {"v": 1, "pid": …, "start": …, "boot": "…"}; in a fence {"v": 1, "fenced": true}
+    stdout stderr   what the step printed, appended by the step itself
+    out/<name>/…    what the step makes: its path for the output `name` is out/<name>/<file_name>
+    work/           its working directory (a copy of the code snapshot, or empty)
+    scratch/        thrown away
+    metrics.jsonl   one JSON line a metric
+    params.json     the parameters that the step uses
+    exit.json       the witness: {"v": 1, "code": int|null, "signal": int|null, "timed_out": bool, "cancelled": bool,
+                    "error": str|null, "started": s, "ended": s, "cpu": s, "max_rss": bytes}, by rename
+
+Trust, in order: exit.json, what the engine or queue says, absence for longer than a deadline. A query that failed is
+no answer. Liveness is read *before* the witness: the other order calls a step lost that ended in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+    from contextlib import AsyncExitStack
+
+Handle = dict[str, Any]
+"""Versioned plain JSON (`{"v": 1, …}`): all that `wait` and `cancel` need after a restart of the daemon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of one argument. `input`: all paths of port `value`; `output`: the path of output `value`."""
+
+    kind: Literal["text", "input", "output"]
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobOutput:
+    name: str
+    file_name: str
+    kind: Literal["file", "folder"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One attempt of one step, ready to be executed anywhere.
+
+    `arguments` is a list of arguments, each a list of parts that are concatenated; an argument that is a single
+    `input` part becomes one argument a path. `inputs` maps a port to its absolute paths on the daemon's host, sorted.
+    `env` is added to the backend's clean base environment. Times are seconds, memory is bytes.
+    """
+
+    token: str
+    arguments: tuple[tuple[Part, ...], ...]
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    outputs: tuple[JobOutput, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    input_env: Mapping[str, str] = field(default_factory=dict)  # variable -> port: its paths, newline-separated
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # -> params.json
+    shell: bool = False  # the one argument is given to /bin/sh -c
+    code: str | None = None  # absolute folder of the code snapshot; copied into work/
+    requirements: str | None = None  # text of requirements.txt: build (once per content) and use that environment
+    python: str | None = None  # "3.11"; None: the daemon's own
+    cpus: float = 1
+    memory: int | None = None
+    gpus: tuple[str, ...] = ()  # leased cards
+    timeout: float | None = None
+    grace: float = 10.0
+
+    def argv(self, output_path: Mapping[str, str], input_paths: Mapping[str, Sequence[str]] | None = None) -> list[str]:
+        """The finished command for a machine on which ports and outputs have these paths."""
+        paths = self.inputs if input_paths is None else input_paths
+        done: list[str] = []
+        for parts in self.arguments:
+            if len(parts) == 1 and parts[0].kind == "input":
+                done.extend(paths[parts[0].value])
+                continue
+            text = ""
+            for part in parts:
+                if part.kind == "text":
+                    text += part.value
+                elif part.kind == "output":
+                    text += output_path[part.value]
+                else:
+                    text += " ".join(paths[part.value])
+            done.append(text)
+        return done
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The witness spoke. Success is `code == 0` and nothing else."""
+
+    code: int | None  # None: ended by `signal`, or could not be started (`error`)
+    signal: int | None = None
+    timed_out: bool = False
+    cancelled: bool = False
+    error: str | None = None  # the command could not be started: a sentence
+    started: float | None = None  # seconds since the epoch, by the machine's own clock
+    ended: float | None = None
+    cpu: float | None = None  # seconds of user and system time, all processes of the step
+    max_rss: int | None = None  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """It is gone and left no witness. It may have run in part; nothing of it runs now."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NeverRan:
+    """The fence holds: this token has not started and never can."""
+
+    reason: str
+
+
+Outcome = Exited | Lost | NeverRan
+"""There is no constructor from `int | None`: no answer is not an outcome."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a compute offers. None: not limited by us."""
+
+    slots: int
+    cpus: float | None = None
+    memory: int | None = None  # bytes
+    gpus: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """One compute. All methods are safe to cancel; none raises anything but `InvalidJob` and `BackendUnavailable`."""
+
+    name: str
+    kind: str
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Begin to serve; whatever must end with the daemon goes on `stack`. Steps must not."""
+
+    def capacity(self) -> Capacity: ...
+
+    async def submit(self, job: Job) -> Handle:
+        """Start `job`, or find that its token was claimed already and give that handle.
+
+        The caller has made the intent durable. Idempotent by token.
+        Raises InvalidJob (the command cannot be started anywhere: the attempt has failed) and BackendUnavailable
+        (it is not known whether it started: recover with `find`, then `fence`).
+        """
+        ...
+
+    async def wait(self, handle: Handle) -> Outcome:
+        """Until the job has ended; for a handle of an earlier daemon too. Raises BackendUnavailable."""
+        ...
+
+    async def cancel(self, handle: Handle) -> None:
+        """SIGTERM to everything of the job, SIGKILL after its grace. Returns when that is on its way."""
+
+    async def find(self, tokens: Sequence[str]) -> dict[str, Handle]:
+        """The handles of those of `tokens` that were claimed, running or ended."""
+        ...
+
+    async def fence(self, token: str) -> NeverRan | Handle:
+        """Make it impossible for `token` to start, or give the handle of the one that has."""
+        ...
+
+    def logs(
+        self, handle: Handle, stream: Literal["stdout", "stderr"], offset: int, follow: bool
+    ) -> AsyncIterator[bytes]:
+        """Its output from byte `offset`; with `follow`, until the job has ended."""
+        ...
+
+    async def fetch(self, handle: Handle, into: Path) -> Path:
+        """Bring out/, stdout, stderr and metrics.jsonl home; returns the folder that holds them."""
+        ...
+
+    async def discard(self, token: str, *, keep_logs: bool) -> None:
+        """Remove work/, scratch/ and out/ (and, without `keep_logs`, the rest) of a job that has ended."""
+
+    async def health(self) -> str | None:
+        """None when well, else a sentence."""
+        ...

@@ -1,0 +1,113 @@
+"""`mlpiped`: the administrator's command. What a verb needs is imported by that verb."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mlpiped.cli.front import Parser, guarded
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point. Returns the exit status, which the contract lists."""
+    return guarded(lambda: _run(argv))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(
+        prog="mlpiped",
+        description="The ML-pipeline daemon for a lab's own machines. `mlpipectl` is the command for everyone.",
+        epilog="The config is found at --config, $MLPIPED_CONFIG, /etc/mlpiped/mlpiped.toml.",
+    )
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+
+    serve = verbs.add_parser("serve", help="run the daemon in the foreground (what systemd starts)")
+    _add_config(serve)
+    serve.set_defaults(call=_serve)
+
+    check = verbs.add_parser(
+        "check",
+        help="check config and plugins: every fault with file:line",
+        description="Checks the config and every plugin in its folders, or the named ones. Exit status 1 if any fault.",
+    )
+    _add_config(check)
+    check.add_argument("--json", action="store_true", help="print one JSON document")
+    check.add_argument("files", nargs="*", type=Path, metavar="FILE", help="plugin files to check in place of all")
+    check.set_defaults(call=_check)
+
+    init = verbs.add_parser("init", help="make a folder with a working config, datastore and example plugin")
+    init.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
+    init.set_defaults(call=_init)
+
+    demo = verbs.add_parser("demo", help="show the main job, end to end, on a temporary state folder")
+    demo.add_argument("--out", metavar="DIR", help="for the picture and the model")
+    demo.set_defaults(call=_demo)
+
+    completion = verbs.add_parser("completion", help="print the completion script of a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
+    completion.set_defaults(call=_completion)
+    return top
+
+
+def _add_config(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--config", type=Path, metavar="FILE", help="the config file")
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    top = parser()
+    args = top.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"mlpiped {version('mlpiped')}")
+        return 0
+    if args.verb is None:
+        top.print_help(sys.stderr)
+        return 2
+    call: Verb = args.call
+    return call(args)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from mlpiped import config, logs
+
+    settings = config.load(config.find(args.config, os.environ))
+    logs.setup(settings.daemon.log)
+    from mlpiped.daemon import serve
+
+    return serve(settings)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from mlpiped.cli.check import check
+
+    return check(args.config, args.files, as_json=args.json)
+
+
+def _init(args: argparse.Namespace) -> int:
+    from mlpiped.cli.init import init
+
+    return init(args.folder)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from mlpiped.cli import demo
+
+    return demo.main(["--out", args.out] if args.out else [])
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from mlpiped.cli.completion import script
+
+    print(script(parser(), "mlpiped", args.shell), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The edge of both programs: words in, a sentence and an exit status out. Never a traceback unless it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mlpiped.errors import FaultsError, MlpipedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+UNEXPECTED = 70
+"""Exit status for a fault of our own (EX_SOFTWARE): 1 is kept for "what you asked about is not well"."""
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 28, **kwargs})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's errors: a sentence, a near name as the hint, exit status 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", _Help)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"`{self.prog} --help` lists what there is")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """An option that this very verb does not know is named here, where the near ones are known too."""
+        found, extra = super().parse_known_args(args, namespace)
+        if extra:
+            unknown = extra[0].partition("=")[0]
+            if unknown.startswith("-"):
+                raise self._unknown("option", unknown, list(self._option_string_actions))
+            self.error(f"unexpected argument: `{unknown}`")
+        return found, extra
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            verb = isinstance(action, argparse._SubParsersAction)
+            raise self._unknown("verb" if verb else _shown(action), str(value), list(action.choices))
+
+    def _unknown(self, kind: str, name: str, known: Sequence[str]) -> UsageError:
+        near = get_close_matches(name, known, n=2, cutoff=0.6)
+        if near:
+            hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?"
+        elif kind not in ("verb", "option"):
+            hint = f"one of {', '.join(f'`{n}`' for n in known)}"
+        else:
+            hint = f"`{self.prog} --help` lists what there is"
+        return UsageError(f"no {kind} named `{name}`", hint=hint)
+
+
+def _shown(action: argparse.Action) -> str:
+    if action.option_strings:
+        return f"value for {action.option_strings[-1]}"
+    return str(action.metavar or action.dest).lower()
+
+
+def guarded(call: Callable[[], int]) -> int:
+    """Runs a program's body and turns whatever it raises into a sentence on stderr and an exit status."""
+    try:
+        status = call()
+        sys.stdout.flush()
+        return status
+    except MlpipedError as error:
+        if os.environ.get("MLPIPED_DEBUG"):
+            raise
+        tell(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader (`head`, a pager) has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("MLPIPED_DEBUG"):
+            raise
+        complain(
+            f"unexpected fault: {type(error).__name__}: {' '.join(str(error).split())}",
+            "run it again with MLPIPED_DEBUG=1 to see where, and report it",
+        )
+        return UNEXPECTED
+
+
+def tell(error: MlpipedError) -> None:
+    if isinstance(error, FaultsError):
+        for fault in error.faults:
+            print(fault, file=sys.stderr)
+        complain(f"{type(error).__doc__}: {len(error.faults)}")
+    else:
+        complain(error.message, error.hint)
+
+
+def complain(message: str, hint: str | None = None) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)

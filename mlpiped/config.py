@@ -1,0 +1,304 @@
+"""TOML -> frozen Settings. Every fault at once, each with its line and, where one can be guessed, a suggestion.
+
+From here on sizes are bytes, time spans seconds, and paths absolute: a relative one starts at the file's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+
+from mlpiped import config_find, config_values
+from mlpiped.config_faults import FaultList
+from mlpiped.config_find import find
+from mlpiped.config_lines import line_of, scan
+from mlpiped.errors import ConfigError, Fault
+from mlpiped.spec import NAME
+
+__all__ = [
+    "Control",
+    "Daemon",
+    "Datastore",
+    "LocalCompute",
+    "Retention",
+    "Settings",
+    "cpu_count",
+    "default_settings",
+    "find",
+    "load",
+]
+
+STATE_DIR = Path("/var/lib/mlpiped")
+MAX_SOCKET_PATH = 107  # bytes; sun_path is 108 with its end
+_OPERATOR = re.compile(r"@?[A-Za-z0-9_][A-Za-z0-9_.-]*\$?\Z")
+_NOT_YET_COMPUTES = ("docker", "ssh", "slurm")
+
+
+def _absolute(path: Path, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base")
+    try:
+        return path if base is None else config_find.below(base, path)
+    except RuntimeError:
+        raise ValueError(f"names a home that does not exist\nthere is no user `{path.parts[0][1:]}` here") from None
+
+
+def _program(path: Path, info: ValidationInfo) -> Path:
+    """A bare name is looked up as the shell would; the rest is a path."""
+    if len(path.parts) == 1 and not path.is_absolute():
+        found = shutil.which(str(path))
+        if found is None:
+            raise ValueError("is not found on PATH\ngive the absolute path of a Python interpreter")
+        return Path(found)
+    return _absolute(path, info)
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    if any(ord(c) < 32 for c in text):
+        raise ValueError("must not have control characters in it")
+    return text
+
+
+def _filled_path(value: object) -> object:
+    return _filled(value) if isinstance(value, str) else value
+
+
+def _operator(text: str) -> str:
+    if not _OPERATOR.match(text):
+        raise ValueError('is neither a user nor a group\nwrite "alice" for a user and "@ml" for a group')
+    return text
+
+
+def _socket(path: Path) -> Path:
+    length = len(os.fsencode(path))
+    if length > MAX_SOCKET_PATH:
+        raise ValueError(
+            f"is too long for a socket: {length} bytes, at most {MAX_SOCKET_PATH}\n"
+            "set `runtime_dir` in `[daemon]`, or `socket` in `[control]`, to a shorter path"
+        )
+    return path
+
+
+Text = Annotated[str, AfterValidator(_filled)]
+AbsolutePath = Annotated[Path, BeforeValidator(_filled_path), AfterValidator(_absolute)]
+Program = Annotated[Path, BeforeValidator(_filled_path), AfterValidator(_program)]
+SocketPath = Annotated[AbsolutePath, AfterValidator(_socket)]
+Seconds = Annotated[float, BeforeValidator(config_values.seconds), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(config_values.size), Field(gt=0)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Amount = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Operator = Annotated[str, AfterValidator(_operator)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Daemon(_Section):
+    """`[daemon]`"""
+
+    state_dir: AbsolutePath = STATE_DIR
+    runtime_dir: AbsolutePath = config_find.RUNTIME_DIR
+    plugins: tuple[AbsolutePath, ...] = ()
+    log: Literal["journal", "json", "console"] = "console"
+    max_running_steps: Count | None = None  # None: as many as the computes have slots
+    on_stop: Literal["leave", "cancel"] = "leave"
+    python: Program | None = None  # the interpreter of steps; None: the daemon's own
+
+
+class Control(_Section):
+    """`[control]`"""
+
+    socket: SocketPath
+    group: Text | None = None  # its members may read
+    operators: tuple[Operator, ...] = ()  # users, and `@group`s, who may act
+
+
+class Datastore(_Section):
+    """`[datastores.NAME]`"""
+
+    path: AbsolutePath
+    watch: Literal["auto", "inotify", "poll"] = "auto"
+    poll_interval: Seconds = 30.0
+
+
+class LocalCompute(_Section):
+    """`[compute.NAME]` with kind = "local". None: not limited by us."""
+
+    kind: Literal["local"]
+    slots: Count = Field(default_factory=lambda: cpu_count())
+    memory: Bytes | None = None
+    cpus: Amount | None = None
+
+
+class Retention(_Section):
+    """`[retention]`. None: kept for ever."""
+
+    runs: Seconds | None = None
+    artifacts: Bytes | None = None
+    logs: Seconds | None = None
+
+
+class Settings(_Section):
+    """The whole config. `path` is the file that it came from."""
+
+    path: Path | None = None
+    daemon: Daemon
+    control: Control
+    datastores: Mapping[str, Datastore] = {}
+    compute: Mapping[str, LocalCompute] = {}
+    pools: Mapping[str, tuple[str, ...]] = {}
+    retention: Retention = Retention()
+
+
+SECTIONS: dict[str, type[BaseModel]] = {"daemon": Daemon, "control": Control, "retention": Retention}
+NAMED_SECTIONS: dict[str, type[BaseModel]] = {"datastores": Datastore, "compute": LocalCompute}
+NOT_YET = {
+    "notify": "notices are not built yet",
+    "credentials": "credentials are not built yet",
+}
+
+
+def cpu_count() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def default_settings(
+    state_dir: Path,
+    *,
+    plugins: tuple[Path, ...] = (),
+    datastores: Mapping[str, Datastore] | None = None,
+    slots: int | None = None,
+) -> Settings:
+    """Settings without a file: everything below `state_dir`, one local compute."""
+    state_dir = Path(os.path.abspath(state_dir))
+    runtime_dir = state_dir / "run"
+    return Settings(
+        daemon=Daemon(state_dir=state_dir, runtime_dir=runtime_dir, plugins=plugins),
+        control=Control(socket=runtime_dir / config_find.SOCKET_NAME),
+        datastores=datastores or {},
+        compute={"local": LocalCompute(kind="local", slots=slots or cpu_count())},
+    )
+
+
+def load(path: Path) -> Settings:
+    """The settings in the file `path`. Raises ConfigError with every fault that it has."""
+    path = Path(os.path.abspath(path))
+    text = _read(path)
+    try:
+        raw: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([_syntax_fault(path, text, str(error))]) from None
+    lines = scan(text)
+    lines.setdefault(("control", "socket"), line_of(lines, ("daemon", "runtime_dir")))  # what it is made of when absent
+    faults = FaultList(str(path), lines, SECTIONS, NAMED_SECTIONS)
+    _take_out_what_is_not_built(raw, faults)
+    _check_names(raw, faults)
+    _check_pools(raw, faults)
+    _fill_in(raw)
+    settings: Settings | None = None
+    try:
+        settings = Settings.model_validate({**raw, "path": path}, context={"base": path.parent})
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        broken = {detail["loc"] for detail in details}
+        for detail in details:
+            if detail["loc"] == ("control", "socket") and ("daemon", "runtime_dir") in broken:
+                continue  # made of it: one fault is enough
+            faults.add_from_pydantic(detail["loc"], detail["type"], detail["input"], detail.get("ctx", {}))
+    if settings is None or faults:
+        raise ConfigError(faults.sorted())
+    return settings
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError([Fault(str(path), 0, f"cannot be read: {reason}")]) from None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError([Fault(str(path), line, "is not UTF-8 text", "save the file as UTF-8")]) from None
+
+
+def _syntax_fault(path: Path, text: str, message: str) -> Fault:
+    """`Invalid value (at line 3, column 7)` and `… (at end of document)`, as tomllib words them."""
+    match = re.search(r"\s*\(at (?:line (\d+), column \d+|end of document)\)\Z", message)
+    what = message[: match.start()] if match else message
+    line = int(match[1]) if match and match[1] else text.rstrip().count("\n") + 1
+    source = text.splitlines()[line - 1].strip() if text.strip() else ""
+    hint = 'text needs quotes: name = "value"' if re.match(r"[\w.-]+\s*=\s*[^\s\"'\[{\d+-]", source) else None
+    return Fault(str(path), line, f"not valid TOML: {what[:1].lower()}{what[1:]}: `{source[:80]}`", hint)
+
+
+def _take_out_what_is_not_built(raw: dict[str, Any], faults: FaultList) -> None:
+    """Things of the contract that do not work yet are refused by name, and no second fault is made of their keys."""
+    for section, sentence in NOT_YET.items():
+        if raw.pop(section, None) is not None:
+            faults.add((section,), f"`[{section}]`: {sentence}", "remove the section")
+    control = raw.get("control")
+    if isinstance(control, dict) and control.pop("http", None) is not None:
+        faults.add(("control", "http"), "`[control.http]`: the API on TCP is not built yet", "use the Unix socket")
+    for name, table in _tables(raw, "datastores"):
+        if "url" in table:
+            del raw["datastores"][name]
+            message = f"`url` in `[datastores.{name}]`: only folders work yet"
+            faults.add(("datastores", name, "url"), message, 'give `path = "/folder"` in place of `url`')
+    for name, table in _tables(raw, "compute"):
+        if table.get("kind") in _NOT_YET_COMPUTES:
+            del raw["compute"][name]
+            message = f'`kind = "{table["kind"]}"` in `[compute.{name}]` is not built yet'
+            faults.add(("compute", name, "kind"), message, 'the kind that works is "local"')
+
+
+def _tables(raw: dict[str, Any], section: str) -> list[tuple[str, dict[str, Any]]]:
+    found = raw.get(section)
+    return [(k, v) for k, v in found.items() if isinstance(v, dict)] if isinstance(found, dict) else []
+
+
+def _check_names(raw: dict[str, Any], faults: FaultList) -> None:
+    for section in ("datastores", "compute", "pools"):
+        for name in raw[section] if isinstance(raw.get(section), dict) else ():
+            if not NAME.match(name):
+                message = f"`[{section}]` has a name that cannot be used: {faults.shown(name)}"
+                faults.add((section, name), message, "use letters, digits, `_`, `-` and `.`, 64 at most")
+
+
+def _check_pools(raw: dict[str, Any], faults: FaultList) -> None:
+    pools = raw.get("pools")
+    known = faults.names_written("compute") or ["local"]
+    for name, members in pools.items() if isinstance(pools, dict) else ():
+        if name in known:
+            faults.add(("pools", name), f"pool `{name}` has the name of a compute", "give the pool another name")
+        if members == []:
+            faults.add(("pools", name), f"pool `{name}` is empty", "name a compute in it, or remove it")
+        for i, member in enumerate(members if isinstance(members, list) else ()):
+            if isinstance(member, str) and member not in known:
+                faults.add_unknown(("pools", name, i), f"no compute named `{member}` in pool `{name}`", member, known)
+
+
+def _fill_in(raw: dict[str, Any]) -> None:
+    """Defaults that depend on other keys. What is of the wrong type is left for the models to name."""
+    daemon = raw.setdefault("daemon", {})
+    control = raw.setdefault("control", {})
+    runtime_dir = config_find.RUNTIME_DIR
+    if isinstance(daemon, dict):
+        daemon.setdefault("plugins", ["plugins"])
+        if isinstance(written := daemon.get("runtime_dir"), str):
+            runtime_dir = Path(written)
+    if isinstance(control, dict):
+        control.setdefault("socket", str(runtime_dir / config_find.SOCKET_NAME))
+    if not raw.get("compute"):
+        raw["compute"] = {"local": {"kind": "local"}}

@@ -1,0 +1,134 @@
+"""Places and shared work for all runs: who waits, who holds what, and who shares whose attempt.
+
+Two steps with the same key, of whatever runs, never run at the same time: the first leads, the others follow; when
+the leader is settled each follower is decided again, and then reuses what the leader made or becomes the leader.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlpiped.placement import Need, Place, Waiting, refusals
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mlpiped.run import Execution
+
+Spot = tuple[int, int]
+"""(run id, step index)"""
+
+
+class Dispatch:
+    """The `Dispatcher` of `run.py`. `pools`: name -> names of computes."""
+
+    def __init__(self, places: Sequence[Place], pools: Mapping[str, Sequence[str]], max_running: int | None) -> None:
+        self.places = {place.name: place for place in places}
+        self.pools = pools
+        self.max_running = max_running
+        self.paused: str | None = None  # why nothing is dispatched at all, if so
+        self.waiting = Waiting()
+        self.executions: dict[int, Execution] = {}
+        self._leaders: dict[str, Spot] = {}
+        self._keys: dict[Spot, str] = {}
+        self._followers: dict[str, list[Spot]] = {}
+        self._placing = False
+
+    # --- what runs ask ----------------------------------------------------------------------------------------
+    def request(self, execution: Execution, index: int, need: Need, share: str | None) -> None:
+        spot = (execution.id, index)
+        if share is not None:
+            leader = self._leaders.setdefault(share, spot)
+            if leader != spot:
+                self._followers.setdefault(share, []).append(spot)
+                return
+            self._keys[spot] = share
+        self.waiting.add(self._resolved(need))
+        self.place()
+
+    def withdraw(self, execution: Execution, index: int) -> None:
+        self.waiting.remove(execution.id, index)
+        for followers in self._followers.values():
+            if (execution.id, index) in followers:
+                followers.remove((execution.id, index))
+
+    def occupy(self, execution: Execution, index: int, need: Need, compute: str, share: str | None) -> None:
+        spot = (execution.id, index)
+        if share is not None:
+            self._leaders[share] = spot
+            self._keys[spot] = share
+        if compute in self.places:
+            self.places[compute].take(need)
+
+    def release(self, run: int, index: int) -> None:
+        for place in self.places.values():
+            place.give_back(run, index)
+        self.place()
+
+    def settled(self, run: int, index: int) -> None:
+        key = self._keys.pop((run, index), None)
+        if key is None:
+            return
+        del self._leaders[key]
+        for follower, step in self._followers.pop(key, ()):
+            if follower in self.executions:
+                self.executions[follower].decide_again(step)
+
+    # --- what the scheduler does ------------------------------------------------------------------------------
+    def place(self) -> None:
+        """Lease what is free to those who wait, best first. Not re-entered: a grant may end in a new request."""
+        if self._placing or self.paused is not None:
+            return
+        self._placing = True
+        try:
+            if self._room():
+                for need, place in self.waiting.place(list(self.places.values())):
+                    self.executions[need.run].granted(need.index, place.name)
+                    if not self._room():
+                        break
+        finally:
+            self._placing = False
+
+    def _room(self) -> bool:
+        return self.max_running is None or sum(len(p.holders) for p in self.places.values()) < self.max_running
+
+    def _resolved(self, need: Need) -> Need:
+        """Pools -> their computes."""
+        if not any(name in self.pools for name in need.computes):
+            return need
+        names = [n for name in need.computes for n in self.pools.get(name, (name,))]
+        return Need(
+            need.run, need.index, need.priority, need.slots, need.cpus, need.memory, tuple(dict.fromkeys(names))
+        )
+
+    # --- what people ask --------------------------------------------------------------------------------------
+    def why_waiting(self, run: int, index: int) -> str | None:
+        """Present tense: why the queued step has no place yet."""
+        for key, followers in self._followers.items():
+            if (run, index) in followers:
+                leader, step = self._leaders[key]
+                name = self.executions[leader].graph.steps[step].name
+                return f"shares the attempt of run {leader}/{name}, which has the same key"
+        need = self.waiting.get(run, index)
+        if need is None:
+            return None
+        if self.paused is not None:
+            return f"nothing is started: {self.paused}"
+        if not self._room():
+            return f"max_running_steps = {self.max_running} is reached"
+        return "waits for a place: " + "; ".join(
+            f"{reason}{self._held_by(place)}" for place, reason in self._refusals(need)
+        )
+
+    def _refusals(self, need: Need) -> list[tuple[Place | None, str]]:
+        found = refusals(need, list(self.places.values()))
+        named = [(self.places.get(reason.split(maxsplit=1)[0].rstrip(":")), reason) for reason in found]
+        return list(named) or [(None, "its turn has not come")]
+
+    def _held_by(self, place: Place | None) -> str:
+        if place is None or not place.holders:
+            return ""
+        runs = list(dict.fromkeys(run for run, _ in place.holders))
+        words = [f"run {r} ({self.executions[r].row.owner})" for r in runs[:3] if r in self.executions]
+        more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+        return f", held by {', '.join(words)}{more}" if words else ""

@@ -1,0 +1,281 @@
+"""From a graph to decisions: gathers what is known of the world for the steps that are ready, and asks `resolve`.
+
+Everything is asked in bulk, a wave of ready steps at a time: one look at the files, one at the ledger's results. The
+same walk serves a run and `plan`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlpiped import keys, resolve
+from mlpiped.fingerprint import Missing, RefFact
+from mlpiped.resolve import Decision, Graph, Known, PastResult, Plan
+from mlpiped.spec import Reference, Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from mlpiped.artifacts import Store
+    from mlpiped.code import CodeFact, CodeReader
+    from mlpiped.fingerprint import Fingerprinter
+    from mlpiped.ledger import Ledger
+    from mlpiped.spec import Port, Scalar, SourceSpec, StepSpec
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The rooms that facts come from."""
+
+    ledger: Ledger
+    fingerprinter: Fingerprinter
+    code: CodeReader
+    store: Store
+    datastores: Mapping[str, Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """An input from a datastore, as it was when the key was made. `entries` None: there were too many to keep."""
+
+    reference: Reference
+    digest: str
+    entries: Mapping[str, str] | None
+
+    def change(self, now: RefFact) -> str | None:
+        """What of it is no longer so, or None. Files that are new in a glob were not passed, and do not count."""
+        if now.digest == self.digest:
+            return None
+        if self.entries is None:
+            return "its content is another"
+        seen = now.entries
+        if self.reference.glob:
+            seen = {name: digest for name, digest in now.entries.items() if name in self.entries}
+            if seen == self.entries:
+                return None
+        return keys.describe_entries(self.entries, seen)
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What one step that will run rests on: everything its job is made from, as it was when the key was made."""
+
+    key: str
+    parts: Mapping[str, object]
+    parameters: Mapping[str, Scalar]
+    paths: Mapping[str, tuple[str, ...]]  # port -> absolute paths
+    outside: Mapping[str, Outside]  # by port
+    upstream: tuple[tuple[int, str], ...]  # (step, output) of inputs that other steps made
+    source: SourceSpec | None
+    code: CodeFact | None
+
+
+class Facts:
+    """The facts of one run of one version of a pipeline, gathered as its steps become ready."""
+
+    def __init__(self, world: World, graph: Graph, parameters: Mapping[str, Scalar]) -> None:
+        self.world = world
+        self.graph = graph
+        self.parameters = parameters
+        self.steps: dict[int, StepFacts] = {}
+
+    async def decide(self, plan: Plan, indexes: Sequence[int]) -> list[Decision]:
+        """A decision for each of `indexes`, all of them ready. Facts of those that run are kept in `steps`."""
+        decisions: list[Decision] = []
+        open_: list[int] = []
+        for i in indexes:
+            blocked = plan.blocked_by(i)
+            if blocked is None:
+                open_.append(i)
+            else:
+                decisions.append(Decision(i, "skip", blocked))
+        references = await self._references(open_)
+        codes = await self._codes(open_)
+        keyed: dict[int, tuple[str, dict[str, keys.InputPart]]] = {}
+        for i in open_:
+            try:
+                inputs = self._inputs(plan, i, references)
+            except _NoInput as fault:
+                decisions.append(Decision(i, "fail", fault.message))
+                continue
+            fault_or_code = self._code_of(i, codes)
+            if isinstance(fault_or_code, str):
+                decisions.append(Decision(i, "fail", fault_or_code))
+                continue
+            values = resolve.parameter_values(plan, i, self.parameters)
+            key = self.graph.static[i].key(fault_or_code.key if fault_or_code else None, values, inputs)
+            keyed[i] = (key, inputs)
+        past = await self._past({key for i, (key, _) in keyed.items() if resolve.always_runs(plan, i) is None})
+        to_run: list[int] = []
+        for i, (key, _) in keyed.items():
+            found = resolve.decide(plan, i, Known(key, past.get(key)))
+            if found.action == "reuse":
+                decisions.append(found)
+            else:
+                to_run.append(i)
+        decisions += await self._decide_runs(plan, to_run, keyed, past, references, codes)
+        return decisions
+
+    async def adopt(self, plan: Plan, began: Mapping[int, str]) -> None:
+        """After a restart: the facts of steps whose attempts run already, from the parts of their keys."""
+        for i, key in began.items():
+            text = await self.world.ledger.parts(key)
+            parts: dict[str, Any] = json.loads(text) if text else {}
+            step = self.graph.steps[i]
+            kept: Mapping[str, Any] = parts.get("inputs", {})
+            outside = {}
+            for port in step.inputs:
+                if isinstance(port.source, Reference):
+                    part = kept.get(self.graph.static[i].ports[port.name], {})
+                    outside[port.name] = Outside(port.source, part.get("digest", ""), part.get("entries"))
+            values = resolve.parameter_values(plan, i, self.parameters)
+            self.steps[i] = StepFacts(key, parts, values, {}, outside, self._upstream(step), None, None)
+
+    async def changed_since(self, index: int, plan: Plan) -> str | None:
+        """What of the inputs of step `index` is no longer what its key says, as a sentence's end, or None."""
+        step = self.steps[index]
+        if step.outside:
+            found = await self._references_of([o.reference for o in step.outside.values()])
+            for port, before in step.outside.items():
+                now = found[before.reference]
+                if isinstance(now, Missing):
+                    return f"input {port}: {now.sentence}"
+                change = before.change(now)
+                if change is not None:
+                    return f"input {port}: {change}"
+        if step.upstream:
+            made = [(plan.outputs[i] or {})[output] for i, output in step.upstream]
+            for bad in await self.world.store.intact(made):
+                return f"input {made[bad].name}: it was changed in the store"
+        return None
+
+    # --- gathering ------------------------------------------------------------------------------------------
+    async def _references(self, indexes: Sequence[int]) -> dict[Reference, RefFact | Missing]:
+        return await self._references_of(ref for i in indexes for ref in self.graph.references[i])
+
+    async def _references_of(self, references: Iterable[Reference]) -> dict[Reference, RefFact | Missing]:
+        wanted = list(dict.fromkeys(references))
+        if not wanted:
+            return {}
+        known = [(self.world.datastores[r.datastore], r) for r in wanted if r.datastore in self.world.datastores]
+        found = dict(zip((r for _, r in known), await self.world.fingerprinter.references(known), strict=True))
+        lost = {r: Missing(f"no datastore named `{r.datastore}` in the config") for r in wanted if r not in found}
+        return {**found, **lost}
+
+    async def _codes(self, indexes: Sequence[int]) -> dict[SourceSpec, CodeFact | str]:
+        found: dict[SourceSpec, CodeFact | str] = {}
+        for i in indexes:
+            source = self.graph.steps[i].source
+            if source is not None and source not in found:
+                try:
+                    found[source] = await self.world.code.read(source)
+                except OSError as fault:
+                    found[source] = f"its code cannot be read: {fault.filename}: {fault.strerror}"
+        return found
+
+    def _code_of(self, index: int, codes: Mapping[SourceSpec, CodeFact | str]) -> CodeFact | str | None:
+        source = self.graph.steps[index].source
+        return None if source is None else codes[source]
+
+    def _inputs(
+        self, plan: Plan, index: int, references: Mapping[Reference, RefFact | Missing]
+    ) -> dict[str, keys.InputPart]:
+        found: dict[str, keys.InputPart] = {}
+        for port in self.graph.steps[index].inputs:
+            if isinstance(port.source, Upstream):
+                made = plan.outputs[self.graph.index[port.source.step]] or {}
+                found[port.name] = keys.InputPart(made[port.source.output].digest, port.name, upstream=port.source.step)
+                continue
+            fact = references[port.source]
+            if isinstance(fact, Missing):
+                raise _NoInput(f"input {port.name}: {fact.sentence}")
+            found[port.name] = keys.InputPart(fact.digest, port.name, fact.entries)
+        return found
+
+    async def _past(self, wanted: set[str]) -> dict[str, PastResult]:
+        if not wanted:
+            return {}
+        results = await self.world.ledger.results(list(wanted))
+        flat = [(key, fact) for key, result in results.items() for fact in result.outputs]
+        broken = {flat[n][0] for n in await self.world.store.intact([fact for _, fact in flat])}
+        return {
+            key: PastResult(result.run_id, result.step_name, result.outputs, key not in broken)
+            for key, result in results.items()
+        }
+
+    async def _decide_runs(
+        self,
+        plan: Plan,
+        indexes: Sequence[int],
+        keyed: Mapping[int, tuple[str, dict[str, keys.InputPart]]],
+        past: Mapping[str, PastResult],
+        references: Mapping[Reference, RefFact | Missing],
+        codes: Mapping[SourceSpec, CodeFact | str],
+    ) -> list[Decision]:
+        """Decisions for steps that run, each with what changed since the step last succeeded in this pipeline."""
+        if not indexes:
+            return []
+        spec = self.graph.spec
+        heads = await self.world.ledger.heads(spec.name, [spec.steps[i].name for i in indexes])
+        found = []
+        for i in indexes:
+            key, inputs = keyed[i]
+            step = spec.steps[i]
+            code = self._code_of(i, codes)
+            assert not isinstance(code, str)
+            values = resolve.parameter_values(plan, i, self.parameters)
+            part = keys.CodePart(code.key, code.raw, code.files) if code else None
+            parts = self.graph.static[i].parts(part, values, inputs)
+            head = heads.get(step.name)
+            changes: list[str] = []
+            last = json.loads(head.parts) if head is not None and head.parts else None
+            if last is not None:
+                changes = keys.changes(last, parts, await self._code_change(last, code))
+            self.steps[i] = StepFacts(
+                key=key,
+                parts=parts,
+                parameters=values,
+                paths={port.name: self._paths(plan, port, references) for port in step.inputs},
+                outside=_outside(step, references),
+                upstream=self._upstream(step),
+                source=step.source,
+                code=code,
+            )
+            found.append(resolve.decide(plan, i, Known(key, past.get(key), last, changes)))
+        return found
+
+    def _upstream(self, step: StepSpec) -> tuple[tuple[int, str], ...]:
+        sources = (port.source for port in step.inputs)
+        return tuple((self.graph.index[s.step], s.output) for s in sources if isinstance(s, Upstream))
+
+    async def _code_change(self, last: Mapping[str, object], code: CodeFact | None) -> str | None:
+        before = keys.code_of(last)
+        if before is None or code is None or before.digest == code.key:
+            return None
+        return await self.world.code.diff(before.raw, before.files, code)
+
+    def _paths(self, plan: Plan, port: Port, references: Mapping[Reference, RefFact | Missing]) -> tuple[str, ...]:
+        if isinstance(port.source, Upstream):
+            made = plan.outputs[self.graph.index[port.source.step]] or {}
+            return (made[port.source.output].path,)
+        fact = references[port.source]
+        assert isinstance(fact, RefFact)
+        return fact.paths
+
+
+class _NoInput(Exception):
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+def _outside(step: StepSpec, references: Mapping[Reference, RefFact | Missing]) -> dict[str, Outside]:
+    found = {}
+    for port in step.inputs:
+        if isinstance(port.source, Reference):
+            fact = references[port.source]
+            assert isinstance(fact, RefFact)
+            found[port.name] = Outside(port.source, fact.digest, fact.entries)
+    return found

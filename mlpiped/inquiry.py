@@ -1,0 +1,152 @@
+"""What people ask about work: what would run, what a step waits for, who holds what. Nothing here changes anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlpiped.facts import Facts
+from mlpiped.model import OutputFact, StepOutcome, StepState
+from mlpiped.resolve import Graph, Plan
+from mlpiped.spec import version_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mlpiped.dispatch import Dispatch
+    from mlpiped.facts import World
+    from mlpiped.protocol import ActiveJson, ComputeJson, HolderJson
+    from mlpiped.resolve import Decision
+    from mlpiped.run import Execution, Try
+    from mlpiped.scheduler import Scheduler
+    from mlpiped.spec import PipelineSpec, Scalar
+
+
+async def plan(
+    world: World,
+    spec: PipelineSpec,
+    parameters: Mapping[str, Scalar],
+    force: bool | Sequence[str],
+    target: str | None,
+) -> dict[str, Any]:
+    """The walk of a run without its acts. What comes after a step that would run is `unknown`: it depends on what
+    that step makes. `seconds` is what the step took when it last ran, or None."""
+    graph = Graph(spec)
+    forced = range(len(graph.steps)) if force is True else [graph.step(name) for name in force or ()]
+    walk = Plan(graph, target=graph.step(target) if target else None, force=forced)
+    facts = Facts(world, graph, parameters)
+    costs = await world.ledger.durations(spec.name)
+    found: dict[int, dict[str, Any]] = {}
+    uncertain: set[int] = set()
+    while ready := walk.ready():
+        known = [i for i in ready if not uncertain.intersection(graph.before[i])]
+        for i in set(ready).difference(known):
+            names = [graph.steps[need].name for need in graph.before[i] if need in uncertain]
+            why = f"depends on what {' and '.join(f'`{n}`' for n in names[:3])} will make"
+            _note(found, uncertain, walk, i, "unknown", why)
+        for decision in await facts.decide(walk, known):
+            _tell(found, uncertain, walk, decision)
+    steps = []
+    for i in sorted(found):
+        cost = costs.get(graph.steps[i].name)
+        seconds = None if cost is None or found[i]["action"] in ("reuse", "skip") else cost / 1e6
+        steps.append({"name": graph.steps[i].name, **found[i], "seconds": seconds})
+    total = sum(step["seconds"] or 0.0 for step in steps)
+    return {"pipeline": spec.name, "version": version_of(spec), "steps": steps, "seconds": round(total, 3)}
+
+
+def _tell(found: dict[int, dict[str, Any]], uncertain: set[int], walk: Plan, decision: Decision) -> None:
+    i = decision.index
+    if decision.action == "run":
+        _note(found, uncertain, walk, i, "run", decision.why)
+        return
+    found[i] = {"action": "skip" if decision.action == "fail" else decision.action, "why": decision.why}
+    outcome = StepOutcome.REUSED if decision.action == "reuse" else StepOutcome.SKIPPED
+    walk.finished(i, outcome, decision.outputs)
+
+
+def _note(found: dict[int, dict[str, Any]], uncertain: set[int], walk: Plan, index: int, action: str, why: str) -> None:
+    found[index] = {"action": action, "why": why}
+    uncertain.add(index)
+    nothing: tuple[OutputFact, ...] = ()
+    walk.finished(index, StepOutcome.SUCCEEDED, nothing)
+
+
+def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
+    """Present tense, for a step that has not finished; None when there is nothing to say."""
+    execution = scheduler.executions.get(run_id)
+    if execution is None:
+        ahead = scheduler.ahead_of(run_id)
+        return None if ahead is None else f"waits: {ahead}"
+    index = execution.graph.step(step)
+    if execution.plan.outcome[index] is not None:
+        return None
+    t = execution.tries.get(index)
+    if t is None:
+        return _waits_for(execution, index)
+    now = scheduler.clock.now()
+    if t.state is StepState.QUEUED:
+        if t.not_before is not None:
+            return f"tried again in {max(0, t.not_before - now) / 1e6:.0f} s: {t.why}"
+        return scheduler.dispatch.why_waiting(run_id, index) or f"about to start: {t.why}"
+    if t.attempt is not None and t.attempt.held is not None:
+        return f"held: {t.attempt.held}"
+    word = "runs" if t.state is StepState.RUNNING else "starts"
+    return f"{word} on {t.compute} for {(now - t.since) / 1e6:.0f} s: {t.why}"
+
+
+def _waits_for(execution: Execution, index: int) -> str:
+    words = []
+    for need in execution.plan.waits_for(index)[:3]:
+        t: Try | None = execution.tries.get(need)
+        words.append(f"`{execution.graph.steps[need].name}` ({t.state.value if t else 'waiting'})")
+    return f"waits for {', '.join(words)}" if words else "is being decided"
+
+
+def active(dispatch: Dispatch) -> list[ActiveJson]:
+    """The runs that are alive."""
+    found: list[ActiveJson] = []
+    for execution in dispatch.executions.values():
+        ends = [o for o in execution.plan.outcome if o is not None]
+        states = [t.state for t in execution.tries.values()]
+        queued = states.count(StepState.QUEUED)
+        found.append(
+            {
+                "id": execution.id,
+                "pipeline": execution.row.pipeline,
+                "owner": execution.row.owner,
+                "started_at": execution.started_at,
+                "total": len(execution.plan.outcome),
+                "done": len(ends),
+                "running": len(states) - queued,
+                "failed": sum(o in (StepOutcome.FAILED, StepOutcome.TIMED_OUT, StepOutcome.LOST) for o in ends),
+                "queued": queued,
+            }
+        )
+    return found
+
+
+def compute(dispatch: Dispatch, kinds: Mapping[str, str]) -> list[ComputeJson]:
+    """Each compute with what is taken and by whom."""
+    found: list[ComputeJson] = []
+    for place in dispatch.places.values():
+        holders: list[HolderJson] = []
+        for (run, index), need in place.holders.items():
+            execution = dispatch.executions.get(run)
+            if execution is not None:
+                t = execution.tries.get(index)
+                name = execution.graph.steps[index].name
+                since = t.since if t else None
+                holders.append({"run": run, "step": name, "since": since, "slots": need.slots})
+        found.append(
+            {
+                "name": place.name,
+                "kind": kinds.get(place.name, "local"),
+                "slots": place.slots,
+                "used": place.used_slots,
+                "memory": place.memory,
+                "memory_used": place.used_memory,
+                "holders": holders,
+                "health": place.unwell,
+            }
+        )
+    return found

@@ -1,0 +1,1 @@
+"""The ledger: everything that was decided and everything that happened. The only room that knows SQL."""

@@ -1,0 +1,262 @@
+"""The way to a ledger that may be written: whose folder it is, whether the file can be trusted, and its version.
+
+The order matters: the lock before any look, every look read-only before the first write, and a new file under another
+name until it is whole. So a ledger that cannot be read, or is too new, is left exactly as it was, and an empty file is
+always a damaged one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import struct
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlpiped.errors import LedgerBusy, LedgerError, LedgerTooNew
+from mlpiped.ledger.db import DatabaseError, connect, in_our_words, unreadable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlpiped.ledger.db import Connection
+
+NAME = "ledger.sqlite3"
+BALLAST = "ballast"
+APPLICATION_ID = 0x6D6C7064  # "mlpd"
+REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "ocfs2"}
+
+_log = logging.getLogger("mlpiped.ledger")
+
+
+def migrations() -> list[str]:
+    """The scripts in order; the first makes version 1."""
+    found = sorted(f.name for f in files("mlpiped.ledger").joinpath("migrations").iterdir() if f.name.endswith(".sql"))
+    if [int(name[:4]) for name in found] != list(range(1, len(found) + 1)):
+        raise RuntimeError(f"the migrations are not numbered from 1 on: {found}")
+    return [files("mlpiped.ledger").joinpath("migrations", name).read_text() for name in found]
+
+
+# --- whose folder ---------------------------------------------------------------------------------------------
+def lock(state_dir: Path) -> int:
+    """Own `state_dir` until the file descriptor is closed, or the process ends however it ends.
+
+    The lock is on the folder itself: a lock file could be deleted, and then be locked twice.
+    """
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = _owner(state_dir, fd)
+            who = f"pid {pid}" if pid else "its pid is not known"
+            raise LedgerBusy(
+                f"another mlpiped owns the state folder: `{state_dir}`: {who}",
+                hint="stop that daemon, or give this one a state_dir of its own",
+            ) from None
+        note = os.open("pid", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644, dir_fd=fd)
+        os.write(note, b"%d\n" % os.getpid())
+        os.close(note)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _owner(state_dir: Path, fd: int) -> int | None:
+    inode = f":{os.fstat(fd).st_ino}"
+    try:
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].endswith(inode) and int(words[4]) > 0:
+                return int(words[4])
+        return int((state_dir / "pid").read_text())
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def warn_of_network(state_dir: Path) -> None:
+    """SQLite's shared memory does not work over a network: a warning, as the owner may know better."""
+    place, kind = "", ""
+    try:
+        lines = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines()
+    except OSError:
+        return
+    where = f"{state_dir.resolve()}/"
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        # octal escapes stand for single bytes
+        mount = os.fsdecode(os.fsencode(left.split()[4]).decode("unicode_escape").encode("latin-1"))
+        if where.startswith(mount.rstrip("/") + "/") and len(mount) >= len(place):
+            place, kind = mount, right.split()[0]
+    if kind in REMOTE or kind.startswith("fuse."):
+        _log.warning(
+            "the state folder is on a network or user-space file system, which can damage the ledger: `%s` (%s)",
+            state_dir,
+            kind,
+        )
+
+
+# --- which file -----------------------------------------------------------------------------------------------
+def prepare(path: Path, scripts: Sequence[str]) -> None:
+    """Leave at `path` a ledger of the newest version, or raise and leave what is there as it is."""
+    try:
+        if not path.exists():
+            _refuse_if_used(path)
+            _create(path, scripts)
+        version = check(path, len(scripts))
+        if version < len(scripts):
+            conn = connect(path)
+            try:
+                migrate(conn, scripts, path.with_name(f"{path.name}.v{version}"))
+            finally:
+                conn.close()
+    except DatabaseError as error:
+        raise in_our_words(error, path) from error
+    except OSError as error:
+        raise LedgerError(f"the ledger cannot be used: `{path}`: {error.strerror}") from error
+
+
+def _refuse_if_used(path: Path) -> None:
+    left = [name for name in (f"{NAME}-wal", BALLAST) if path.with_name(name).exists()]
+    if left:
+        error = unreadable(path, f"it is missing, but `{left[0]}` is there")
+        error.hint = "bring back a backup with `mlpiped restore FILE`; to begin anew, move the whole state folder away"
+        raise error
+
+
+def _create(path: Path, scripts: Sequence[str]) -> None:
+    new = path.with_name(f"{path.name}.new")
+    for left in (new, new.with_name(f"{new.name}-wal"), new.with_name(f"{new.name}-shm")):
+        left.unlink(missing_ok=True)
+    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    conn = connect(new)
+    try:
+        conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        conn.execute("PRAGMA journal_mode = WAL")
+        migrate(conn, scripts, None)
+    finally:
+        conn.close()
+    os.rename(new, path)
+    sync_folder(path.parent)
+
+
+def check(path: Path, newest: int) -> int:
+    """The version of the ledger at `path`, which is sound and not too new; nothing is written."""
+    with path.open("rb") as file:
+        header = file.read(100)
+    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
+        raise unreadable(path, "it is empty" if not header else "it is no SQLite file")
+    if struct.unpack(">I", header[68:72])[0] != APPLICATION_ID:
+        raise unreadable(path, "it is some other program's SQLite file")
+    _refuse_newer(path, struct.unpack(">I", header[60:64])[0], newest)
+    conn = connect(path, readonly=True)
+    try:
+        version = int(conn.execute("PRAGMA user_version").fetchone()[0])  # the WAL may know better than the header
+        _refuse_newer(path, version, newest)
+        faults = [row[0] for row in conn.execute("PRAGMA quick_check(1)").fetchall()]
+        if faults != ["ok"] or version < 1:
+            raise unreadable(path, " ".join(faults[0].split()) if faults != ["ok"] else "it has no version")
+    finally:
+        conn.close()
+    return version
+
+
+def _refuse_newer(path: Path, version: int, newest: int) -> None:
+    if version > newest:
+        raise LedgerTooNew(
+            f"the ledger was written by a newer mlpiped: `{path}`: version {version}, this one knows {newest}",
+            hint="install the newer mlpiped again; nothing was changed",
+        )
+
+
+def migrate(conn: Connection, scripts: Sequence[str], backup: Path | None) -> None:
+    """Bring the ledger to the newest version, one transaction a script; first a copy to `backup`."""
+    version = int(conn.execute("PRAGMA user_version").fetchone()[0])
+    if backup is not None and version < len(scripts):
+        partial = backup.with_name(f"{backup.name}.part")
+        partial.unlink(missing_ok=True)
+        conn.execute("VACUUM INTO ?", (os.fsdecode(partial),))
+        os.chmod(partial, 0o600)
+        sync_file(partial)
+        os.replace(partial, backup)
+    for number in range(version + 1, len(scripts) + 1):
+        script = scripts[number - 1]
+        try:
+            conn.executescript(f"BEGIN IMMEDIATE;\n{script}\n;PRAGMA user_version = {number};\nCOMMIT;")
+        except BaseException:
+            if conn.in_transaction:
+                conn.execute("ROLLBACK")
+            raise
+    # The header on the disk then tells older programs the truth too.
+    conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+# --- copies ---------------------------------------------------------------------------------------------------
+def copy(source: Path, dest: Path) -> None:
+    """A consistent, checked, single-file copy of a ledger that may be written meanwhile. Replaces `dest` at once."""
+    partial = dest.with_name(f"{dest.name}.part")
+    partial.unlink(missing_ok=True)
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        reader, target = connect(source, readonly=True), connect(partial)
+        try:
+            reader.backup(target)
+            target.execute("PRAGMA journal_mode = DELETE").fetchall()
+        finally:
+            target.close()
+            reader.close()
+        check(partial, len(migrations()))
+        sync_file(partial)
+        os.replace(partial, dest)
+        sync_folder(dest.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def restore(state_dir: Path, source: Path) -> Path | None:
+    """Put the copy `source` in the ledger's place, with no daemon running. Gives where the old one was moved to.
+
+    Raises LedgerBusy, and LedgerUnreadable or LedgerTooNew when `source` is no ledger to go on with.
+    """
+    fd = lock(state_dir)
+    try:
+        path, aside = state_dir / NAME, None
+        try:
+            check(source, len(migrations()))
+            copy(source, state_dir / f"{NAME}.restored")
+        except DatabaseError as error:
+            raise in_our_words(error, source) from error
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        for suffix in ("", "-wal", "-shm"):  # they belong together: a WAL left behind would be played onto the copy
+            part = path.with_name(f"{NAME}{suffix}")
+            if part.exists():
+                aside = aside or path.with_name(f"{NAME}.before-{stamp}")
+                os.rename(part, path.with_name(f"{NAME}.before-{stamp}{suffix}"))
+        os.rename(state_dir / f"{NAME}.restored", path)
+        sync_folder(state_dir)
+        return aside
+    except OSError as error:
+        raise LedgerError(f"the backup cannot be restored: `{source}`: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,446 @@
+-- Every statement of the ledger but the schema. `{step -> finished}` becomes `state IN (…)`: the states that may go there
+-- by the table of legal moves in model.py. Statements that check a move return a row when it was legal.
+
+-- ==== runs ====
+
+-- name: insert_run
+-- A new run waits for its turn.
+INSERT INTO runs (pipeline, version, experiment, owner, cause_kind, cause_detail, parameters, tags, options, state, created_at)
+VALUES (:pipeline, :version, :experiment, :owner, :cause_kind, :cause_detail, :parameters, :tags, :options, 'queued', :now)
+RETURNING id;
+
+-- name: insert_tag
+-- One tag of a run, to be found by.
+INSERT INTO run_tags (name, value, run_id) VALUES (?, ?, ?);
+
+-- name: start_run
+-- A run's turn has come.
+UPDATE runs SET state = 'running', started_at = :now
+WHERE id = :run_id AND {run -> running} RETURNING id;
+
+-- name: finish_run
+-- A run ends, and not before all of its steps have.
+UPDATE runs SET state = 'finished', outcome = :outcome, finished_at = :now
+WHERE id = :run_id AND {run -> finished}
+    AND NOT EXISTS (SELECT 1 FROM steps WHERE run_id = :run_id AND state <> 'finished')
+RETURNING id;
+
+-- name: merge_cause
+-- Another fire joins a run that still waits; its sentence is kept short.
+UPDATE runs SET cause_detail = CASE
+    WHEN cause_detail = '' THEN :detail
+    WHEN :detail = '' OR length(cause_detail) > 400 THEN cause_detail
+    ELSE cause_detail || '; ' || :detail END
+WHERE id = :run_id AND state = 'queued' RETURNING pipeline;
+
+-- name: run_state
+-- For the sentence about an illegal move.
+SELECT state FROM runs WHERE id = :run_id;
+
+-- name: run
+-- One run.
+SELECT id, pipeline, version, experiment, owner, cause_kind, cause_detail, parameters, tags, options,
+    state, outcome, created_at, started_at, finished_at
+FROM runs WHERE id = :id;
+
+-- name: runs
+-- Runs, the newest first; conditions are added from the fragments `runs_where_…`.
+SELECT id, pipeline, version, experiment, owner, cause_kind, cause_detail, parameters, tags, options,
+    state, outcome, created_at, started_at, finished_at
+FROM runs WHERE {conditions} ORDER BY id DESC LIMIT :limit;
+
+-- name: runs_where_pipeline
+-- Fragment: of one pipeline.
+pipeline = :pipeline
+
+-- name: runs_where_outcome
+-- Fragment: that ended so.
+outcome = :outcome
+
+-- name: runs_where_finished
+-- Fragment: that have ended.
+outcome IS NOT NULL
+
+-- name: runs_where_unfinished
+-- Fragment: in a state before the last; the outcome is what the index knows.
+outcome IS NULL AND state = :state
+
+-- name: runs_where_tag
+-- Fragment: with one tag, numbered by the caller.
+id IN (SELECT run_id FROM run_tags WHERE name = :tag_name_{n} AND value = :tag_value_{n})
+
+-- name: runs_where_since
+-- Fragment: made since; by the lowest id, so that the scan from the newest down ends there.
+id >= (SELECT coalesce(min(id), 9223372036854775807) FROM runs WHERE created_at >= :since) AND created_at >= :since
+
+-- name: runs_where_before
+-- Fragment: older than a run, to page on.
+id < :before
+
+-- name: unfinished_runs
+-- What recovery and the scheduler look at, the oldest first.
+SELECT id, pipeline, version, experiment, owner, cause_kind, cause_detail, parameters, tags, options,
+    state, outcome, created_at, started_at, finished_at
+FROM runs WHERE outcome IS NULL ORDER BY id;
+
+-- name: latest
+-- The newest run of a pipeline.
+SELECT id, pipeline, version, experiment, owner, cause_kind, cause_detail, parameters, tags, options,
+    state, outcome, created_at, started_at, finished_at
+FROM runs WHERE pipeline = :pipeline ORDER BY id DESC LIMIT 1;
+
+-- name: latest_of_all
+-- The newest run.
+SELECT id, pipeline, version, experiment, owner, cause_kind, cause_detail, parameters, tags, options,
+    state, outcome, created_at, started_at, finished_at
+FROM runs ORDER BY id DESC LIMIT 1;
+
+-- name: last_finished
+-- The last run of each named pipeline that has ended.
+SELECT id, pipeline, version, experiment, owner, cause_kind, cause_detail, parameters, tags, options,
+    state, outcome, created_at, started_at, finished_at
+FROM runs WHERE id IN (
+    SELECT (SELECT max(last.id) FROM (
+        SELECT max(id) AS id FROM runs WHERE pipeline = j.value AND outcome = 'succeeded'
+        UNION ALL SELECT max(id) FROM runs WHERE pipeline = j.value AND outcome = 'failed'
+        UNION ALL SELECT max(id) FROM runs WHERE pipeline = j.value AND outcome = 'cancelled') AS last)
+    FROM json_each(:pipelines) AS j);
+
+-- name: count_runs
+-- Unfinished runs by state.
+SELECT state, count(*) FROM runs WHERE outcome IS NULL GROUP BY state;
+
+-- ==== steps ====
+
+-- name: insert_step
+-- A step of a run, in the state that the plan gives it.
+INSERT INTO steps (run_id, idx, name, state, outcome, why, compute, attempts, exit_code, key, reused_run, reused_step,
+    started_at, finished_at, made_by)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
+
+-- name: queue_step
+-- A step must run; nothing of it may live.
+UPDATE steps SET state = 'queued', key = coalesce(:key, key), why = coalesce(:why, why)
+WHERE run_id = :run_id AND idx = :idx AND {step -> queued}
+    AND NOT EXISTS (SELECT 1 FROM attempts WHERE run_id = :run_id AND idx = :idx AND state <> 'ended')
+RETURNING name;
+
+-- name: finish_step
+-- A step ends without a commit of its own.
+UPDATE steps SET state = 'finished', outcome = ?3, why = coalesce(?4, why), finished_at = ?5, key = coalesce(?6, key),
+    exit_code = coalesce(?7, exit_code), reused_run = ?8, reused_step = ?9, made_by = ?10
+WHERE run_id = ?1 AND idx = ?2 AND {step -> finished};
+
+-- name: commit_step
+-- A step ends by the commit of an attempt.
+UPDATE steps SET state = 'finished', outcome = 'succeeded', finished_at = :now, key = :key, made_by = :attempt,
+    started_at = coalesce(started_at, :now),
+    exit_code = coalesce((SELECT exit_code FROM attempts WHERE id = :attempt), 0)
+WHERE run_id = :run_id AND idx = :idx AND {step -> finished} RETURNING name;
+
+-- name: submitting_step
+-- A step's attempt is about to be submitted; only in a run whose turn it is.
+UPDATE steps SET state = 'submitting', key = :key, compute = :compute, attempts = attempts + 1, exit_code = NULL
+WHERE run_id = :run_id AND idx = :idx AND {step -> submitting}
+    AND EXISTS (SELECT 1 FROM runs WHERE id = :run_id AND state = 'running')
+RETURNING name;
+
+-- name: running_step
+-- A backend has the step.
+UPDATE steps SET state = 'running', started_at = coalesce(started_at, :now)
+WHERE run_id = :run_id AND idx = :idx AND {step -> running} RETURNING name;
+
+-- name: collecting_step
+-- The step's process has ended well.
+UPDATE steps SET state = 'collecting', exit_code = :exit_code, started_at = coalesce(started_at, :now)
+WHERE run_id = :run_id AND idx = :idx AND {step -> collecting} RETURNING name;
+
+-- name: requeue_step
+-- The step is to be tried again; an attempt that never ran is not counted.
+UPDATE steps SET state = 'queued', why = coalesce(:why, why)
+WHERE run_id = :run_id AND idx = :idx AND {step -> queued} RETURNING name;
+
+-- name: attempt_told
+-- What an ended attempt tells of its step; one that never ran is not counted.
+UPDATE steps SET attempts = attempts - :uncounted,
+    exit_code = CASE WHEN state = 'finished' THEN exit_code ELSE coalesce(:exit_code, exit_code) END
+WHERE run_id = :run_id AND idx = :idx;
+
+-- name: reuse_sources
+-- The results that keys stand for now: read in the transaction that reuses them.
+SELECT r.key, r.run_id, r.step, r.attempt FROM json_each(:keys) AS j CROSS JOIN results AS r ON r.key = j.value;
+
+-- name: reuse_heads
+-- Reused steps are heads of their pipeline too.
+INSERT INTO step_heads (pipeline, step, key, run_id, cost_us)
+SELECT (SELECT pipeline FROM runs WHERE id = :run_id), s.name, s.key, s.run_id, r.cost_us
+FROM json_each(:idxs) AS j
+CROSS JOIN steps AS s ON s.run_id = :run_id AND s.idx = j.value
+CROSS JOIN results AS r ON r.key = s.key
+WHERE true
+ON CONFLICT (pipeline, step) DO UPDATE SET key = excluded.key, run_id = excluded.run_id, cost_us = excluded.cost_us;
+
+-- name: reuse_touch
+-- Outputs that are reused are not garbage; to the day, so that a nightly run that reuses all writes little.
+UPDATE outputs SET used_at = :now
+WHERE used_at < :now - 86400000000 AND attempt IN (
+    SELECT s.made_by FROM json_each(:idxs) AS j CROSS JOIN steps AS s ON s.run_id = :run_id AND s.idx = j.value);
+
+-- name: step_state
+-- For the sentence about an illegal move.
+SELECT name, state FROM steps WHERE run_id = :run_id AND idx = :idx;
+
+-- name: steps
+-- All steps of a run.
+SELECT run_id, idx, name, state, outcome, why, compute, attempts, exit_code, key, reused_run, reused_step,
+    started_at, finished_at
+FROM steps WHERE run_id = :run_id ORDER BY idx;
+
+-- name: step
+-- One step of a run, by name.
+SELECT run_id, idx, name, state, outcome, why, compute, attempts, exit_code, key, reused_run, reused_step,
+    started_at, finished_at
+FROM steps WHERE run_id = :run_id AND name = :name;
+
+-- name: progress
+-- How far runs are: steps by outcome or, before that, by state.
+SELECT s.run_id, coalesce(s.outcome, s.state), count(*)
+FROM json_each(:runs) AS j CROSS JOIN steps AS s ON s.run_id = j.value
+GROUP BY 1, 2;
+
+-- name: count_steps
+-- Steps that want or have a machine, by state.
+SELECT state, count(*) FROM steps
+WHERE state IN ('queued', 'submitting', 'running', 'collecting') GROUP BY state;
+
+-- ==== attempts ====
+
+-- name: insert_attempt
+-- The intent to start a token.
+INSERT INTO attempts (token, run_id, idx, n, compute, key, state, intent_at)
+VALUES (:token, :run_id, :idx, :n, :compute, :key, 'intent', :now);
+
+-- name: attempt_place
+-- What a move of an attempt needs to know.
+SELECT a.token, a.id, a.run_id, a.idx, a.key, a.state, a."end", s.state, s.name, r.pipeline
+FROM attempts AS a
+JOIN steps AS s ON s.run_id = a.run_id AND s.idx = a.idx
+JOIN runs AS r ON r.id = a.run_id
+WHERE a.token = :token;
+
+-- name: submitted_attempt
+-- The backend has given a handle.
+UPDATE attempts SET state = 'submitted', handle = :handle, submitted_at = :now
+WHERE id = :id AND {attempt -> submitted} RETURNING id;
+
+-- name: renew_handle
+-- An adopted attempt's handle, given once more.
+UPDATE attempts SET handle = :handle WHERE id = :id AND state = 'submitted';
+
+-- name: exited_attempt
+-- The process has ended; the attempt lives until its outputs are committed.
+UPDATE attempts SET exit_code = :exit_code, usage = :usage WHERE id = :id;
+
+-- name: end_attempt
+-- How an attempt ended, once for ever.
+UPDATE attempts SET state = 'ended', "end" = :end, ended_at = :now, exit_code = coalesce(:exit_code, exit_code),
+    reason = :reason, usage = coalesce(:usage, usage), cost_us = :cost_us
+WHERE id = :id AND {attempt -> ended} RETURNING id;
+
+-- name: active_attempts
+-- What recovery looks up by token: attempts that live, the oldest first.
+SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,
+    intent_at, submitted_at, ended_at
+FROM attempts WHERE state <> 'ended' ORDER BY id;
+
+-- name: attempts
+-- The attempts of a step, in order.
+SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,
+    intent_at, submitted_at, ended_at
+FROM attempts WHERE run_id = :run_id AND idx = :idx ORDER BY n;
+
+-- name: attempt
+-- The attempt of a token.
+SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,
+    intent_at, submitted_at, ended_at
+FROM attempts WHERE token = :token;
+
+-- ==== keys, results, outputs, heads ====
+
+-- name: insert_key
+-- What a key was made of; the same key has the same parts.
+INSERT INTO keys (key, parts) VALUES (:key, :parts) ON CONFLICT DO NOTHING;
+
+-- name: put_result
+-- What is reused for a key from now on.
+INSERT INTO results (key, attempt, run_id, step, cost_us, made_at)
+VALUES (:key, :attempt, :run_id, :step, :cost_us, :now)
+ON CONFLICT (key) DO UPDATE SET attempt = excluded.attempt, run_id = excluded.run_id, step = excluded.step,
+    cost_us = excluded.cost_us, made_at = excluded.made_at;
+
+-- name: insert_output
+-- One output of a committed attempt.
+INSERT INTO outputs (attempt, position, name, digest, kind, size, path, cost_us, used_at)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?);
+
+-- name: revive_outputs
+-- The bytes of a collected digest are there again.
+UPDATE outputs SET gone_at = NULL, path = ? WHERE digest = ? AND gone_at IS NOT NULL;
+
+-- name: lose_outputs
+-- Garbage collection took the bytes.
+UPDATE outputs SET gone_at = ? WHERE digest = ? AND gone_at IS NULL;
+
+-- name: put_head
+-- A step has succeeded: the next change is explained against this.
+INSERT INTO step_heads (pipeline, step, key, run_id, cost_us) VALUES (:pipeline, :step, :key, :run_id, :cost_us)
+ON CONFLICT (pipeline, step) DO UPDATE SET key = excluded.key, run_id = excluded.run_id, cost_us = excluded.cost_us;
+
+-- name: drop_result
+-- A result is not to be reused any more.
+DELETE FROM results WHERE key = ?;
+
+-- name: results
+-- What may be reused for many keys at once; one row an output, or one without output.
+SELECT r.key, r.run_id, r.step, r.cost_us, o.name, o.digest, o.kind, o.size, o.path, o.gone_at
+FROM json_each(:keys) AS j
+CROSS JOIN results AS r ON r.key = j.value
+LEFT JOIN outputs AS o ON o.attempt = r.attempt;
+
+-- name: outputs
+-- What a step made or reused.
+SELECT o.name, o.digest, o.kind, o.size, o.path, o.gone_at
+FROM steps AS s JOIN outputs AS o ON o.attempt = s.made_by
+WHERE s.run_id = :run_id AND s.idx = :idx ORDER BY o.position;
+
+-- name: heads
+-- The last good state of many steps of a pipeline.
+SELECT h.step, h.key, h.run_id, k.parts
+FROM json_each(:names) AS j
+CROSS JOIN step_heads AS h ON h.pipeline = :pipeline AND h.step = j.value
+LEFT JOIN keys AS k ON k.key = h.key;
+
+-- name: durations
+-- What each step of a pipeline cost when it last ran.
+SELECT step, cost_us FROM step_heads WHERE pipeline = :pipeline;
+
+-- name: parts
+-- What a key was made of.
+SELECT parts FROM keys WHERE key = :key;
+
+-- name: makers
+-- The attempts that made these bytes, the newest first.
+SELECT a.run_id, a.idx, s.name, o.name, a.token
+FROM outputs AS o JOIN attempts AS a ON a.id = o.attempt JOIN steps AS s ON s.run_id = a.run_id AND s.idx = a.idx
+WHERE o.digest = :digest ORDER BY o.attempt DESC LIMIT :limit;
+
+-- name: artifacts
+-- Everything that has bytes. Reads all outputs: for garbage collection only.
+SELECT digest, kind, path, max(size), max(used_at), max(cost_us) FROM outputs WHERE gone_at IS NULL GROUP BY digest, path;
+
+-- ==== fires, schedules, arrivals ====
+
+-- name: insert_fire
+-- A fire happens once: no row when it has happened.
+INSERT INTO fires (dedupe, pipeline, verdict, run_id, detail, at)
+VALUES (:dedupe, :pipeline, :verdict, :run_id, :detail, :now) ON CONFLICT DO NOTHING RETURNING dedupe;
+
+-- name: fire_opened
+-- The run that a fire has opened.
+UPDATE fires SET run_id = :run_id WHERE dedupe = :dedupe;
+
+-- name: fire
+-- What came of a fire.
+SELECT dedupe, pipeline, verdict, run_id, detail, at FROM fires WHERE dedupe = :dedupe;
+
+-- name: put_cursor
+-- How far a trigger is.
+INSERT INTO schedules (id, pipeline, cursor, moved_at) VALUES (:schedule, :pipeline, :cursor, :now)
+ON CONFLICT (id) DO UPDATE SET cursor = excluded.cursor, moved_at = excluded.moved_at;
+
+-- name: schedule_fired
+-- A trigger's last fire, and what came of it.
+UPDATE schedules SET fired_at = :now, verdict = :verdict, run_id = :run_id WHERE id = :schedule;
+
+-- name: schedules
+-- All triggers that ever had a cursor.
+SELECT id, pipeline, cursor, moved_at, fired_at, verdict, run_id FROM schedules;
+
+-- name: schedule
+-- One trigger's cursor.
+SELECT id, pipeline, cursor, moved_at, fired_at, verdict, run_id FROM schedules WHERE id = :schedule;
+
+-- name: put_arrival
+-- A file was taken into a batch.
+INSERT INTO arrivals (schedule, path, digest, size, mtime_ns, ino) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (schedule, path) DO UPDATE SET digest = excluded.digest, size = excluded.size, mtime_ns = excluded.mtime_ns,
+    ino = excluded.ino;
+
+-- name: put_arrival_digest
+-- This content never fires again.
+INSERT INTO arrival_digests (schedule, digest) VALUES (?, ?) ON CONFLICT DO NOTHING;
+
+-- name: arrivals
+-- What a trigger has seen, by path.
+SELECT path, digest, size, mtime_ns, ino FROM arrivals WHERE schedule = :schedule;
+
+-- name: arrival_digests
+-- What a trigger has seen, by content.
+SELECT digest FROM arrival_digests WHERE schedule = :schedule;
+
+-- ==== events, definitions, pauses, audit, stat cache ====
+
+-- name: insert_event
+-- One row a move.
+INSERT INTO events (id, run_id, idx, kind, at, data) VALUES (?, ?, ?, ?, ?, ?);
+
+-- name: last_event
+-- Where the numbers go on.
+SELECT coalesce(max(id), 0) FROM events;
+
+-- name: events
+-- What happened after an event.
+SELECT id, run_id, idx, kind, at, data FROM events WHERE id > :after ORDER BY id LIMIT :limit;
+
+-- name: events_of_run
+-- What happened in one run after an event.
+SELECT id, run_id, idx, kind, at, data FROM events WHERE run_id = :run_id AND id > :after ORDER BY id LIMIT :limit;
+
+-- name: save_definition
+-- A run keeps the version it started with.
+INSERT INTO definitions (version, pipeline, spec, saved_at) VALUES (:version, :pipeline, :spec, :now)
+ON CONFLICT DO NOTHING;
+
+-- name: definition
+-- The spec of a version.
+SELECT spec FROM definitions WHERE version = :version;
+
+-- name: pause
+-- Nothing fires for this pipeline; no row when it was so already.
+INSERT INTO pauses (pipeline, who, at) VALUES (:pipeline, :who, :now) ON CONFLICT DO NOTHING RETURNING pipeline;
+
+-- name: resume
+-- It fires again; no row when it was so already.
+DELETE FROM pauses WHERE pipeline = :pipeline RETURNING pipeline;
+
+-- name: paused
+-- Pipelines that are paused.
+SELECT pipeline FROM pauses;
+
+-- name: insert_audit
+-- Who did what.
+INSERT INTO audit (at, who, uid, pid, verb, args) VALUES (:now, :who, :uid, :pid, :verb, :args);
+
+-- name: audit
+-- Who did what, the newest first.
+SELECT id, at, who, uid, pid, verb, args FROM audit WHERE id < :before ORDER BY id DESC LIMIT :limit;
+
+-- name: put_stat
+-- A file's digest and what `stat` said.
+INSERT INTO stat_cache (path, dev, ino, size, mtime_ns, ctime_ns, hashed_ns, digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (path) DO UPDATE SET dev = excluded.dev, ino = excluded.ino, size = excluded.size,
+    mtime_ns = excluded.mtime_ns, ctime_ns = excluded.ctime_ns, hashed_ns = excluded.hashed_ns, digest = excluded.digest;
+
+-- name: stats
+-- The stat cache for many paths; the list of parameters is filled up by the caller.
+SELECT path, dev, ino, size, mtime_ns, ctime_ns, hashed_ns, digest FROM stat_cache WHERE path IN ({slots});

@@ -1,0 +1,79 @@
+"""What is written beside the moves: definitions, pauses, the audit trail, the stat cache, what is kept no more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlpiped.ledger.db import SQL, Connection, Op, one
+from mlpiped.ledger.rows import signed
+from mlpiped.ledger.text import clean, compact
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mlpiped.ledger.rows import StatRow
+
+
+def save_definition(version: str, pipeline: str, spec_json: str, now: int) -> Op[None]:
+    """The spec of a version, once."""
+
+    def op(c: Connection) -> None:
+        values = {"version": version, "pipeline": pipeline, "spec": clean(spec_json), "now": now}
+        c.execute(SQL["save_definition"], values)
+
+    return op
+
+
+def set_paused(pipeline: str, paused: bool, who: str, now: int) -> Op[bool]:
+    """Pause or resume a pipeline, over restarts. False when it was so already."""
+
+    def op(c: Connection) -> bool:
+        values = {"pipeline": pipeline, "who": clean(who), "now": now}
+        if one(c, "pause" if paused else "resume", values) is None:
+            return False
+        kind = "pipeline.paused" if paused else "pipeline.resumed"
+        c.emit(None, None, kind, now, compact({"pipeline": pipeline, "who": who}))
+        return True
+
+    return op
+
+
+def audit(who: str, uid: int | None, pid: int | None, verb: str, args: Mapping[str, Any], now: int) -> Op[None]:
+    """Who did what. The caller keeps secrets out of `args`."""
+
+    def op(c: Connection) -> None:
+        values = {"who": clean(who), "uid": uid, "pid": pid, "verb": verb, "args": compact(dict(args)), "now": now}
+        c.execute(SQL["insert_audit"], values)
+
+    return op
+
+
+def put_stat_cache(rows: Sequence[StatRow]) -> Op[None]:
+    def op(c: Connection) -> None:
+        c.executemany(
+            SQL["put_stat"],
+            [
+                (r.path, signed(r.dev), signed(r.ino), r.size, r.mtime_ns, r.ctime_ns, r.hashed_ns, r.digest)
+                for r in rows
+            ],
+        )
+
+    return op
+
+
+def drop_results(keys: Sequence[str]) -> Op[int]:
+    """These keys are not reused any more (an output is missing or changed). Gives how many there were."""
+
+    def op(c: Connection) -> int:
+        return int(c.executemany(SQL["drop_result"], [(key,) for key in keys]).rowcount) if keys else 0
+
+    return op
+
+
+def lose_artifacts(digests: Sequence[str], now: int) -> Op[None]:
+    """Garbage collection has taken these bytes. Their digests stay, and what was made from them stays fresh."""
+
+    def op(c: Connection) -> None:
+        c.executemany(SQL["lose_outputs"], [(now, digest) for digest in digests])
+
+    return op

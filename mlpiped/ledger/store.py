@@ -1,0 +1,188 @@
+"""The ledger: one SQLite file, one connection that writes, another that reads, and those who listen."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio import to_thread
+
+from mlpiped.errors import Conflict, LedgerError
+from mlpiped.ledger import opening
+from mlpiped.ledger.ballast import Ballast
+from mlpiped.ledger.db import DatabaseError, Db, in_our_words
+from mlpiped.ledger.queries import Queries
+from mlpiped.ledger.writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+    from mlpiped.clock import Clock
+    from mlpiped.ledger.db import Connection, Op
+    from mlpiped.ledger.rows import EventRow
+
+BEHIND = 1000  # commits that a subscriber may be behind before it is closed
+
+
+class Ledger(Queries):
+    """Reads are the methods of `Queries`; writes are operations made by `moves`."""
+
+    def __init__(self, state_dir: Path, clock: Clock, lock: int, writer_db: Db, reader: Db) -> None:
+        super().__init__(reader)
+        self.path = state_dir / opening.NAME
+        self._clock = clock
+        self._lock = lock
+        self._db = writer_db
+        self._writer = Writer(writer_db, Ballast(state_dir / opening.BALLAST), self._announce)
+        self._writer.listening = lambda: bool(self._subscribers)
+        self._subscribers: dict[MemoryObjectSendStream[list[EventRow]], set[int] | None] = {}
+        self._closed = False
+
+    @classmethod
+    async def open(cls, state_dir: Path, clock: Clock) -> Ledger:
+        """The ledger of this state folder, made when there never was one. The caller closes it.
+
+        Raises LedgerBusy (naming the pid), LedgerUnreadable, LedgerTooNew; then the file is as it was.
+        """
+        opened: list[Db] = []
+        with anyio.CancelScope(shield=True):
+            lock = await to_thread.run_sync(_prepare, state_dir)
+            try:
+                path = state_dir / opening.NAME
+                opened.append(await Db(path, readonly=False).open())
+                opened.append(await Db(path, readonly=True).open())
+                ledger = cls(state_dir, clock, lock, *opened)
+                await ledger._writer.start()
+            except BaseException:
+                for db in opened:
+                    await db.close()
+                os.close(lock)
+                raise
+        return ledger
+
+    async def close(self) -> None:
+        """Commit what is queued, then close. Nothing can be written or read afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._writer.drain()
+                self._writer.stop()
+                await self._db.call(_tidy)
+            finally:
+                for send in list(self._subscribers):
+                    self._unsubscribe(send)
+                await self._reader.close()
+                await self._db.close()
+                os.close(self._lock)
+
+    # --- writing ----------------------------------------------------------------------------------------------
+    @property
+    def commits(self) -> int:
+        """Group commits done."""
+        return self._writer.commits
+
+    @property
+    def full(self) -> bool:
+        """The disk is (nearly) full: what runs can be recorded, nothing new should be dispatched. Ends by itself."""
+        return self._writer.full
+
+    @property
+    def on_full(self) -> Callable[[bool], None] | None:
+        """Called on the loop when `full` changes."""
+        return self._writer.on_full
+
+    @on_full.setter
+    def on_full(self, call: Callable[[bool], None] | None) -> None:
+        self._writer.on_full = call
+
+    async def write(self, *ops: Op[Any]) -> list[Any]:
+        """Run `ops` in one transaction, shared with whoever writes now, and give their results after the fsync.
+
+        They are carried out all or not at all; what one of them raises comes to this caller only. A caller that is
+        cancelled has written nevertheless. An operation may be run twice (a full or locked disk): it must have no
+        effect but on the connection. Raises LedgerFull, LedgerError.
+        """
+        if self._closed:
+            raise LedgerError("the ledger is closed")
+        return await self._writer.put(ops)
+
+    def post(self, *ops: Op[Any]) -> None:
+        """Write with the next commit, at the latest after 50 ms. Failures are logged, and those of the disk retried."""
+        if self._closed:
+            raise LedgerError("the ledger is closed")
+        self._writer.post(ops)
+
+    # --- listening --------------------------------------------------------------------------------------------
+    @contextmanager
+    def subscribe(self, *, runs: set[int] | None = None) -> Iterator[MemoryObjectReceiveStream[list[EventRow]]]:
+        """Event rows, one list a commit, after it; of all runs or of `runs` (the set may be changed meanwhile).
+
+        Who falls too far behind finds the end of the stream, and reads on with `events(after)`.
+        """
+        send, receive = anyio.create_memory_object_stream[list["EventRow"]](BEHIND)
+        self._subscribers[send] = runs
+        try:
+            yield receive
+        finally:
+            self._unsubscribe(send)
+            receive.close()
+
+    def _unsubscribe(self, send: MemoryObjectSendStream[list[EventRow]]) -> None:
+        self._subscribers.pop(send, None)
+        send.close()
+
+    def _announce(self, events: list[EventRow]) -> None:
+        for send, runs in list(self._subscribers.items()):
+            wanted = events if runs is None else [event for event in events if event.run_id in runs]
+            if not wanted:
+                continue
+            try:
+                send.send_nowait(wanted)
+            except (anyio.WouldBlock, anyio.BrokenResourceError):
+                self._unsubscribe(send)
+
+    # --- copies -----------------------------------------------------------------------------------------------
+    async def backup(self, dest: Path) -> None:
+        """A consistent copy, checked and durable, while writing goes on. Replaces `dest` only when it is complete."""
+
+        def work() -> None:
+            if dest.exists() and dest.samefile(self.path):
+                raise Conflict(f"the ledger cannot be its own backup: `{dest}`")
+            try:
+                opening.copy(self.path, dest)
+            except DatabaseError as error:
+                raise in_our_words(error, dest) from error
+            except OSError as error:
+                raise LedgerError(f"the backup cannot be written: `{dest}`: {error.strerror}") from error
+
+        await to_thread.run_sync(work)
+
+    async def checkpoint(self) -> None:
+        """Fold the write-ahead log into the file; hourly is often enough."""
+        await self._db.call(lambda c: c.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+
+
+def _prepare(state_dir: Path) -> int:
+    lock = opening.lock(state_dir)
+    try:
+        opening.warn_of_network(state_dir)
+        opening.prepare(state_dir / opening.NAME, opening.migrations())
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _tidy(c: Connection) -> None:
+    try:
+        c.execute("PRAGMA optimize").fetchall()
+        c.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except DatabaseError:
+        return  # a full disk: the log is played back at the next start

@@ -1,0 +1,382 @@
+"""ONE run: decide -> dispatch -> await the outcome -> ledger. No decision is made here, no SQL, no network.
+
+A restart walks the same path as a start: what the ledger says is finished is told to the plan; an attempt with a handle
+is waited for; an intent without one is fenced, and then it either never ran or is adopted.
+
+One driver task owns the plan. A step that runs has a task of its own, which ends by telling the driver.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
+
+from mlpiped.attempt import Attempt, Ended
+from mlpiped.errors import StaleReuse
+from mlpiped.facts import Facts
+from mlpiped.ledger import StepRow, moves
+from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome, StepState
+from mlpiped.placement import Need
+from mlpiped.resolve import Decision, Graph, Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from anyio.abc import TaskGroup
+
+    from mlpiped.backends.base import Backend
+    from mlpiped.clock import Clock
+    from mlpiped.facts import World
+    from mlpiped.ledger import AttemptRow, RunRow
+
+LOST_LIMIT = 3
+"""So many times a step is run again because its machine failed it; a step with an effect never is."""
+
+TAINTED_LIMIT = 3
+"""So many times a step is run again because an input changed under it."""
+
+_OUTCOMES = {
+    "reuse": StepOutcome.REUSED,
+    "skip": StepOutcome.SKIPPED,
+    "fail": StepOutcome.FAILED,
+    "cancel": StepOutcome.CANCELLED,
+}
+
+
+class Dispatcher(Protocol):
+    """What a run asks of the scheduler, which answers a `request` by `Execution.granted`, or `decide_again`."""
+
+    def request(self, execution: Execution, index: int, need: Need, share: str | None) -> None:
+        """A place for step `index`; `share` is the key under which equal steps of all runs share one attempt."""
+
+    def withdraw(self, execution: Execution, index: int) -> None: ...
+
+    def occupy(self, execution: Execution, index: int, need: Need, compute: str, share: str | None) -> None:
+        """An adopted attempt holds a place already."""
+
+    def release(self, run: int, index: int) -> None:
+        """The process has ended: its place is free. Said twice, it is heard once."""
+
+    def settled(self, run: int, index: int) -> None:
+        """The step's attempt has ended for good or ill: who shares its key may be decided again."""
+
+
+@dataclass(slots=True)
+class Try:
+    """What is held in memory of a step that has to run."""
+
+    state: StepState = StepState.QUEUED
+    since: int = 0  # µs: in this state
+    why: str = ""
+    compute: str | None = None
+    tokens: int = 0
+    failures: int = 0  # attempts that were the code's fault
+    losses: int = 0
+    taints: int = 0
+    not_before: int | None = None  # µs: the pause of a retry ends
+    attempt: Attempt | None = None
+    stop: anyio.Event = field(default_factory=anyio.Event)
+
+    @property
+    def number(self) -> int:
+        """Of the next attempt, from 1."""
+        return 1 + self.failures + self.losses + self.taints
+
+
+class Execution:
+    """One run while it is alive."""
+
+    def __init__(
+        self,
+        row: RunRow,
+        graph: Graph,
+        world: World,
+        backends: Mapping[str, Backend],
+        clock: Clock,
+        dispatcher: Dispatcher,
+    ) -> None:
+        self.row = row
+        self.id = row.id
+        self.graph = graph
+        self.world = world
+        self.backends = backends
+        self.clock = clock
+        self.dispatcher = dispatcher
+        force, target = row.options.get("force"), row.options.get("target")
+        forced = range(len(graph.steps)) if force is True else [graph.step(name) for name in force or ()]
+        self.plan = Plan(graph, target=graph.step(target) if target else None, force=forced)
+        self.facts = Facts(world, graph, row.parameters)
+        self.tries: dict[int, Try] = {}
+        self.started_at = row.started_at
+        self.cancelled = False
+        self._recorded: set[int] = set()  # steps that have a row in the ledger
+        self._again: list[int] = []
+        self._wake = anyio.Event()
+        self._tasks: TaskGroup | None = None
+
+    # --- the driver -------------------------------------------------------------------------------------------
+    async def run(self) -> RunOutcome:
+        """Until the run has ended and that is durable."""
+        restored = self.row.state is RunState.RUNNING
+        if not restored:
+            self.started_at = self.clock.now()
+            self.world.ledger.post(moves.start_run(self.id, self.started_at))
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            if restored:
+                await self._restore()
+            while True:
+                await self._advance()
+                if not self.plan.more_to_do():
+                    break
+                await self._wake.wait()
+                self._wake = anyio.Event()
+        outcome = self.outcome()
+        await self.world.ledger.write(moves.finish_run(self.id, outcome, self.clock.now()))
+        return outcome
+
+    def outcome(self) -> RunOutcome:
+        ends = set(self.plan.outcome)
+        if ends & {StepOutcome.FAILED, StepOutcome.TIMED_OUT, StepOutcome.LOST}:
+            return RunOutcome.FAILED
+        if self.cancelled or StepOutcome.CANCELLED in ends:
+            return RunOutcome.CANCELLED
+        return RunOutcome.SUCCEEDED
+
+    def decide_again(self, index: int) -> None:
+        """Its facts may have changed, or the equal step that it waited for has ended."""
+        self._again.append(index)
+        self._wake.set()
+
+    async def _advance(self) -> None:
+        """Decide all that can be decided now, write it down, ask for places."""
+        while indexes := self._undecided():
+            if self.cancelled:
+                await self._settle([Decision(i, "cancel", "the run was cancelled") for i in indexes])
+                continue
+            decisions = await self.facts.decide(self.plan, indexes)
+            self._queue([d for d in decisions if d.action == "run"])
+            await self._settle([d for d in decisions if d.action != "run"])
+
+    def _undecided(self) -> list[int]:
+        again, self._again = self._again, []
+        return [i for i in dict.fromkeys(self.plan.ready() + again) if self.plan.outcome[i] is None]
+
+    async def _settle(self, decisions: Sequence[Decision]) -> None:
+        """Steps that end without running: one write for all of them, and then the plan goes on.
+
+        If a result was made anew between the decision and the write, all of them are decided again.
+        """
+        if not decisions:
+            return
+        now = self.clock.now()
+        rows = [
+            StepRow(
+                d.index,
+                self.graph.steps[d.index].name,
+                StepState.FINISHED,
+                _OUTCOMES[d.action],
+                d.why,
+                key=d.key,
+                reused_from=d.reused_from,
+                finished_at=now,
+            )
+            for d in decisions
+        ]
+        new = [row for row in rows if row.idx not in self._recorded]
+        old = [row for row in rows if row.idx in self._recorded]
+        ops = [moves.add_steps(self.id, new, now)] if new else []
+        ops += [moves.finish_steps(self.id, old, now)] if old else []
+        try:
+            await self.world.ledger.write(*ops)
+        except StaleReuse:
+            self._again += [d.index for d in decisions]
+            return
+        self._recorded.update(row.idx for row in new)
+        for d in decisions:
+            self.tries.pop(d.index, None)
+            self.plan.finished(d.index, _OUTCOMES[d.action], d.outputs)
+            self.dispatcher.settled(self.id, d.index)
+
+    def _queue(self, decisions: Sequence[Decision]) -> None:
+        now = self.clock.now()
+        new = []
+        for d in decisions:
+            t = self.tries.setdefault(d.index, Try(since=now))
+            t.why = d.why if not t.tokens else t.why
+            if d.index not in self._recorded:
+                new.append(StepRow(d.index, self.graph.steps[d.index].name, StepState.QUEUED, None, d.why, key=d.key))
+                self._recorded.add(d.index)
+        if new:
+            self.world.ledger.post(moves.add_steps(self.id, new, now))
+        for d in decisions:
+            self.dispatcher.request(self, d.index, self.need(d.index), d.key if self._shareable(d.index) else None)
+
+    def _shareable(self, index: int) -> bool:
+        step = self.graph.steps[index]
+        return step.allow_reuse and not step.effect and index not in self.plan.force
+
+    def need(self, index: int) -> Need:
+        step = self.graph.steps[index]
+        r = step.resources
+        priority = self.graph.spec.priority + step.priority
+        return Need(self.id, index, priority, r.slots, r.cpus, r.memory, step.compute)
+
+    # --- attempts ---------------------------------------------------------------------------------------------
+    def granted(self, index: int, compute: str) -> None:
+        """A place on `compute` is leased for step `index`: its attempt begins."""
+        t = self.tries[index]
+        t.tokens += 1
+        token = f"mlp-{self.id}-{index}-{t.tokens}-{secrets.token_hex(8)}"
+        self._begin(index, compute, token, t.tokens, None)
+
+    def _begin(self, index: int, compute: str, token: str, n: int, adopted: AttemptRow | None) -> None:
+        assert self._tasks is not None
+        t = self.tries[index]
+        t.compute, t.state, t.since = compute, StepState.SUBMITTING, self.clock.now()
+        t.attempt = Attempt(
+            self.facts,
+            self.clock,
+            self.backends[compute],
+            self.row,
+            self.plan,
+            index,
+            token,
+            n,
+            t.number,
+            on_running=lambda: self._running(index),
+            on_exit=lambda: self.dispatcher.release(self.id, index),
+        )
+        name = f"run {self.id} step {self.graph.steps[index].name}"
+        self._tasks.start_soon(self._try, index, t.attempt, adopted, name=name)
+
+    def _running(self, index: int) -> None:
+        t = self.tries[index]
+        t.state, t.since = StepState.RUNNING, self.clock.now()
+
+    async def _try(self, index: int, attempt: Attempt, adopted: AttemptRow | None) -> None:
+        try:
+            if adopted is None:
+                ended = await attempt.run(self.facts.steps[index])
+            else:
+                ended = await attempt.adopt(adopted)
+        finally:
+            self.dispatcher.release(self.id, index)
+        t = self.tries[index]
+        t.attempt = None
+        ended, again, pause = self._verdict(index, t, ended)
+        await attempt.record(ended, again)
+        if again is None:
+            assert ended.outcome is not None
+            del self.tries[index]
+            self.plan.finished(index, ended.outcome, ended.outputs)
+            self.dispatcher.settled(self.id, index)
+            self._wake.set()
+            await attempt.tidy(ended)
+            return
+        t.state, t.why, t.since = StepState.QUEUED, again, self.clock.now()
+        self.dispatcher.settled(self.id, index)
+        await self._pause(t, self.clock.now() + int(pause * 1e6))
+        self.decide_again(index)
+
+    def _verdict(self, index: int, t: Try, ended: Ended) -> tuple[Ended, str | None, float]:
+        """What an attempt's end means for its step: (how it ended, why it is tried again or None, pause in seconds).
+
+        Failures of the code cost a retry; failures of the machine, and inputs that changed meanwhile, do not.
+        """
+        step = self.graph.steps[index]
+        stopped = Ended(StepOutcome.CANCELLED, "the run was cancelled", ended.end, ended.exit_code, usage=ended.usage)
+        if ended.outcome in (StepOutcome.SUCCEEDED, StepOutcome.CANCELLED):
+            return ended, None, 0.0
+        if self.cancelled:
+            return (ended if ended.outcome is StepOutcome.FAILED else stopped), None, 0.0
+        number = t.number
+        if ended.outcome in (StepOutcome.FAILED, StepOutcome.TIMED_OUT):
+            t.failures += 1
+            if ended.final or t.failures >= step.retry.attempts:
+                return ended, None, 0.0
+            pause = min(step.retry.delay * step.retry.backoff ** (t.failures - 1), step.retry.max_delay)
+            return ended, f"attempt {number} of {step.retry.attempts} {ended.why}", pause
+        if ended.outcome is StepOutcome.LOST:
+            t.losses += 1
+            if t.losses > LOST_LIMIT or step.effect:
+                return ended, None, 0.0
+            return ended, f"attempt {number} was lost: {ended.why}", 0.0
+        if ended.end is AttemptEnd.TAINTED:
+            t.taints += 1
+            if t.taints > TAINTED_LIMIT:
+                why = f"its inputs kept changing while it ran: {ended.why}"
+                return Ended(StepOutcome.FAILED, why, ended.end, ended.exit_code, usage=ended.usage), None, 0.0
+        return ended, ended.why, 0.0
+
+    async def _pause(self, t: Try, until: int) -> None:
+        t.not_before = until
+        while not self.cancelled and (left := until - self.clock.now()) > 0:
+            with anyio.move_on_after(left / 1e6):
+                await t.stop.wait()
+                break
+        t.not_before = None
+
+    # --- cancel -----------------------------------------------------------------------------------------------
+    async def cancel(self, index: int | None = None) -> None:
+        """One step, or all of them: what has not started ends at once, what runs gets SIGTERM."""
+        if index is None:
+            self.cancelled = True
+        for i in [index] if index is not None else list(self.tries):
+            t = self.tries.get(i)
+            if t is not None and t.attempt is not None:
+                await t.attempt.cancel()
+            elif self.plan.outcome[i] is None:
+                if t is not None:
+                    t.stop.set()
+                self.dispatcher.withdraw(self, i)
+                await self._settle([Decision(i, "cancel", "cancelled")])
+        self._wake.set()
+
+    # --- restart ----------------------------------------------------------------------------------------------
+    async def _restore(self) -> None:
+        """Tell the plan what the ledger knows, and go on with every attempt that an earlier daemon began."""
+        ledger = self.world.ledger
+        rows = await ledger.steps(self.id)
+        made = await ledger.outputs_of_run(self.id)
+        for row in rows:
+            self._recorded.add(row.idx)
+            if row.outcome is not None:
+                self.plan.finished(row.idx, row.outcome, made.get(row.idx, ()))
+        live: list[AttemptRow] = []
+        for row in rows:
+            if row.outcome is not None:
+                continue
+            t = self.tries[row.idx] = Try(row.state, self.clock.now(), row.why)
+            for attempt in await ledger.attempts(self.id, row.idx):
+                self._count(t, attempt)
+                if attempt.end is None:
+                    live.append(attempt)
+        self.plan.ready()  # handed out below, less those that run already
+        running = {attempt.idx for attempt in live}
+        self._again += [i for i in self._open_steps() if i not in running]
+        if live:
+            await self._adopt(live)
+
+    def _open_steps(self) -> list[int]:
+        return [i for i, end in enumerate(self.plan.outcome) if end is None and not self.plan.waits_for(i)]
+
+    def _count(self, t: Try, attempt: AttemptRow) -> None:
+        t.tokens = max(t.tokens, attempt.n)
+        match attempt.end:
+            case AttemptEnd.FAILED | AttemptEnd.TIMED_OUT:
+                t.failures += 1
+            case AttemptEnd.LOST:
+                t.losses += 1
+            case AttemptEnd.TAINTED:
+                t.taints += 1
+
+    async def _adopt(self, live: Sequence[AttemptRow]) -> None:
+        await self.facts.adopt(self.plan, {row.idx: row.key for row in live})
+        for row in live:
+            share = row.key if self._shareable(row.idx) else None
+            self.dispatcher.occupy(self, row.idx, self.need(row.idx), row.compute, share)
+            self._begin(row.idx, row.compute, row.token, row.n, row)
