@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -229,7 +229,8 @@ class Attempt:
         """Make the end durable: the attempt's, and the step's unless it is run `again` (a sentence)."""
         if ended.end in (AttemptEnd.COMMITTED, AttemptEnd.SUPERSEDED):
             return  # `commit_result` was the one transaction
-        now, ops = self.clock.now(), []
+        now = self.clock.now()
+        ops: list[moves.Op[Any]] = []
         if self.begun:
             to = None if again is None else StepState.QUEUED
             usage = json.dumps(ended.usage)

@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from blake3 import blake3
 
-from mlpiped.code_ast import Meaning, meaning_of
+from mlpiped.code_ast import LARGEST, Meaning, meaning_of
 from mlpiped.code_files import Reach, SourceFault, list_code
-from mlpiped.hashing import Unreadable, open_file, printable, tree_digest
+from mlpiped.hashing import Unreadable, copy_fd, open_file, printable, tree_digest
 from mlpiped.walking import Member, PathRefused, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from mlpiped.fingerprint import Digests, Fingerprinter
+    from mlpiped.code_ast import Import
+    from mlpiped.fingerprint import Fingerprinter
+    from mlpiped.references import Digests, Seen
     from mlpiped.spec import SourceSpec
 
 TRIES = 5
@@ -54,6 +56,12 @@ class CodeFact:
     pieces: tuple[Piece, ...] = ()
 
 
+class _Reading(NamedTuple):
+    piece: Piece
+    digest: str  # what counts for the key
+    imports: tuple[Import, ...] = ()
+
+
 class _Changed(Exception):
     """The tree is not what it was a moment ago: look again."""
 
@@ -71,7 +79,7 @@ class CodeReader:
             try:
                 if source.mode == "imports":
                     return await self._read_imports(source)
-                return await self._fingerprinter.survey(*self._tree(source.directory))
+                return await self._read_tree(source)
             except _Changed:
                 continue
             except PathRefused as fault:
@@ -105,7 +113,7 @@ class CodeReader:
         raise _unsteady(source)
 
     async def diff(self, old_raw: str | None, old_files: Mapping[str, str], fact: CodeFact) -> str:
-        """`train.py (+3 -1), utils.py new, old.py gone`: at most 3 files, then `and 4 more`; empty when none differs."""
+        """`train.py (+3 -1), utils.py new, old.py gone`: 3 files at most, then `and 4 more`; empty when equal."""
         before = self._place(old_raw) if old_raw else None
         pieces = {printable(piece.rel): piece for piece in fact.pieces}
         changed = sorted(
@@ -125,14 +133,24 @@ class CodeReader:
         digest = raw.rpartition(":")[2]
         return self._store / digest[:2] / digest[2:]
 
-    def _tree(self, directory: str):  # type: ignore[no-untyped-def]
+    async def _read_tree(self, source: SourceSpec) -> CodeFact:
         members: list[Member] = []
 
-        def look() -> list[tuple[str, tuple[int, int, int, int, int]]]:
-            members.extend(list_code(directory))
+        def look() -> list[Seen]:
+            members.extend(list_code(source.directory))
             return [(m.path, m.stamp) for m in members if m.stamp is not None]
 
-        return look, lambda digests: self._fact(members, digests)
+        def use(digests: Digests) -> CodeFact:
+            return _assembled([self._reading(member, digests) for member in members])
+
+        fact = await self._fingerprinter.survey(look, use)
+        script = "/".join(parts_of(source.script or ""))
+        if script and printable(script) not in fact.files:
+            raise SourceFault(
+                f"the script `{printable(script)}` is not in `{printable(source.directory)}`",
+                hint="if it is there, an ignore file leaves it out",
+            )
+        return fact
 
     async def _read_imports(self, source: SourceSpec) -> CodeFact:
         """Level by level of the import graph; what was read before costs a `stat`."""
@@ -141,12 +159,12 @@ class CodeReader:
             raise SourceFault(f"a step with code from `{printable(source.directory)}` by imports has no script")
         reach = await self._fingerprinter.hop(lambda: Reach(source.directory, script))
         found: dict[str, Member] = {}
-        known: dict[str, tuple[Piece, str]] = {}
+        known: dict[str, _Reading] = {}
         wave = [script]
         while wave:
             asked = tuple(wave)
 
-            def look(asked: Sequence[str] = asked) -> list[tuple[str, tuple[int, int, int, int, int]]]:
+            def look(asked: Sequence[str] = asked) -> list[Seen]:
                 here = {rel: member for rel in asked if (member := reach.member(rel)) is not None}
                 found.update(here)
                 return [(m.path, m.stamp) for m in here.values() if m.stamp is not None]
@@ -155,8 +173,8 @@ class CodeReader:
                 following: dict[str, None] = {}
                 for rel in asked:
                     if rel in found:
-                        known[rel] = self._piece(found[rel], digests)
-                        for item in self._imports_of(known[rel][0]):
+                        known[rel] = self._reading(found[rel], digests)
+                        for item in known[rel].imports:
                             following.update(dict.fromkeys(reach.imported(rel, item)))
                 return [rel for rel in following if rel not in found]
 
@@ -165,16 +183,10 @@ class CodeReader:
             raise SourceFault(f"the script `{printable(script)}` is not in `{printable(source.directory)}`")
         return _assembled(known.values())
 
-    def _imports_of(self, piece: Piece):  # type: ignore[no-untyped-def]
-        return self._meanings[piece.raw].imports if piece.rel.endswith(".py") and piece.raw in self._meanings else ()
-
-    def _fact(self, members: Iterable[Member], digests: Digests) -> CodeFact:
-        return _assembled([self._piece(member, digests) for member in members])
-
-    def _piece(self, member: Member, digests: Digests) -> tuple[Piece, str]:
-        """A file, and the digest that counts for the key. Raises _Changed."""
+    def _reading(self, member: Member, digests: Digests) -> _Reading:
+        """A file, and what counts of it. Raises _Changed."""
         if member.stamp is None:
-            return Piece(member.rel, "l", member.path, member.target), member.target
+            return _Reading(Piece(member.rel, "l", member.path, member.target), member.target)
         try:
             raw = digests.of(member.path)
         except Unreadable as fault:
@@ -182,30 +194,31 @@ class CodeReader:
                 raise _Changed from fault
             raise SourceFault(f"its code cannot be used: {fault}") from fault
         piece = Piece(member.rel, member.kind, member.path, raw)
-        return piece, self._meaning(piece).digest if member.rel.endswith(".py") else raw
+        if member.rel.endswith(".py") and member.stamp[2] <= LARGEST:
+            return _Reading(piece, *self._meaning(piece))
+        return _Reading(piece, raw)
 
     def _meaning(self, piece: Piece) -> Meaning:
         meaning = self._meanings.get(piece.raw)
         if meaning is None:
-            source = _read(piece)
+            meaning = meaning_of(_read(piece))
             self.files_read += 1
             if len(self._meanings) >= MEANINGS_KEPT:
                 self._meanings.clear()
-            meaning = self._meanings[piece.raw] = meaning_of(source)
+            self._meanings[piece.raw] = meaning
         return meaning
 
 
-def _assembled(found: Iterable[tuple[Piece, str]]) -> CodeFact:
-    parts = sorted(found, key=lambda item: os.fsencode(item[0].rel))
+def _assembled(found: Iterable[_Reading]) -> CodeFact:
+    parts = sorted(found, key=lambda reading: os.fsencode(reading.piece.rel))
     files = {}
-    for piece, digest in parts:
-        mark = {"x": "+x", "l": ""}.get(piece.kind, "")
-        files[printable(piece.rel)] = f"-> {digest}" if piece.kind == "l" else digest + mark
+    for piece, digest, _ in parts:
+        files[printable(piece.rel)] = {"f": digest, "x": f"{digest}+x", "l": f"-> {digest}"}[piece.kind]
     return CodeFact(
-        key=tree_digest((os.fsencode(p.rel), p.kind, digest) for p, digest in parts),
-        raw=tree_digest((os.fsencode(p.rel), p.kind, p.raw) for p, _ in parts),
+        key=tree_digest((os.fsencode(p.rel), p.kind, digest) for p, digest, _ in parts),
+        raw=tree_digest((os.fsencode(p.rel), p.kind, p.raw) for p, _, _ in parts),
         files=files,
-        pieces=tuple(piece for piece, _ in parts),
+        pieces=tuple(reading.piece for reading in parts),
     )
 
 
@@ -258,10 +271,15 @@ def _copy(piece: Piece, staged: Path) -> Path:
             raise _Changed
         file.symlink_to(piece.raw)
         return file
-    content = _read(piece)
-    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o755 if piece.kind == "x" else 0o644)
-    with open(fd, "wb") as out:
-        out.write(content)
+    mode = 0o755 if piece.kind == "x" else 0o644
+    try:
+        source = open_file(piece.path)
+    except (FileNotFoundError, NotADirectoryError) as fault:
+        raise _Changed from fault
+    with open(source, "rb") as old, open(file, "xb") as new:
+        if copy_fd(old.fileno(), new.fileno()) != piece.raw:
+            raise _Changed
+        os.fchmod(new.fileno(), mode)
     return file
 
 

@@ -23,8 +23,8 @@ MOST_BYTES = 1 << 30
 IGNORE_FILES = (".gitignore", ".amlignore")
 
 _IGNORED_NAMES = frozenset(
-    """.git .hg .svn .bzr __pycache__ .mypy_cache .ruff_cache .pytest_cache .hypothesis .ipynb_checkpoints .tox .nox .venv
-    .eggs .idea .vscode .DS_Store .gitignore .amlignore .gitattributes .coverage node_modules .dvc""".split()
+    """.git .hg .svn .bzr __pycache__ .mypy_cache .ruff_cache .pytest_cache .hypothesis .ipynb_checkpoints .tox .nox
+    .venv .eggs .idea .vscode .DS_Store .gitignore .amlignore .gitattributes .coverage node_modules .dvc""".split()
 )
 _IGNORED_ENDS = re.compile(r"\.py[co]\Z|\.sw[op]\Z|~\Z|\.egg-info\Z|\A\.#|\A#.*#\Z|\.tmp\Z")
 _EXTENSION = re.compile(r"(\.[\w-]+)?\.(so|pyd)\Z")

@@ -10,6 +10,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,16 +28,17 @@ __all__ = [
     "Daemon",
     "Datastore",
     "LocalCompute",
+    "Outline",
     "Retention",
     "Settings",
     "cpu_count",
     "default_settings",
     "find",
     "load",
+    "outline",
 ]
 
 STATE_DIR = Path("/var/lib/mlpiped")
-MAX_SOCKET_PATH = 107  # bytes; sun_path is 108 with its end
 _OPERATOR = re.compile(r"@?[A-Za-z0-9_][A-Za-z0-9_.-]*\$?\Z")
 _NOT_YET_COMPUTES = ("docker", "ssh", "slurm")
 
@@ -79,9 +81,9 @@ def _operator(text: str) -> str:
 
 def _socket(path: Path) -> Path:
     length = len(os.fsencode(path))
-    if length > MAX_SOCKET_PATH:
+    if length > config_find.LONGEST_SOCKET:
         raise ValueError(
-            f"is too long for a socket: {length} bytes, at most {MAX_SOCKET_PATH}\n"
+            f"is too long for a socket: {length} bytes, at most {config_find.LONGEST_SOCKET}\n"
             "set `runtime_dir` in `[daemon]`, or `socket` in `[control]`, to a shorter path"
         )
     return path
@@ -218,6 +220,40 @@ def load(path: Path) -> Settings:
     if settings is None or faults:
         raise ConfigError(faults.sorted())
     return settings
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a config says about plugins and their world, as far as it can be told from one with faults."""
+
+    plugins: tuple[Path, ...]
+    state_dir: Path
+    datastores: frozenset[str]
+    computes: frozenset[str]  # pools too
+
+
+def outline(path: Path) -> Outline | None:
+    """For a check that goes on after the first faults. None when the file is not TOML. Knows no fault."""
+    path = Path(os.path.abspath(path))
+    try:
+        raw = tomllib.loads(_read(path))
+    except (ConfigError, tomllib.TOMLDecodeError):
+        return None
+    written = raw["daemon"] if isinstance(raw.get("daemon"), dict) else {}
+    plugins = written.get("plugins", ["plugins"])
+    folders = [p for p in plugins if isinstance(p, str)] if isinstance(plugins, list) else []
+    state_dir = written.get("state_dir")
+    names = {section: frozenset(dict(_tables(raw, section))) for section in ("datastores", "compute")}
+    pools = raw["pools"] if isinstance(raw.get("pools"), dict) else {}
+    try:
+        return Outline(
+            plugins=tuple(config_find.below(path.parent, p) for p in folders),
+            state_dir=config_find.below(path.parent, state_dir) if isinstance(state_dir, str) else STATE_DIR,
+            datastores=names["datastores"],
+            computes=(names["compute"] or frozenset({"local"})) | frozenset(pools),
+        )
+    except RuntimeError:  # the home of nobody
+        return None
 
 
 def _read(path: Path) -> str:

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 SYSTEM = Path("/etc/mlpiped/mlpiped.toml")
 RUNTIME_DIR = Path("/run/mlpiped")
 SOCKET_NAME = "control.sock"
+LONGEST_SOCKET = 107  # bytes of a Unix socket's path; sun_path is 108 with its end
 
 
 def find(explicit: Path | None, env: Mapping[str, str]) -> Path:
     """The config file in use: `--config`, `$MLPIPED_CONFIG`, the system's. Raises UsageError when it is not there."""
     named = str(explicit) if explicit is not None else env.get("MLPIPED_CONFIG")
-    path = Path(named).expanduser() if named else SYSTEM
+    path = Path(named) if named else SYSTEM
     if path.is_dir():
         path = path / "mlpiped.toml"
     if path.exists():

@@ -60,6 +60,11 @@ def granule(stamp: Stamp) -> int:
     return _COARSE if whole_seconds or _mounts.kind(stamp[0]) not in _LOCAL else _FINE
 
 
+def file_system(dev: int) -> str:
+    """`ext4`, `nfs4`, …; empty when the kernel does not say."""
+    return _mounts.kind(dev)
+
+
 class _Mounts:
     """File system types by device number, read again now and then: numbers of unmounted ones are used again."""
 
@@ -170,6 +175,19 @@ def hash_fd(fd: int) -> Hashed:
         done = job._read(float("inf"), buffer)
         if done is not None:
             return done
+
+
+def copy_fd(source: int, target: int) -> str:
+    """Copy what is left to read of one descriptor to another; the digest of what was copied."""
+    hasher = blake3(max_threads=1)
+    buffer = bytearray(CHUNK)
+    view = memoryview(buffer)
+    while count := os.readv(source, [view]):
+        hasher.update(view[:count])
+        written = 0
+        while written < count:
+            written += os.write(target, view[written:count])
+    return f"b3:{hasher.hexdigest()}"
 
 
 def tree_digest(entries: Iterable[tuple[bytes, str, str]]) -> str:

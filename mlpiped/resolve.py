@@ -64,7 +64,7 @@ class Graph:
         return found
 
 
-Action = Literal["run", "reuse", "skip", "fail", "unknown"]
+Action = Literal["run", "reuse", "skip", "fail", "cancel", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,7 @@ class Execution:
         self.tries: dict[int, Try] = {}
         self.started_at = row.started_at
         self.cancelled = False
+        self.over = anyio.Event()
         self._recorded: set[int] = set()  # steps that have a row in the ledger
         self._again: list[int] = []
         self._wake = anyio.Event()
@@ -136,6 +137,7 @@ class Execution:
                 self._wake = anyio.Event()
         outcome = self.outcome()
         await self.world.ledger.write(moves.finish_run(self.id, outcome, self.clock.now()))
+        self.over.set()
         return outcome
 
     def outcome(self) -> RunOutcome:

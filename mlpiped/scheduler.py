@@ -150,15 +150,15 @@ class Scheduler:
             )
             if run_id is None:
                 return None
-            row = await ledger.run(run_id)
-            assert row is not None
+            opened = await ledger.run(run_id)
+            assert opened is not None
             if busy and spec.overlap == "cancel_previous":
                 await self._cancel_all(spec.name)
             if busy:
-                self.queued.setdefault(spec.name, []).append((row, graph))
+                self.queued.setdefault(spec.name, []).append((opened, graph))
             else:
-                self._start(row, graph)
-            return int(run_id)
+                self._start(opened, graph)
+            return opened.id
 
     def _alive(self, pipeline: str) -> list[Execution]:
         return [e for e in self.executions.values() if e.row.pipeline == pipeline]
@@ -218,7 +218,8 @@ class Scheduler:
     async def _follow(self, pipeline: str, upstream: str) -> None:
         ledger = self.world.ledger
         schedule = f"success:{pipeline}:{upstream}"
-        last = await ledger.latest_success(upstream)
+        successes = await ledger.runs(pipeline=upstream, outcome=RunOutcome.SUCCEEDED, limit=1)
+        last = successes[0] if successes else None
         before = await ledger.schedule(schedule)
         if before is None:  # never at load: what succeeded before the trigger was there does not count
             start = {"run": last.id if last else 0}

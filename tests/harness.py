@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BIN = Path(sys.executable).parent
+SDK = """\
+from mlpiped import (
+    CommandStep, Cron, DataReference, Datastore, DataTransferStep, Environment, Every, OnArrival, OnSuccess, Pipeline,
+    PipelineData, PipelineParameter, PythonScriptStep, Resources, Retry,
+)
+
+lab = Datastore("lab")
+"""
 SOON = 20.0
 """Seconds within which anything that should happen must have: generous, because test machines are busy."""
 
@@ -163,7 +171,11 @@ class Daemon:
             shutil.rmtree(self.root, ignore_errors=True)
 
     def __enter__(self) -> Daemon:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
@@ -183,7 +195,7 @@ class Daemon:
         return json.loads(done.stdout)
 
     def plugin(self, name: str, text: str) -> Path:
-        """Put a plugin file in place as an editor does: by rename."""
+        """Put a plugin file in place as careful editors do: by rename."""
         path = self.plugins / f"{name}.py"
         fresh = self.root / f".{name}.new"
         fresh.write_text(text)
@@ -194,23 +206,27 @@ class Daemon:
         """The version of a pipeline that is loaded now; None when there is none."""
         return next((p["version"] for p in self.pipelines() if p["name"] == pipeline), None)
 
-    def install(self, name: str, text: str, *pipelines: str) -> None:
-        """Put a plugin in place and return when the daemon has taken up this very text."""
+    def install(self, name: str, body: str, *pipelines: str) -> None:
+        """Put a plugin (`SDK` and `body`) in place and return when the daemon has taken up this very text."""
         names = pipelines or (name,)
         before = {each: self.version(each) for each in names}
-        self.plugin(name, text)
+        self.plugin(name, SDK + body)
         until(
             lambda: all(self.version(each) not in (None, before[each]) for each in names),
-            f"plugin `{name}` taken up: {self.pipelines()}",
+            f"plugin `{name}` taken up",
         )
 
     def pipelines(self) -> list[dict[str, Any]]:
-        return _rows(self.json("pipelines"), "pipelines")
+        return list(self.json("pipelines")["pipelines"])
+
+    def broken(self) -> list[dict[str, Any]]:
+        """The faults of plugins: file, line, message."""
+        return list(self.json("pipelines")["broken"])
 
     def runs(self, pipeline: str | None = None) -> list[dict[str, Any]]:
         """Newest first."""
         words = ("--pipeline", pipeline) if pipeline else ()
-        return _rows(self.json("runs", *words, "-n", 1000), "runs")
+        return list(self.json("runs", *words, "-n", 1000)["runs"])
 
     def run(self, pipeline: str, *args: object) -> int:
         """Ask for a run; its number."""
@@ -262,11 +278,6 @@ def steps(run: Mapping[str, Any]) -> dict[str, str]:
 def step(run: Mapping[str, Any], name: str) -> dict[str, Any]:
     found: dict[str, Any] = next(s for s in run["steps"] if s["name"] == name)
     return found
-
-
-def _rows(document: Any, key: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = document if isinstance(document, list) else document[key]
-    return rows
 
 
 def _pids() -> Iterator[int]:

@@ -56,6 +56,7 @@ class Environments:
         self.envs_dir = envs_dir
         self.python = python
         self._which = which
+        self._base = clean(os.environ)
         self._found: dict[str, tuple[str, str]] = {}  # what was asked for -> (interpreter, its version)
         self._locks: dict[str, anyio.Lock] = {}
 
@@ -82,9 +83,14 @@ class Environments:
     def _sdk(self) -> Path:
         return self.envs_dir / ".sdk"
 
+    @staticmethod
+    def wanted(job: Job) -> bool:
+        """Whether `of` may have to build something, which takes minutes."""
+        return job.requirements is not None or job.python is not None
+
     async def of(self, job: Job) -> dict[str, str]:
         """The base environment for `job`; builds what it needs first. Raises InvalidJob, BackendUnavailable."""
-        env = clean(os.environ)
+        env = dict(self._base)
         folder = os.path.dirname(self.python)
         if job.requirements is not None or (job.python is not None and not await self._is_ours(job.python)):
             home = await self.build(job.python, job.requirements or "")

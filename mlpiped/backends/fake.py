@@ -35,13 +35,13 @@ class FakeBackend:
             raise BackendUnavailable(f"`{self.name}` does not answer")
 
     async def submit(self, job: Job) -> Handle:
-        await self._call()
         ends: list[tuple[float, Outcome]] = [(self.run_for, Exited(self.exit_code))]
         if job.timeout is not None:
             ends.append((job.timeout, Exited(None, signal=15, timed_out=True)))
         if self.lose_after is not None:
             ends.append((self.lose_after, Lost("its machine died")))
         after, outcome = min(ends, key=lambda end: end[0])
+        await self._call()
         if self.world.setdefault(job.token, [anyio.current_time() + after, outcome, anyio.Event()]) is None:
             raise BackendUnavailable(f"token `{job.token}` was fenced and cannot start")
         return {"v": 1, "token": job.token}

@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from typing import TYPE_CHECKING, Any
 
 from mlpiped.backends.base import Exited, Handle, Job, NeverRan
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from pathlib import Path, PurePath
 
 TOKEN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,127}")
-KEPT = frozenset({"claim", "exit.json", "metrics.jsonl", "stderr", "stdout"})  # what stays of a job that is discarded
+KEPT = frozenset(
+    {"claim", "exit.json", "metrics.jsonl", "params.json", "stderr", "stdout"}
+)  # of a job that is discarded
+DRAFT_LIFE = 600.0  # seconds; a builder needs less
 FENCED = {"v": 1, "fenced": True}
 
 
@@ -251,13 +255,21 @@ def _remove(path: Path) -> None:
         except FileNotFoundError:
             pass
 
-    if path.is_dir() and not path.is_symlink():
+    try:
+        os.rmdir(path)  # most of them are empty
+    except NotADirectoryError:
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError:
         shutil.rmtree(path, onerror=unlock)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def sweep_drafts(jobs_dir: Path) -> None:
-    """Remove what builders that crashed left behind. Only while nobody builds."""
+    """Remove what builders that crashed left behind (it may hold secrets), and nothing that is being built."""
     for draft in jobs_dir.glob(".*"):
-        _remove(draft)
+        try:
+            if time.time() - draft.stat().st_mtime > DRAFT_LIFE:
+                _remove(draft)
+        except FileNotFoundError:
+            pass

@@ -17,7 +17,7 @@ from mlpiped.backends import processes
 from mlpiped.backends.base import Capacity, Handle, Job, Lost, NeverRan, Outcome
 from mlpiped.backends.environments import Environments
 from mlpiped.backends.launcher import Call, Launcher
-from mlpiped.backends.supervisor import boot_id
+from mlpiped.backends.supervisor import MemoryGroup, boot_id
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class LocalBackend:
 
         def make() -> None:
             self.jobs_dir.mkdir(parents=True, exist_ok=True)
+            folders.sweep_drafts(self.jobs_dir)
             self._environments.prepare()
 
         await self._do("make its folders", make)
@@ -73,9 +74,10 @@ class LocalBackend:
 
     async def submit(self, job: Job) -> Handle:
         folder = folders.at(self.jobs_dir, job.token)
-        known = await self._do("look for the job", lambda: folders.read_claim(folder))
-        if known is not None:
-            return known
+        if self._environments.wanted(job):
+            known = await self._do("look for the job", lambda: folders.read_claim(folder))
+            if known is not None:
+                return known
         base = await self._environments.of(job)
         known = await self._do("make the job's folder", lambda: self._build(folder, job, base))
         return known if known is not None else await self._launch(folder)
@@ -166,6 +168,7 @@ class LocalBackend:
             return Lost("host rebooted")
         if not processes.sweep(folder.name):
             raise BackendUnavailable(f"processes of `{folder.name}` survive SIGKILL: they hang in the kernel")
+        MemoryGroup.forget(folder.name)
         if not folder.exists():
             return Lost("its job folder is gone")
         return Lost("its supervisor was killed; what was left of the step has been killed too")

@@ -38,6 +38,7 @@ DEFAULTED = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 STEP_FILES = 1024  # soft RLIMIT_NOFILE of a step: what programs expect, where the daemon has raised its own
 STEP_OOM_SCORE = 500  # when the host runs out of memory, steps go before the daemon and its supervisors
+WITNESS_SIZE = 2048  # bytes; what the JSON leaves is spaces
 UNKILLABLE = 30.0  # seconds until a process that survives SIGKILL (in the kernel, on a dead disk) is left behind
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -47,15 +48,22 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
+    return _read("/proc/sys/kernel/random/boot_id").decode().strip()
+
+
+def _read(path: str) -> bytes:
+    """Without Python's file objects: a fork pays for each page of them that it touches."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
 
 
 def _stat(pid: int) -> list[bytes] | None:
     """The fields of /proc/PID/stat after the command's name, from the state (field 3) on."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()
+        return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
 
@@ -117,7 +125,8 @@ def claim(folder: str, record: dict[str, Any]) -> int | None:
     """Put `record` into the claim: the descriptor of its lock, held; None when somebody else was first.
 
     One rename onto a folder that is not empty once it is there: only one can win, and the winner's lock is held and
-    its handle.json complete the instant they can be seen.
+    its handle.json complete the instant they can be seen. On the disk is, at the return, the claim; what its
+    handle.json says is of no use after a power cut anyway.
     """
     target = folder + "/claim"
     if os.path.exists(target):
@@ -127,10 +136,9 @@ def claim(folder: str, record: dict[str, Any]) -> int | None:
     lock = os.open(private + "/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with open(private + "/handle.json", "w") as file:
-            json.dump(record, file)
-            file.flush()
-            os.fsync(file.fileno())
+        fd = os.open(private + "/handle.json", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.write(fd, json.dumps(record).encode())
+        os.close(fd)
         os.rename(private, target)
     except OSError as error:
         os.close(lock)
@@ -153,12 +161,10 @@ class Witness:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.fd = os.open(folder + "/exit.json.tmp", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        os.posix_fallocate(self.fd, 0, 4096)
+        os.write(self.fd, b" " * WITNESS_SIZE)
 
     def write(self, end: dict[str, Any]) -> None:
-        text = json.dumps(end).encode()
-        os.pwrite(self.fd, text, 0)
-        os.ftruncate(self.fd, len(text))
+        os.pwrite(self.fd, json.dumps(end).encode().ljust(WITNESS_SIZE), 0)
         os.fsync(self.fd)
         os.rename(self.folder + "/exit.json.tmp", self.folder + "/exit.json")
         sync_folder(self.folder)
@@ -216,6 +222,12 @@ class MemoryGroup:
                     pass  # no swap accounting here
             return group
         return None
+
+    @classmethod
+    def forget(cls, token: str) -> None:
+        """Remove what a supervisor that was killed left; nothing of the job may live any more."""
+        for version, above in _own_groups():
+            cls(version, above, token).remove()
 
     def spawn(self, start: Callable[[], int]) -> int:
         """Start a process inside, by being inside for that moment: its memory counts here from the first byte."""
@@ -396,13 +408,13 @@ def run(folder: str, job: dict[str, Any]) -> dict[str, Any]:
             group.remove()
 
 
-def supervise(folder: str, say: Say) -> int:
+def supervise(folder: str, boot: str, say: Say) -> int:
     """One attempt, from claim to witness; the exit status of this process. WAKES are blocked."""
     if os.getsid(0) != os.getpid():
         os.setsid()
     _libc.prctl(PR_SET_NAME, b"mlpiped-step", 0, 0, 0)
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    record = {"v": 1, "pid": os.getpid(), "start": start_time(os.getpid()), "boot": boot_id()}
+    record = {"v": 1, "pid": os.getpid(), "start": start_time(os.getpid()), "boot": boot}
     lock = claim(folder, record)
     if lock is None:
         say("lost_claim")
@@ -419,7 +431,7 @@ def supervise(folder: str, say: Say) -> int:
         end = {"code": None, "signal": None, "timed_out": False, "cancelled": False, "error": str(error)}
     except Exception as error:
         bury()
-        sentence = f"the supervisor failed: {type(error).__name__}: {str(error)[:1000]}"
+        sentence = f"the supervisor failed: {type(error).__name__}: {str(error)[:500]}"
         end = {"code": None, "signal": None, "timed_out": False, "cancelled": False, "error": sentence}
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     end.update(v=1, started=started, ended=time.time(), cpu=usage.ru_utime + usage.ru_stime)
@@ -432,11 +444,11 @@ def supervise(folder: str, say: Say) -> int:
 # --- the two ways to be started
 
 
-def _attempt(folder: str, say: Say) -> int:
+def _attempt(folder: str, boot: str, say: Say) -> int:
     try:
-        return supervise(folder, say)
+        return supervise(folder, boot, say)
     except Exception as error:  # before the claim: nothing was done. After it: no witness, so the attempt is lost
-        say("failed", error=f"{type(error).__name__}: {str(error)[:1000]}")
+        say("failed", error=f"{type(error).__name__}: {str(error)[:500]}")
         return 70
 
 
@@ -445,6 +457,7 @@ def serve(fd: int) -> None:
     sock = socket.socket(fileno=fd)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects the supervisors
     _libc.prctl(PR_SET_NAME, b"mlpiped-zygote", 0, 0, 0)
+    boot = boot_id()
     gc.disable()
     gc.freeze()  # what is forked stays shared
     while packet := sock.recv(65536):
@@ -465,7 +478,7 @@ def serve(fd: int) -> None:
             pid = -1
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os._exit(_attempt(folder, say))
+            os._exit(_attempt(folder, boot, say))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, WAKES)
 
 
@@ -475,7 +488,7 @@ def main() -> int:
         return 0
     if len(sys.argv) == 3 and sys.argv[1] == "--run":
         signal.pthread_sigmask(signal.SIG_BLOCK, WAKES)
-        return _attempt(os.path.abspath(sys.argv[2]), lambda kind, **facts: None)
+        return _attempt(os.path.abspath(sys.argv[2]), boot_id(), lambda kind, **facts: None)
     sys.stderr.write("usage: supervisor.py --serve FD | --run FOLDER\n")
     return 2
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mlpiped import __version__
 from mlpiped.cli.front import Parser, guarded
 
 Verb = Callable[[argparse.Namespace], int]
@@ -63,9 +64,7 @@ def _run(argv: Sequence[str] | None) -> int:
     top = parser()
     args = top.parse_args(argv)
     if args.version:
-        from importlib.metadata import version
-
-        print(f"mlpiped {version('mlpiped')}")
+        print(f"mlpiped {__version__}")
         return 0
     if args.verb is None:
         top.print_help(sys.stderr)

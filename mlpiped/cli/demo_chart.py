@@ -41,9 +41,9 @@ def draw(points: Sequence[Point], path: Path) -> None:
         axes.annotate(
             f"{point.accuracy:.1%}\n{point.label}",
             (point.run, point.accuracy),
-            xytext=(0, -12),
+            xytext=(7, -4),
             textcoords="offset points",
-            ha="center",
+            ha="left",
             va="top",
             fontsize=7.5,
             color=INK,
@@ -51,7 +51,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     lowest = min(p.accuracy for p in points)
     axes.set(xlabel="run", title="digits: accuracy on the samples that were held out")
     axes.set_xticks([p.run for p in points])
-    axes.set_xlim(points[0].run - 0.5, points[-1].run + 0.5)
+    axes.set_xlim(points[0].run - 0.5, points[-1].run + 0.9)
     axes.set_ylim(lowest - 0.08, 1.0)
     axes.yaxis.set_major_formatter(percent)
     axes.grid(axis="y", color=FAINT, alpha=0.35, linewidth=0.6)

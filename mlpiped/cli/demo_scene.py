@@ -83,12 +83,12 @@ class Scene:
             self.batches.append(path)
             start += size
 
-    def land(self, number: int) -> Path:
+    def land(self, number: int, name: str | None = None) -> Path:
         """Let batch `number` (from 1) arrive as careful senders do: written elsewhere, then renamed into place."""
         source = self.batches[number - 1]
         copy = self.root / f".{source.name}.sent"
         shutil.copyfile(source, copy)
-        return copy.rename(self.incoming / source.name)
+        return copy.rename(self.incoming / (name or source.name))
 
     def edit(self, script: str, old: str, new: str) -> None:
         """Change one script of the plugin, as an editor does."""

@@ -69,38 +69,50 @@ def guarded(call: Callable[[], int]) -> int:
     """Runs a program's body and turns whatever it raises into a sentence on stderr and an exit status."""
     try:
         status = call()
-        sys.stdout.flush()
+        print(end="", flush=True)  # now, while what it raises can still be told; stdout may be closed
         return status
-    except MlpipedError as error:
-        if os.environ.get("MLPIPED_DEBUG"):
-            raise
-        tell(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader (`head`, a pager) has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:
+        first = _first(error)
+        if isinstance(first, KeyboardInterrupt):
+            return 130
         if os.environ.get("MLPIPED_DEBUG"):
             raise
+        if isinstance(first, MlpipedError):
+            tell(first)
+            return first.exit_code
         complain(
-            f"unexpected fault: {type(error).__name__}: {' '.join(str(error).split())}",
+            f"unexpected fault: {type(first).__name__}: {' '.join(str(first).split())}",
             "run it again with MLPIPED_DEBUG=1 to see where, and report it",
         )
         return UNEXPECTED
 
 
+def _first(error: BaseException) -> BaseException:
+    """What a task group wraps; of several, one that we can say something about."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_first(inner) for inner in error.exceptions]
+    return min(leaves, key=lambda leaf: not isinstance(leaf, MlpipedError))
+
+
 def tell(error: MlpipedError) -> None:
     if isinstance(error, FaultsError):
         for fault in error.faults:
-            print(fault, file=sys.stderr)
+            print(printable(str(fault)), file=sys.stderr)
         complain(f"{type(error).__doc__}: {len(error.faults)}")
     else:
         complain(error.message, error.hint)
 
 
 def complain(message: str, hint: str | None = None) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(printable(f"error: {message}"), file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(printable(f"hint: {hint}"), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: a name or a message of somebody's is only shown."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

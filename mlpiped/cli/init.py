@@ -8,15 +8,13 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from mlpiped.config_find import SOCKET_NAME
+from mlpiped.config_find import LONGEST_SOCKET, SOCKET_NAME
 from mlpiped.errors import Conflict, UsageError
-
-LONGEST_SOCKET = 107  # bytes that a Unix socket's path may have
 
 
 def init(folder: Path) -> int:
     """Writes the template's files below `folder`, made if need be. Never replaces a file."""
-    folder = Path(os.path.abspath(folder.expanduser()))
+    folder = Path(os.path.abspath(folder))
     socket = folder / "run" / SOCKET_NAME
     if len(os.fsencode(socket)) > LONGEST_SOCKET:
         raise UsageError(f"the path is too long for a socket in it: `{folder}`", hint="choose a folder nearer to /")

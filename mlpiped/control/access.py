@@ -4,6 +4,8 @@
     act      operators (`"alice"`, `"@group"`), root, the daemon's own user
     own      whoever may act, and the owner on his own run
     start    whoever may act, and the owner of the plugin's file on his pipeline
+
+Each check raises NotPermitted with the sentence for the person who asks.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _http_problem(error: web.HTTPException) -> ErrorJson:
 
 
 class Stream:
-    """Server-sent events to one peer. Raises ConnectionError when the peer is gone, TimeoutError when it does not read."""
+    """Server-sent events to one peer. Raises ConnectionError when it is gone, TimeoutError when it does not read."""
 
     def __init__(self, response: web.StreamResponse) -> None:
         self._response = response

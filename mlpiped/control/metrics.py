@@ -11,6 +11,7 @@ import anyio.to_thread
 from mlpiped.model import AttemptEnd, RunState, StepState
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from mlpiped.control.service import Service
@@ -33,12 +34,17 @@ async def of_run(service: Service, run: RunRow) -> dict[str, Any]:
                 {
                     "step": step.name,
                     "reused_from": None if reused is None else f"{reused[0]}/{reused[1]}",
-                    "last": {line["name"]: line["value"] for line in lines if "name" in line and "value" in line},
+                    "last": {line["name"]: line["value"] for line in lines if is_metric(line)},
                     "metrics": lines,
                     "truncated": cut,
                 }
             )
     return {"run": run.id, "pipeline": run.pipeline, "steps": found}
+
+
+def is_metric(line: dict[str, Any]) -> bool:
+    """`kind` may be missing: other languages write `{"name": …, "value": …}`."""
+    return line.get("kind", "metric") == "metric" and isinstance(line.get("name"), str) and "value" in line
 
 
 async def token_of(service: Service, run: RunRow, step: StepRow) -> str | None:
@@ -76,7 +82,7 @@ async def prometheus(service: Service) -> str:
     counts = await service.ledger.counts()
     lines: list[str] = []
 
-    def metric(name: str, kind: str, text: str, values: list[tuple[str, float]]) -> None:
+    def metric(name: str, kind: str, text: str, values: Sequence[tuple[str, float]]) -> None:
         lines.append(f"# HELP mlpiped_{name} {text}")
         lines.append(f"# TYPE mlpiped_{name} {kind}")
         lines.extend(f"mlpiped_{name}{labels} {value:g}" for labels, value in values)
@@ -93,7 +99,12 @@ async def prometheus(service: Service) -> str:
     metric("compute_healthy", "gauge", "1 when the compute is well.",
            [(n, c["health"] is None) for n, c in zip(label, computes, strict=True)])  # fmt: skip
     metric("pipelines", "gauge", "Pipelines loaded.", [("", len(list(service.registry.all())))])
-    metric("plugins_broken", "gauge", "Faults in plugin files.", [("", len(list(service.registry.broken())))])
+    metric(
+        "plugins_broken",
+        "gauge",
+        "Faults in plugin files.",
+        [("", sum(len(each.faults) for each in service.registry.broken()))],
+    )
     metric("ledger_commits_total", "counter", "Group commits since the start.", [("", service.ledger.commits)])
     metric("loop_lag_seconds", "gauge", "How late the event loop was when last looked.", [("", service.loop_lag())])
     metric("start_time_seconds", "gauge", "When the daemon started.", [("", service.about.started_at / 1e6)])

@@ -10,7 +10,7 @@ from mlpiped.triggers.schedule import schedule_id, span_text
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from mlpiped.control.service import Service
+    from mlpiped.control.service import LoadedPipeline, Service
     from mlpiped.errors import Fault
     from mlpiped.ledger.rows import RunRow
     from mlpiped.spec import PipelineSpec, Trigger
@@ -36,6 +36,10 @@ def fault_json(fault: Fault) -> dict[str, Any]:
     return {"file": fault.file, "line": fault.line, "message": fault.message, "hint": fault.hint}
 
 
+def faults_of(service: Service) -> list[Fault]:
+    return [fault for each in service.registry.broken() for fault in each.faults]
+
+
 def _next_by_pipeline(views: Iterable[ScheduleView]) -> dict[str, int]:
     found: dict[str, int] = {}
     for view in views:
@@ -47,8 +51,8 @@ def _next_by_pipeline(views: Iterable[ScheduleView]) -> dict[str, int]:
 async def status(service: Service) -> dict[str, Any]:
     """All that a person wants to see at a glance. O(what is unfinished) whatever the ledger's size."""
     ledger, about = service.ledger, service.about
-    specs = list(service.registry.all())
-    broken = [fault_json(fault) for fault in service.registry.broken()]
+    loaded = len(list(service.registry.all()))
+    broken = [fault_json(fault) for fault in faults_of(service)]
     paused = await ledger.paused()
     coming = sorted((v for v in service.schedules() if v.next_us is not None), key=lambda v: v.next_us or 0)
     counts = await ledger.counts()
@@ -61,7 +65,7 @@ async def status(service: Service) -> dict[str, Any]:
             "now": json_time(service.clock.now()),
             "state_dir": str(about.state_dir),
         },
-        "pipelines": {"loaded": len(specs), "broken": len(broken), "paused": len(paused)},
+        "pipelines": {"loaded": loaded, "broken": len(broken), "paused": len(paused)},
         "broken": broken,
         "next": [
             {"pipeline": v.pipeline, "trigger": v.describe, "at": json_time(v.next_us), "paused": v.pipeline in paused}
@@ -111,33 +115,33 @@ def computes(service: Service) -> list[dict[str, Any]]:
 
 
 async def pipelines(service: Service) -> dict[str, Any]:
-    specs = sorted(service.registry.all(), key=lambda spec: spec.name)
+    all_loaded = sorted(service.registry.all(), key=lambda each: each.spec.name)
     paused = await service.ledger.paused()
-    last = await service.ledger.last_finished([spec.name for spec in specs])
+    last = await service.ledger.last_finished([each.spec.name for each in all_loaded])
     coming = _next_by_pipeline(service.schedules())
-    faults = list(service.registry.broken())
+    faults = faults_of(service)
     return {
         "pipelines": [
-            pipeline_json(service, spec, spec.name in paused, last.get(spec.name), coming.get(spec.name), faults)
-            for spec in specs
+            pipeline_json(each, name in paused, last.get(name), coming.get(name), faults)
+            for name, each in ((each.spec.name, each) for each in all_loaded)
         ],
         "broken": [fault_json(fault) for fault in faults],
     }
 
 
 def pipeline_json(
-    service: Service,
-    spec: PipelineSpec,
+    loaded: LoadedPipeline,
     paused: bool,
     last: RunRow | None,
     coming: int | None,
     faults: Sequence[Fault],
 ) -> dict[str, Any]:
     """`broken` is the fault of the file that it was loaded from: the last good version is in use meanwhile."""
+    spec = loaded.spec
     mine = [fault for fault in faults if fault.file == spec.where.file]
     return {
         "name": spec.name,
-        "version": service.registry.version(spec.name),
+        "version": loaded.version,
         "experiment": spec.experiment,
         "description": spec.description,
         "file": spec.where.file,
@@ -180,7 +184,7 @@ async def schedules(service: Service) -> dict[str, Any]:
                 "paused": view.pipeline in paused,
             }
         )
-    found.extend(_by_success(service.registry.all(), rows, paused))
+    found.extend(_by_success([each.spec for each in service.registry.all()], rows, paused))
     return {"schedules": sorted(found, key=lambda s: (s["next_fire"] is None, s["next_fire"] or "", s["pipeline"]))}
 
 

@@ -112,7 +112,7 @@ def _span(value: object) -> float:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain)]
-Path = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_plain)]
+AbsolutePath = Annotated[str, Field(min_length=1, max_length=4096, pattern="^/"), AfterValidator(_plain)]
 Word = Annotated[str, Field(max_length=1000), AfterValidator(_plain)]
 Span = Annotated[float, BeforeValidator(_span), Field(ge=0)]
 Flag = bool
@@ -180,14 +180,14 @@ class StartRun(Choice):
 class SubmitFile(StartRun):
     """A pipeline that is not installed: `file` is an absolute path that the daemon can read."""
 
-    file: Path
+    file: AbsolutePath
 
 
 class AskPlan(Choice):
     """Exactly one of `pipeline` and `file`."""
 
     pipeline: Name | None = None
-    file: Path | None = None
+    file: AbsolutePath | None = None
 
     def subject(self) -> str:
         if (self.pipeline is None) == (self.file is None):
@@ -229,8 +229,8 @@ class EventsQuery(_Query):
     follow: Flag = False
 
 
-class OutputQuery(_Query):
-    """Nothing yet."""
+class NoQuery(_Query):
+    """No words."""
 
 
 def check(model: type[M], value: Any, what: str) -> M:

@@ -105,7 +105,7 @@ class ControlServer:
             _check_names(ask.names)
             if route.permit is not None:
                 await route.permit(ask)
-            ask.query = requests.query(route.query or requests.OutputQuery, _query(request))
+            ask.query = requests.query(route.query or requests.NoQuery, _query(request))
             if route.body is not None:
                 ask.body = requests.body(route.body, await _read(request))
             if route.verb is not None:
@@ -154,7 +154,7 @@ def _unlink(path: Path, ino: int) -> None:
 
 
 class _Door(asyncio.Protocol):
-    """Lets a connection in, or refuses it fast: at most so many in all and of one user. Who says nothing is shown out."""
+    """Lets a connection in, or refuses it fast: so many in all, so many of one user. Who says nothing is shown out."""
 
     def __init__(self, runner: web.AppRunner, spoke: set[Any]) -> None:
         self._runner = runner

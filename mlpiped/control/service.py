@@ -74,13 +74,24 @@ class Actions(Protocol):
     def compute(self) -> Sequence[ComputeJson]: ...
 
 
+class LoadedPipeline(Protocol):
+    @property
+    def spec(self) -> PipelineSpec: ...
+    @property
+    def version(self) -> str: ...
+
+
+class BrokenPlugin(Protocol):
+    @property
+    def faults(self) -> Sequence[Fault]: ...
+
+
 class Registry(Protocol):
     """The plugins that are loaded."""
 
-    def get(self, name: str) -> PipelineSpec | None: ...
-    def version(self, name: str) -> str | None: ...
-    def all(self) -> Iterable[PipelineSpec]: ...
-    def broken(self) -> Iterable[Fault]: ...
+    def get(self, name: str) -> LoadedPipeline | None: ...
+    def all(self) -> Iterable[LoadedPipeline]: ...
+    def broken(self) -> Iterable[BrokenPlugin]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +115,14 @@ class About:
     socket: Path | None = None
     plugins: tuple[Path, ...] = ()
     datastores: Mapping[str, Path] = field(default_factory=dict)
+    sqlite: tuple[int, ...] = ()  # version of the library that the ledger uses
 
 
 @dataclass(slots=True)
 class Service:
     """All of it. `job_folder` gives the folder that holds stdout, stderr and metrics.jsonl of an attempt's token;
-    `gc_plan` what `gc` would remove: {"artifacts": [{"digest", "kind", "size", "path", "used_at", "why"}], "bytes"}."""
+    `gc_plan` what `gc` would remove: {"artifacts": [{"digest", "kind", "size", "path", "used_at" (µs), "why"}],
+    "bytes"}."""
 
     access: Access
     ledger: Ledger
@@ -120,6 +133,7 @@ class Service:
     about: About
     job_folder: Callable[[str], Path]
     gc_plan: Callable[[], Awaitable[dict[str, Any]]]
+    ledger_faults: Callable[[], Awaitable[Sequence[str]]] | None = None  # PRAGMA quick_check: [] when it is well
     loop_lag: Callable[[], float] = lambda: 0.0  # seconds
     closing: anyio.Event = field(default_factory=anyio.Event)
     lookup: Lookup = field(init=False)

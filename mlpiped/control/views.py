@@ -134,7 +134,7 @@ class Lookup:
         return run
 
     def pipelines(self) -> list[str]:
-        return [spec.name for spec in self._registry.all()]
+        return [loaded.spec.name for loaded in self._registry.all()]
 
     async def steps(self, run: RunRow) -> list[StepRow]:
         rows = await self._ledger.steps(run.id)

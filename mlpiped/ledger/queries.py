@@ -103,6 +103,11 @@ class Queries:
         row = await (self._one("latest_of_all") if pipeline is None else self._one("latest", pipeline=pipeline))
         return None if row is None else run_row(row)
 
+    async def latest_success(self, pipeline: str) -> RunRow | None:
+        """The newest run of the pipeline that succeeded."""
+        row = await self._one("latest_success", pipeline=pipeline)
+        return None if row is None else run_row(row)
+
     async def last_finished(self, pipelines: Sequence[str]) -> dict[str, RunRow]:
         """The newest finished run of each of `pipelines` that has one."""
         found = [run_row(row) for row in await self._every("last_finished", pipelines=json.dumps(list(pipelines)))]
@@ -148,6 +153,13 @@ class Queries:
         """What a finished step made, or took from the result that it reused."""
         return tuple(_fact(row) for row in await self._every("outputs", run_id=run_id, idx=idx))
 
+    async def outputs_of_run(self, run_id: int) -> dict[int, tuple[OutputFact, ...]]:
+        """`outputs` of every finished step of the run that has any, by index."""
+        found: dict[int, tuple[OutputFact, ...]] = {}
+        for idx, *fact in await self._every("outputs_of_run", run_id=run_id):
+            found[idx] = (*found.get(idx, ()), _fact(fact))
+        return found
+
     # --- keys and results -------------------------------------------------------------------------------------
     async def results(self, keys: Sequence[str]) -> dict[str, Result]:
         """What may be reused for each of `keys`; a key without a result is absent."""
@@ -155,15 +167,18 @@ class Queries:
         def work(c: Connection) -> list[Any]:
             return [
                 row
-                for chunk in _chunks(list(dict.fromkeys(keys)))
+                for chunk in _chunks(sorted(set(keys)))  # in the order of the index
                 for row in every(c, "results", {"keys": json.dumps(chunk)})
             ]
 
         found: dict[str, Result] = {}
-        for row in await self._reader.call(work):
-            fact = () if row[4] is None else (_fact(row[4:]),)
-            before = found.get(row[0])
-            found[row[0]] = Result(row[1], row[2], fact if before is None else before.outputs + fact, row[3])
+        for key, run_id, step, cost_us, name, digest, kind, size, path, gone in await self._reader.call(work):
+            if name is None:
+                found[key] = Result(run_id, step, (), cost_us)
+                continue
+            fact = OutputFact(name, digest, kind, size, "" if gone is not None else fs_text(path))
+            before = found.get(key)
+            found[key] = Result(run_id, step, (fact,) if before is None else (*before.outputs, fact), cost_us)
         return found
 
     async def heads(self, pipeline: str, names: Sequence[str]) -> dict[str, Head]:
@@ -242,7 +257,7 @@ class Queries:
     async def audit(self, limit: int = 100, *, before: int = 2**62) -> list[AuditRow]:
         """Who did what, the newest first; `before` is an id, to page on."""
         rows = await self._every("audit", limit=limit, before=before)
-        return [AuditRow(*fields, args=json.loads(args)) for *fields, args in rows]
+        return [AuditRow(r[0], r[1], r[2], r[3], r[4], r[5], json.loads(r[6])) for r in rows]
 
     async def stat_cache(self, paths: Sequence[bytes]) -> dict[bytes, StatRow]:
         """What is known of each of `paths`; an unknown one is absent."""

@@ -1,5 +1,5 @@
--- Every statement of the ledger but the schema. `{step -> finished}` becomes `state IN (…)`: the states that may go there
--- by the table of legal moves in model.py. Statements that check a move return a row when it was legal.
+-- Every statement of the ledger but the schema. `{step -> finished}` becomes the condition that the row's state may
+-- go there by the table of legal moves in model.py. Statements that check a move return a row when it was legal.
 
 -- ==== runs ====
 
@@ -94,6 +94,12 @@ FROM runs WHERE pipeline = :pipeline ORDER BY id DESC LIMIT 1;
 SELECT id, pipeline, version, experiment, owner, cause_kind, cause_detail, parameters, tags, options,
     state, outcome, created_at, started_at, finished_at
 FROM runs ORDER BY id DESC LIMIT 1;
+
+-- name: latest_success
+-- The newest run of a pipeline that succeeded.
+SELECT id, pipeline, version, experiment, owner, cause_kind, cause_detail, parameters, tags, options,
+    state, outcome, created_at, started_at, finished_at
+FROM runs WHERE pipeline = :pipeline AND outcome = 'succeeded' ORDER BY id DESC LIMIT 1;
 
 -- name: last_finished
 -- The last run of each named pipeline that has ended.
@@ -211,7 +217,7 @@ GROUP BY 1, 2;
 -- name: count_steps
 -- Steps that want or have a machine, by state.
 SELECT state, count(*) FROM steps
-WHERE state IN ('queued', 'submitting', 'running', 'collecting') GROUP BY state;
+WHERE state <> 'waiting' AND state <> 'finished' GROUP BY state;
 
 -- ==== attempts ====
 
@@ -251,7 +257,7 @@ WHERE id = :id AND {attempt -> ended} RETURNING id;
 -- What recovery looks up by token: attempts that live, the oldest first.
 SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,
     intent_at, submitted_at, ended_at
-FROM attempts WHERE state <> 'ended' ORDER BY id;
+FROM attempts INDEXED BY attempts_live WHERE state <> 'ended' ORDER BY id;
 
 -- name: attempts
 -- The attempts of a step, in order.
@@ -312,6 +318,12 @@ LEFT JOIN outputs AS o ON o.attempt = r.attempt;
 SELECT o.name, o.digest, o.kind, o.size, o.path, o.gone_at
 FROM steps AS s JOIN outputs AS o ON o.attempt = s.made_by
 WHERE s.run_id = :run_id AND s.idx = :idx ORDER BY o.position;
+
+-- name: outputs_of_run
+-- What all finished steps of a run made or reused.
+SELECT s.idx, o.name, o.digest, o.kind, o.size, o.path, o.gone_at
+FROM steps AS s JOIN outputs AS o ON o.attempt = s.made_by
+WHERE s.run_id = :run_id ORDER BY s.idx, o.position;
 
 -- name: heads
 -- The last good state of many steps of a pipeline.

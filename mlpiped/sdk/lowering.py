@@ -334,7 +334,7 @@ def _parameters(pipeline: Pipeline, graph: _Graph) -> list[PipelineParameter]:
         other = found.setdefault(parameter.name, parameter)
         if other is not parameter and other.plain() != parameter.plain():
             graph.fault(
-                f"parameter `{parameter.name}` has two definitions: line {other.where[1]} and line {parameter.where[1]}",
+                f"parameter `{parameter.name}` has two definitions: lines {other.where[1]} and {parameter.where[1]}",
                 parameter.where,
                 "define it once and use that object",
             )

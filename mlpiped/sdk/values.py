@@ -1,4 +1,4 @@
-"""Checks of what authors pass: each takes (value, what it is called, where it was written) or raises DefinitionError."""
+"""Checks of what authors pass: each takes a value, what it is called and where it was written; or DefinitionError."""
 
 from __future__ import annotations
 

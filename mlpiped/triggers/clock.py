@@ -172,6 +172,7 @@ class Clockwork:
                 s.cursor = max(now, s.cursor)
                 await self._memory.put_cursor(s.id, s.pipeline, {"at": s.cursor})
             s.table = timetable(s.spec, s.cursor)
+            s.look_ahead()
         except UsageError as error:
             s.fault = error.message
             log.warning("a schedule of `%s` cannot be used: %s", s.pipeline, error.message)

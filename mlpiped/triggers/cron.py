@@ -264,3 +264,12 @@ def _us(moment: datetime) -> int:
     """Integer arithmetic throughout: a float timestamp loses microseconds."""
     since = moment.astimezone(UTC) - _EPOCH
     return (since.days * 86_400 + since.seconds) * SECOND + since.microseconds
+
+
+def check(expression: str, timezone: str) -> str | None:
+    """What is wrong with an expression, as a sentence, or None."""
+    try:
+        parse(expression, timezone)
+    except UsageError as fault:
+        return fault.message
+    return None

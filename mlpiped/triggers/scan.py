@@ -21,6 +21,7 @@ from mlpiped.triggers.memory import SeenRow
 from mlpiped.triggers.mounts import Mount, mount_of
 
 DRAFTS = (b"~", b".swp", b".swx", b".part", b".tmp", b".crdownload", b".partial", b".filepart")
+_NOWHERE = Mount(b"/", "")
 _MAGIC = re.compile(rb"[*?\[]")
 
 
@@ -53,6 +54,11 @@ class Target:
             return self.parts
         n = next((i for i, part in enumerate(self.parts) if _MAGIC.search(part)), len(self.parts) - 1)
         return self.parts[:n]
+
+    @property
+    def flat(self) -> bool:
+        """Whether all it can match lies in one folder, so that a path alone says if it does."""
+        return self.glob and self.parts[-1] != b"**" and len(self.prefix) == len(self.parts) - 1
 
     def is_marker(self, name: bytes) -> bool:
         if self.marker is None:
@@ -94,7 +100,7 @@ class Look:
     changed: dict[bytes, Stamp] = field(default_factory=dict)
     seen: int = 0
     deep: bool = False  # it went into folders that the pattern does not name one by one
-    mount: Mount = Mount(b"/", "")
+    mount: Mount = _NOWHERE
     point: Point | None = None
     missing: bytes = b""  # the part of the prefix that is not there
     fault: str = ""  # why the root cannot be used at all
@@ -109,14 +115,27 @@ def scan(target: Target, known: Mapping[bytes, SeenRow]) -> Look:
             return look
         look.mount = mount_of(target.root)
         _Walk(target, known, look).expand(target.root, target.parts)
-        if known and not look.seen and _is_empty(target.root):
-            look.fault = "is empty, and files are known from it: is it mounted?"
-            return look
         look.point, look.missing = _point(target, look.deep)
     except FileNotFoundError:
         look.fault = "is missing"
     except OSError as error:
         look.fault = f"cannot be read: {(error.strerror or str(error)).lower()}"
+    return look
+
+
+def touched(target: Target, known: Mapping[bytes, SeenRow], paths: Iterable[bytes]) -> Look:
+    """As `scan`, for some paths of a flat target. `deep`: a folder is among them, and only a scan can tell."""
+    look = Look()
+    walk, part = _Walk(target, known, look), target.parts[-1]
+    match, wanted = re.compile(fnmatch.translate(part.decode("latin-1"))).match, _wanted(part)
+    for path in paths:
+        name = os.path.basename(path)
+        if match(name.decode("latin-1")) and wanted(name):
+            st = walk.beneath(path)
+            if st is not None and stat.S_ISREG(st.st_mode):
+                walk.take(path, st)
+            elif st is not None and stat.S_ISDIR(st.st_mode):
+                look.deep = True
     return look
 
 
@@ -287,11 +306,6 @@ def _is_own_folder(entry: os.DirEntry[bytes]) -> bool:
         return entry.is_dir(follow_symlinks=False)
     except OSError:
         return False
-
-
-def _is_empty(folder: bytes) -> bool:
-    with os.scandir(folder) as entries:
-        return next(entries, None) is None
 
 
 def _ctime(path: bytes) -> int | None:

@@ -1,7 +1,7 @@
 """Hints from the kernel that something changed below a folder. Hints only: inotify loses events, and says nothing.
 
 watchfiles' own generators build their watcher on the event loop (0.2 s for 1,000 folders) and do not tell when it is
-armed, so the Rust object beneath them is used in threads of our own: two at most, one for whole trees, one for single folders.
+armed, so the Rust object beneath them is used in threads of our own: two at most, for trees and for single folders.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import anyio
 from anyio import to_thread
-from watchfiles.main import RustNotify
+from watchfiles._rust_notify import RustNotify
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,14 @@ class Watcher:
         self._wanted: dict[bool, frozenset[bytes]] = {True: frozenset(), False: frozenset()}
         self._poke = {True: anyio.Event(), False: anyio.Event()}
         self._limiter = anyio.CapacityLimiter(16)
+        self._pause = {True: 0.0, False: 0.0}
+        self._armed: dict[bool, frozenset[bytes]] = {True: frozenset(), False: frozenset()}
         self.refused: dict[bytes, str] = {}
+
+    @property
+    def armed(self) -> frozenset[bytes]:
+        """The folders that the kernel tells us about now."""
+        return self._armed[True] | self._armed[False]
 
     def want(self, flat: frozenset[bytes], deep: frozenset[bytes], *, again: bool = False) -> None:
         """`again`: arm anew although the paths are the same (one of them is another folder by now)."""
@@ -43,6 +50,11 @@ class Watcher:
                 self._wanted[kind] = paths
                 self._poke[kind].set()
         self.refused = {path: why for path, why in self.refused.items() if path in flat | deep}
+
+    def again(self) -> None:
+        """Ask the kernel once more for all of it."""
+        for poke in self._poke.values():
+            poke.set()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -61,19 +73,20 @@ class Watcher:
                 if current is not None:
                     current.stop()
                 current = armed
+                self._armed[deep] = paths - self.refused.keys() if armed else frozenset()
                 for path in paths:
                     self._hint(path)
                 if armed is not None:
-                    await self._listen(armed, poke)
+                    await self._listen(armed, poke, deep)
                 else:
                     await poke.wait()
         finally:
             if current is not None:
                 current.stop()
 
-    async def _listen(self, armed: _Armed, poke: anyio.Event) -> None:
+    async def _listen(self, armed: _Armed, poke: anyio.Event, deep: bool) -> None:
         """Until something else is wanted or the watcher breaks."""
-        broke = time.monotonic()
+        began = time.monotonic()
         async with anyio.create_task_group() as tasks:
 
             async def wanted() -> None:
@@ -89,8 +102,9 @@ class Watcher:
                     self._hint(path)
             tasks.cancel_scope.cancel()
         if not poke.is_set():  # it broke: a name that is not UTF-8, or something unforeseen
-            self._pause = 0.05 if time.monotonic() - broke > CALM else min(2 * getattr(self, "_pause", 0.05), 5.0)
-            await anyio.sleep(self._pause)
+            calm = time.monotonic() - began > CALM
+            self._pause[deep] = 0.0 if calm else min(2 * self._pause[deep] + 0.02, 2.0)
+            await anyio.sleep(self._pause[deep])
 
     async def _arm(self, paths: frozenset[bytes], deep: bool) -> _Armed | None:
         armed, refused = await to_thread.run_sync(_arm, paths, deep, limiter=self._limiter)
@@ -124,8 +138,8 @@ class _Armed:
         return None
 
     def stop(self) -> None:
+        """Takes effect within a step. The Rust object closes when it is let go: not here, while `next` may be in it."""
         self._stopped.set()
-        self._notify.close()
 
 
 def _arm(paths: frozenset[bytes], deep: bool) -> tuple[_Armed | None, dict[bytes, str]]:

@@ -1,4 +1,4 @@
-"""What one `true` costs on the local backend, all told. Not a test: `python tests/bench/measure_local.py [jobs] [slots]`."""
+"""What a `true` costs on the local backend, all told. No test: `python tests/bench/measure_local.py [jobs] [slots]`."""
 
 from __future__ import annotations
 

@@ -15,16 +15,16 @@ from mlpiped.model import AttemptEnd, StepState, json_time
 if TYPE_CHECKING:
     from mlpiped.control.requests import AskPlan, RunsQuery
     from mlpiped.control.route import Ask
+    from mlpiped.control.service import LoadedPipeline
     from mlpiped.ledger.rows import AttemptRow
-    from mlpiped.spec import PipelineSpec
 
 
-def loaded(ask: Ask, name: str) -> PipelineSpec:
+def loaded(ask: Ask, name: str) -> LoadedPipeline:
     """Raises UnknownName with the near ones."""
-    spec = ask.service.registry.get(name)
-    if spec is None:
+    found = ask.service.registry.get(name)
+    if found is None:
         raise UnknownName.among("pipeline", name, ask.service.lookup.pipelines())
-    return spec
+    return found
 
 
 async def status(ask: Ask) -> Any:
@@ -44,17 +44,19 @@ async def compute(ask: Ask) -> Any:
 
 
 async def gc_plan(ask: Ask) -> Any:
-    return await ask.service.gc_plan()
+    plan = await ask.service.gc_plan()
+    return {**plan, "artifacts": [{**a, "used_at": json_time(a["used_at"])} for a in plan["artifacts"]]}
 
 
 async def pipeline(ask: Ask) -> Any:
     """What it is made of. What is stale is a question for `plan`, which reads files: the client asks it beside."""
-    spec = loaded(ask, ask.names["pipeline"])
+    found = loaded(ask, ask.names["pipeline"])
+    spec = found.spec
     ledger = ask.service.ledger
     paused = spec.name in await ledger.paused()
     last = (await ledger.last_finished([spec.name])).get(spec.name)
     coming = min((v.next_us for v in ask.service.schedules() if v.pipeline == spec.name and v.next_us), default=None)
-    about = overview.pipeline_json(ask.service, spec, paused, last, coming, list(ask.service.registry.broken()))
+    about = overview.pipeline_json(found, paused, last, coming, overview.faults_of(ask.service))
     return {
         "pipeline": about,
         "parameters": [p.model_dump(mode="json") for p in spec.parameters],
@@ -178,10 +180,11 @@ async def run_metrics(ask: Ask) -> Any:
 
 async def plan(ask: Ask) -> Any:
     body: AskPlan = ask.body
+    subject = body.subject()
     parameters = body.plain_parameters()
+    if body.file is not None:  # loading it runs it
+        ask.service.access.act(ask.peer, "plan a file: it is loaded as the daemon's user")
     if body.pipeline is not None:
-        spec = loaded(ask, body.pipeline)
+        spec = loaded(ask, body.pipeline).spec
         parameters = dict(protocol.typed_parameters(parameters, spec.parameters))
-    return await ask.service.actions.plan(
-        body.subject(), parameters=parameters, force=body.forced(), target=body.target
-    )
+    return await ask.service.actions.plan(subject, parameters=parameters, force=body.forced(), target=body.target)

@@ -1,5 +1,6 @@
 -- The ledger: what was decided, what happened, and what may be reused.
 -- Times are microseconds since the epoch, UTC. Paths are the file system's own bytes. `finished` has an outcome, nothing else has.
+-- The lists of states are chains of OR: an IN of more than two is built anew for each row written, at twice the cost.
 
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT,  -- people write it down: never given twice
@@ -12,8 +13,8 @@ CREATE TABLE runs (
     parameters TEXT NOT NULL,  -- JSON object, as are tags and options
     tags TEXT NOT NULL,
     options TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('queued', 'running', 'finished')),
-    outcome TEXT CHECK (outcome IN ('succeeded', 'failed', 'cancelled')),
+    state TEXT NOT NULL CHECK (state = 'queued' OR state = 'running' OR state = 'finished'),
+    outcome TEXT CHECK (outcome = 'succeeded' OR outcome = 'failed' OR outcome = 'cancelled'),
     created_at INTEGER NOT NULL,
     started_at INTEGER,
     finished_at INTEGER,
@@ -35,9 +36,13 @@ CREATE TABLE steps (
     run_id INTEGER NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
     idx INTEGER NOT NULL,
     name TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('waiting', 'queued', 'submitting', 'running', 'collecting', 'finished')),
+    state TEXT NOT NULL CHECK (
+        state = 'waiting' OR state = 'queued' OR state = 'submitting' OR state = 'running'
+        OR state = 'collecting' OR state = 'finished'
+    ),
     outcome TEXT CHECK (
-        outcome IN ('succeeded', 'reused', 'failed', 'timed_out', 'cancelled', 'skipped', 'lost')
+        outcome = 'succeeded' OR outcome = 'reused' OR outcome = 'failed' OR outcome = 'timed_out'
+        OR outcome = 'cancelled' OR outcome = 'skipped' OR outcome = 'lost'
     ),
     why TEXT NOT NULL,
     compute TEXT,
@@ -51,9 +56,9 @@ CREATE TABLE steps (
     finished_at INTEGER,
     PRIMARY KEY (run_id, idx),
     CHECK ((state = 'finished') = (outcome IS NOT NULL)),
-    CHECK ((made_by IS NOT NULL) = (outcome IS NOT NULL AND outcome IN ('succeeded', 'reused')))
+    CHECK ((made_by IS NOT NULL) = (outcome IS NOT NULL AND (outcome = 'succeeded' OR outcome = 'reused')))
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX steps_active ON steps (state) WHERE state IN ('queued', 'submitting', 'running', 'collecting');
+CREATE INDEX steps_active ON steps (state) WHERE state <> 'waiting' AND state <> 'finished';
 
 CREATE TABLE attempts (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -63,9 +68,10 @@ CREATE TABLE attempts (
     n INTEGER NOT NULL,
     compute TEXT NOT NULL,
     key TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('intent', 'submitted', 'ended')),
+    state TEXT NOT NULL CHECK (state = 'intent' OR state = 'submitted' OR state = 'ended'),
     "end" TEXT CHECK (
-        "end" IN ('committed', 'failed', 'timed_out', 'cancelled', 'lost', 'never_ran', 'tainted', 'superseded')
+        "end" = 'committed' OR "end" = 'failed' OR "end" = 'timed_out' OR "end" = 'cancelled'
+        OR "end" = 'lost' OR "end" = 'never_ran' OR "end" = 'tainted' OR "end" = 'superseded'
     ),
     handle TEXT,  -- JSON, the backend's own
     exit_code INTEGER,
@@ -104,7 +110,7 @@ CREATE TABLE outputs (
     position INTEGER NOT NULL,
     name TEXT NOT NULL,
     digest TEXT NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('file', 'folder')),
+    kind TEXT NOT NULL CHECK (kind = 'file' OR kind = 'folder'),
     size INTEGER NOT NULL,
     path BLOB NOT NULL,
     cost_us INTEGER NOT NULL,

@@ -1,0 +1,188 @@
+"""Verbs about the daemon as a whole: status, pipelines, schedules, compute, gc, doctor, completion."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from mlpiped.cli.render import Cell, ago, cut, lasting, shown, size
+from mlpiped.errors import UsageError
+from mlpiped.protocol import path
+
+if TYPE_CHECKING:
+    from mlpiped.cli.ctl import Call
+
+WATCH_EVERY = 2.0  # seconds
+
+
+def status(call: Call) -> int:
+    while True:
+        answer = call.client.get(path("status"))
+        if call.as_json:
+            call.line(answer) if call.args.watch else call.document(answer)
+        else:
+            page = _status(call, answer)
+            clear = "\x1b[H\x1b[2J" if call.args.watch and call.screen.terminal else ""
+            print(clear + page, flush=True)
+        if not call.args.watch:
+            return 0
+        time.sleep(WATCH_EVERY)
+
+
+def _status(call: Call, answer: dict[str, Any]) -> str:
+    screen, now = call.screen, time.time()
+    daemon, count = answer["daemon"], answer["pipelines"]
+    extra = [f"{count[word]} {word}" for word in ("broken", "paused") if count[word]]
+    up = lasting(daemon["started_at"], None, now)
+    head = f"mlpiped {shown(daemon['version'])}  pid {daemon['pid']}  up {up}  {count['loaded']} pipelines"
+    parts = [head + (f" ({', '.join(extra)})" if extra else "")]
+
+    def section(title: str, columns: list[str], rows: list[list[object]]) -> None:
+        if rows:
+            parts.append(screen.paint(title, "bold") + "\n" + screen.table(columns, rows, indent="  "))
+
+    section("active runs", ["RUN", "PIPELINE", "PROGRESS", "RUNNING", "QUEUED", "FAILED", "OWNER", "SINCE"], [
+        [r["id"], r["pipeline"], screen.bar(r["done"], r["total"]), r["running"], r["queued"],
+         Cell(r["failed"], "failed" if r["failed"] else None), r["owner"], ago(r["started_at"], now)]
+        for r in answer["active"]
+    ])  # fmt: skip
+    waiting = answer["runs"].get("queued", 0)
+    if waiting:
+        parts.append(f"{waiting} {'run waits' if waiting == 1 else 'runs wait'} for their turn")
+    section("compute", ["NAME", "KIND", "SLOTS", "HOLDERS"], [_compute_row(c) for c in answer["compute"]])
+    section("next fires", ["WHEN", "PIPELINE", "TRIGGER"], [
+        [ago(n["at"], now), n["pipeline"], n["trigger"] + (" (paused)" if n["paused"] else "")] for n in answer["next"]
+    ])  # fmt: skip
+    section("last failures", ["RUN", "PIPELINE", "WHEN", "STEP", "HOW", "WHY"], [
+        [f["id"], f["pipeline"], ago(f["finished_at"], now), f["step"], _how(f), cut(shown(f["why"] or "-"), 80)]
+        for f in answer["failures"]
+    ])  # fmt: skip
+    section("broken plugins", ["", ""], [[_place(b), b["message"]] for b in answer["broken"]])
+    return "\n\n".join(parts)
+
+
+def _how(failure: dict[str, Any]) -> Cell:
+    word = failure["step_outcome"] or failure["outcome"]
+    code = failure["exit_code"]
+    return Cell(str(word).replace("_", " ") + (f" (exit {code})" if code else ""), word)
+
+
+def _place(fault: dict[str, Any]) -> str:
+    return f"{fault['file']}:{fault['line']}" if fault["line"] else str(fault["file"])
+
+
+def _compute_row(compute: dict[str, Any]) -> list[object]:
+    holders = ", ".join(f"{h['run']}/{h['step']}" for h in compute["holders"][:4])
+    more = len(compute["holders"]) - 4
+    text = (
+        Cell(compute["health"], "failed") if compute["health"] else holders + (f" and {more} more" if more > 0 else "")
+    )
+    return [compute["name"], compute["kind"], f"{compute['used']}/{compute['slots']}", text]
+
+
+def pipelines(call: Call) -> int:
+    answer = call.client.get(path("pipelines"))
+    if call.as_json:
+        return call.document(answer)
+    now = time.time()
+    rows = [
+        [
+            p["name"],
+            p["version"],
+            p["steps"],
+            Cell("paused", "paused") if p["paused"] else ago(p["next_fire"], now),
+            call.screen.state(p["last"]) if p["last"] else None,
+            f"run {p['last']['id']}, {ago(p['last']['finished_at'], now)}" if p["last"] else None,
+            "; ".join(p["triggers"]),
+        ]
+        for p in answer["pipelines"]
+    ]
+    head = ["NAME", "VERSION", "STEPS", "NEXT", "LAST", "", "TRIGGERS"]
+    call.say(call.screen.table(head, rows))
+    if not rows:
+        call.note("no pipeline is loaded: put a plugin into the plugins folder")
+    for fault in answer["broken"]:
+        call.note(f"{call.screen.paint('broken', 'broken')} {shown(_place(fault))}: {shown(fault['message'])}")
+        if fault["hint"]:
+            call.note(f"  hint: {shown(fault['hint'])}")
+    return 0
+
+
+def schedules(call: Call) -> int:
+    answer = call.client.get(path("schedules"))
+    if call.as_json:
+        return call.document(answer)
+    now = time.time()
+    rows = [
+        [
+            s["pipeline"],
+            s["trigger"],
+            Cell("paused", "paused") if s["paused"] else ago(s["next_fire"], now),
+            ago(s["last_fire"], now) + (f" (run {s['last_run']})" if s["last_run"] else ""),
+            s["mode"],
+            s["waits_for"],
+        ]
+        for s in answer["schedules"]
+    ]
+    call.say(call.screen.table(["PIPELINE", "TRIGGER", "NEXT", "LAST", "BY", "WAITS FOR"], rows))
+    if not rows:
+        call.note("no pipeline has a trigger")
+    return 0
+
+
+def compute(call: Call) -> int:
+    answer = call.client.get(path("compute"))
+    if call.as_json:
+        return call.document(answer)
+    now = time.time()
+    rows: list[list[object]] = []
+    for c in answer["compute"]:
+        memory = None if c["memory"] is None else f"{size(c['memory_used'])} of {size(c['memory'])}"
+        health = Cell(c["health"], "failed") if c["health"] else Cell("ok", "ok")
+        rows.append([c["name"], c["kind"], f"{c['used']}/{c['slots']}", memory, health])
+    call.say(call.screen.table(["NAME", "KIND", "SLOTS", "MEMORY", "HEALTH"], rows))
+    held = [
+        [f"{h['run']}/{h['step']}", c["name"], h["slots"], lasting(h["since"], None, now)]
+        for c in answer["compute"]
+        for h in c["holders"]
+    ]
+    if held:
+        call.say("\n" + call.screen.table(["HELD BY", "ON", "SLOTS", "FOR"], held))
+    return 0
+
+
+def gc(call: Call) -> int:
+    if not call.args.plan:
+        raise UsageError("`gc` removes nothing yet", hint="`mlpipectl gc --plan` says what could go")
+    answer = call.client.get(path("gc"))
+    if call.as_json:
+        return call.document(answer)
+    now = time.time()
+    rows = [
+        [cut(a["digest"], 20), a["kind"], size(a["size"]), ago(a["used_at"], now), a["why"]]
+        for a in answer["artifacts"]
+    ]
+    call.say(call.screen.table(["ARTIFACT", "KIND", "SIZE", "USED", "WHY"], rows))
+    call.note(f"{len(rows)} artifacts, {size(answer['bytes'])}; nothing was removed")
+    return 0
+
+
+def doctor(call: Call) -> int:
+    answer = call.client.get(path("doctor"), timeout=300)
+    status = 1 if answer["level"] == "fail" else 0
+    if call.as_json:
+        call.document(answer)
+        return status
+    for check in answer["checks"]:
+        level = call.screen.paint(f"{check['level']:<4}", check["level"])
+        call.say(f"{level}  {shown(check['name']):<10}  {shown(check['message'])}")
+        if check["hint"]:
+            call.say(f"{'':<18}hint: {shown(check['hint'])}")
+    return status
+
+
+def completion(call: Call) -> int:
+    from mlpiped.cli.completion import script
+    from mlpiped.cli.ctl import parser
+
+    return call.say(script(parser(), "mlpipectl", call.args.shell).rstrip("\n"))

@@ -1,0 +1,75 @@
+"""The table of routes: all that the daemon answers to. The OpenAPI document and the router are both made from it."""
+
+from __future__ import annotations
+
+from mlpiped.control.handlers import about, act, files, follow, look
+from mlpiped.control.requests import (
+    AskPlan,
+    CancelRun,
+    Empty,
+    EventsQuery,
+    LogsQuery,
+    RunsQuery,
+    StartRun,
+    SubmitFile,
+    WaitQuery,
+)
+from mlpiped.control.route import Route
+
+_SSE = "text/event-stream"
+_RUN = "the run: `GET /v1/runs/{run}` has the same keys"
+
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "/v1/status", look.status, "daemon, next fires, active runs, compute in use, last failures",
+          "daemon, pipelines, broken, next, runs, steps, active, compute, failures"),
+    Route("GET", "/v1/pipelines", look.pipelines, "what is loaded, and what is broken and why",
+          "pipelines, each with version, triggers, next_fire, last; broken: faults with file and line"),
+    Route("GET", "/v1/pipelines/{pipeline}", look.pipeline, "one pipeline: parameters, triggers, graph",
+          "pipeline, parameters, graph: each step with the steps that it comes after"),
+    Route("POST", "/v1/pipelines/{pipeline}/runs", act.start,
+          "start a run; with the header `Idempotency-Key`, at most one for that key",
+          "id, pipeline, created: 201 for a new run, 200 for the one that the key has started before",
+          body=StartRun, verb="run", permit=act.may_start, status=201),
+    Route("POST", "/v1/pipelines/{pipeline}/pause", act.pause, "fire no more, over restarts too",
+          "pipeline, paused", body=Empty, verb="pause", permit=act.may_pause),
+    Route("POST", "/v1/pipelines/{pipeline}/resume", act.resume, "fire again",
+          "pipeline, paused", body=Empty, verb="resume", permit=act.may_pause),
+    Route("POST", "/v1/plan", look.plan, "what would run, what would be reused, and why; changes nothing",
+          "pipeline, version, steps with action, why and expected seconds, seconds in all", body=AskPlan),
+    Route("POST", "/v1/submit", act.submit, "run a pipeline from a file that is not installed",
+          "id", body=SubmitFile, verb="submit", permit=act.may_submit, status=201),
+    Route("GET", "/v1/schedules", look.schedules, "every trigger: next and last fire, what it waits for, its cursor",
+          "schedules", ),
+    Route("GET", "/v1/runs", look.runs, "runs, the newest first", "runs, without their steps unless `steps=1`",
+          query=RunsQuery),
+    Route("GET", "/v1/runs/{run}", look.run, "one run: a number, `latest` or `PIPELINE:latest`", "the run"),
+    Route("GET", "/v1/runs/{run}/graph", look.run_graph, "one run with the graph that it has",
+          "run; graph: each step with the steps that it comes after"),
+    Route("GET", "/v1/runs/{run}/wait", follow.wait, "the run as soon as it has finished", _RUN, query=WaitQuery),
+    Route("GET", "/v1/runs/{run}/logs", follow.logs, "what its steps printed",
+          "pieces: step, attempt, stream, offset, text or data (base64), note; then `end`",
+          query=LogsQuery, media=_SSE),
+    Route("GET", "/v1/runs/{run}/metrics", look.run_metrics, "what its steps measured",
+          "steps, each with last (name -> value) and metrics (every line)"),
+    Route("GET", "/v1/runs/{run}/outputs", files.outputs, "what it made or reused",
+          "outputs: step, name, kind, digest, size, path"),
+    Route("GET", "/v1/runs/{run}/outputs/{step}/{output}", files.output, "an output's bytes",
+          "a file as it is, a folder as a tar; `X-Digest` and `X-Kind` say which", media="application/octet-stream"),
+    Route("GET", "/v1/runs/{run}/steps/{step}/why", look.why, "why it ran, was reused, or does not run yet",
+          "why, waiting (present tense), parts of the key, attempts"),
+    Route("POST", "/v1/runs/{run}/cancel", act.cancel, "end a run or one step of it", "id, step, cancelled",
+          body=CancelRun, verb="cancel", permit=act.may_cancel),
+    Route("POST", "/v1/runs/{run}/retry", act.retry, "a new run of the same version that reuses what succeeded",
+          "id of the new run, retry_of", body=Empty, verb="retry", permit=act.may_retry, status=201),
+    Route("GET", "/v1/events", follow.events, "what happened; with `follow=1` as a stream that goes on",
+          "events: id, at, kind, run, step, data; as a stream each with its id, for `Last-Event-ID`",
+          query=EventsQuery),
+    Route("GET", "/v1/compute", look.compute, "slots, who holds them, health", "compute"),
+    Route("POST", "/v1/reload", act.reload, "read the plugins again", "what was found",
+          body=Empty, verb="reload", permit=act.may_reload),
+    Route("GET", "/v1/gc", look.gc_plan, "what `gc` would remove; removes nothing", "artifacts, bytes"),
+    Route("GET", "/v1/doctor", about.examine, "find what is wrong",
+          "level (ok, warn, fail), checks: name, level, message, hint"),
+    Route("GET", "/v1/openapi.json", about.openapi, "this document", "OpenAPI 3.1"),
+    Route("GET", "/metrics", about.prometheus, "numbers for Prometheus", "text", media="text/plain"),
+)  # fmt: skip

@@ -1,0 +1,323 @@
+"""The composition root: builds every room, starts the one root task group, and stops in a written order.
+
+Start   ledger (and the lock on the state folder) -> rooms -> plugins -> unfinished runs go on -> triggers are known
+        -> control socket -> triggers fire -> READY
+Stop    1. no new work: triggers and plugins stop
+        2. streams are told, the control socket closes
+        3. on_stop = "cancel": runs are cancelled; else they are let go
+        4. backends let go: steps run on, and are found again at the next start
+        5. the ledger writes what is queued, and closes
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from contextlib import AsyncExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import structlog
+
+import mlpiped
+from mlpiped import config, logs, notify_systemd
+from mlpiped.actions import Actions
+from mlpiped.artifacts import Store
+from mlpiped.backends.local import LocalBackend
+from mlpiped.clock import SystemClock
+from mlpiped.code import CodeReader
+from mlpiped.control.access import Access
+from mlpiped.control.server import ControlServer
+from mlpiped.control.service import About, Service
+from mlpiped.dispatch import Dispatch
+from mlpiped.errors import MlpipedError
+from mlpiped.facts import World
+from mlpiped.fingerprint import Fingerprinter
+from mlpiped.ledger import Ledger, moves, sqlite_version
+from mlpiped.loader import Known, Registry, load_file
+from mlpiped.placement import Place
+from mlpiped.retention import gc_plan
+from mlpiped.scheduler import Scheduler
+from mlpiped.triggers import Arrivals, Clockwork, LedgerMemory, cron
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from anyio.abc import TaskGroup
+
+    from mlpiped.backends.base import Backend
+    from mlpiped.config import Settings
+    from mlpiped.loader import LoadResult
+    from mlpiped.spec import Trigger
+    from mlpiped.triggers import ScheduleView
+
+log = structlog.get_logger("daemon")
+
+HEARTBEAT = 1.0  # seconds
+CHECKPOINT = 3600.0  # seconds
+LAG_LIMIT = 5.0  # seconds that the loop may be late before the watchdog is let bark
+STOP_LIMIT = 5.0  # seconds for each room to close
+CANCEL_LIMIT = 20.0  # seconds for all runs to end, with on_stop = "cancel"
+
+
+def serve(settings: Settings) -> int:
+    """Run the daemon until SIGTERM or SIGINT; the exit status. Raises MlpipedError for what keeps it from serving."""
+    logs.setup(settings.daemon.log)
+    _raise_file_limit()
+    try:
+        anyio.run(_serve, settings)
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
+    return 0
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Out of a task group's bundle, the one error that a person should read."""
+    own, _ = group.split(MlpipedError)
+    found: BaseException = own or group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+def _raise_file_limit() -> None:
+    """A pidfd per running step, a connection per client: the usual soft limit of 1024 is soon reached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
+
+
+async def _serve(settings: Settings) -> None:
+    async with AsyncExitStack() as stack:
+        daemon = await Daemon.build(settings, stack)
+        async with anyio.create_task_group() as tasks:
+            await daemon.start(tasks)
+            await daemon.stopping.wait()
+            await daemon.stop()
+            tasks.cancel_scope.cancel()
+    log.info("stopped")
+
+
+class Daemon:
+    """Everything, built and connected."""
+
+    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+        self.settings = settings
+        self.clock = SystemClock()
+        self.ledger = ledger
+        self.stopping = anyio.Event()
+        self.lag = 0.0
+        state = settings.daemon.state_dir
+        self.fingerprinter = Fingerprinter(ledger, moves.put_stat_cache)
+        self.store = Store(state, self.fingerprinter)
+        datastores = {name: each.path for name, each in settings.datastores.items()}
+        code = CodeReader(self.fingerprinter, state)
+        self.world = World(ledger, self.fingerprinter, code, self.store, datastores)
+        self.backends: dict[str, Backend] = {
+            name: LocalBackend(
+                name,
+                state / "jobs",
+                state / "envs",
+                slots=each.slots,
+                memory=each.memory,
+                cpus=each.cpus,
+                python=str(settings.daemon.python or sys.executable),
+            )
+            for name, each in settings.compute.items()
+        }
+        capacities = {name: backend.capacity() for name, backend in self.backends.items()}
+        places = [Place(name, c.slots, c.cpus, c.memory) for name, c in capacities.items()]
+        self.dispatch = Dispatch(places, settings.pools, settings.daemon.max_running_steps)
+        self.registry = Registry(settings.daemon.plugins, state, self._known, cron.check, self._plugins_changed)
+        self.scheduler = Scheduler(self.world, self.registry, self.backends, self.clock, self.dispatch)
+        memory = LedgerMemory(ledger, moves, self.clock)
+        self.clockwork = Clockwork(memory, self.clock, self.scheduler.emit)
+        self.arrivals = Arrivals(memory, self.fingerprinter, self.clock, self.scheduler.emit, dict(settings.datastores))
+        self.scheduler.on_resume = self.arrivals.look
+        self.server = AsyncExitStack()  # the control socket
+        self.rooms = AsyncExitStack()  # the backends
+        self.triggers = anyio.CancelScope()
+
+    @classmethod
+    async def build(cls, settings: Settings, stack: AsyncExitStack) -> Daemon:
+        """Take the state folder (one daemon a folder) and build every room. `stack` closes the ledger at the end."""
+        state = settings.daemon.state_dir
+        try:
+            state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as fault:
+            raise MlpipedError(f"the state folder cannot be made: `{state}`: {fault.strerror}") from None
+        ledger = await Ledger.open(state, SystemClock())
+        stack.push_async_callback(_in_time, "ledger", ledger.close)
+        return cls(settings, ledger)
+
+    # --- start ------------------------------------------------------------------------------------------------
+    async def start(self, tasks: TaskGroup) -> None:
+        started = self.clock.monotonic()
+        tasks.start_soon(self._signals, name="signals")
+        await self.registry.start()
+        for backend in self.backends.values():
+            await backend.start(self.rooms)
+        resumed = await self.scheduler.recover(tasks)
+        self.ledger.on_full = self._disk
+        self._disk(self.ledger.full)
+        self._set_triggers()
+        await self.scheduler.tell_followers()
+        await self._listen()
+        tasks.start_soon(self._triggers, name="triggers")
+        tasks.start_soon(self._heartbeat, name="heartbeat")
+        tasks.start_soon(self._housekeeping, name="housekeeping")
+        notify_systemd.ready(f"{len(self.registry.all())} pipelines")
+        log.info(
+            "serving",
+            socket=str(self.settings.control.socket),
+            pipelines=len(self.registry.all()),
+            resumed=resumed,
+            seconds=round(self.clock.monotonic() - started, 3),
+        )
+
+    async def _listen(self) -> None:
+        settings = self.settings
+        actions = Actions(
+            self.scheduler,
+            self.registry,
+            self._load,
+            self._reread,
+            {name: backend.kind for name, backend in self.backends.items()},
+        )
+        self.service = Service(
+            access=Access(settings.control.group, settings.control.operators),
+            ledger=self.ledger,
+            registry=self.registry,
+            actions=actions,
+            schedules=self._schedules,
+            clock=self.clock,
+            about=About(
+                version=mlpiped.__version__,
+                pid=os.getpid(),
+                started_at=self.clock.now(),
+                state_dir=settings.daemon.state_dir,
+                socket=settings.control.socket,
+                plugins=tuple(settings.daemon.plugins),
+                datastores=self.world.datastores,
+                sqlite=sqlite_version,
+            ),
+            job_folder=lambda token: settings.daemon.state_dir / "jobs" / token,
+            gc_plan=self._gc_plan,
+            loop_lag=lambda: self.lag,
+        )
+        await ControlServer(settings.control.socket, self.service).start(self.server)
+
+    # --- stop -------------------------------------------------------------------------------------------------
+    async def stop(self) -> None:
+        """The written order. What is cancelled after it holds no state that is not in the ledger or a job folder."""
+        notify_systemd.stopping("steps run on")
+        self.triggers.cancel()
+        await _in_time("control socket", self.server.aclose)
+        if self.settings.daemon.on_stop == "cancel":
+            await self._cancel_all()
+        await _in_time("backends", self.rooms.aclose)
+
+    async def _cancel_all(self) -> None:
+        with anyio.move_on_after(CANCEL_LIMIT):
+            for execution in list(self.scheduler.executions.values()):
+                await execution.cancel()
+                await execution.over.wait()
+
+    async def _signals(self) -> None:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    notify_systemd.reloading()
+                    await self.registry.reload()
+                    notify_systemd.ready()
+                    continue
+                log.info("stopping", signal=signal.Signals(number).name)
+                self.stopping.set()
+                return
+
+    # --- what goes on -----------------------------------------------------------------------------------------
+    async def _triggers(self) -> None:
+        with self.triggers:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.registry.run, name="plugins")
+                tasks.start_soon(self.clockwork.run, name="clock")
+                tasks.start_soon(self.arrivals.run, name="arrivals")
+
+    async def _heartbeat(self) -> None:
+        """Measures how late the loop is; feeds systemd's watchdog while loop and ledger are well."""
+        interval = notify_systemd.watchdog_interval()
+        fed = 0.0
+        while True:
+            due = self.clock.monotonic() + HEARTBEAT
+            await anyio.sleep(HEARTBEAT)
+            self.lag = max(0.0, self.clock.monotonic() - due)
+            if interval is not None and self.lag < LAG_LIMIT and due - fed >= interval:
+                fed = due
+                await self.ledger.last_event()
+                notify_systemd.watchdog()
+
+    async def _housekeeping(self) -> None:
+        while True:
+            await self.store.sweep()
+            await anyio.sleep(CHECKPOINT)
+            await self.ledger.checkpoint()
+
+    def _disk(self, full: bool) -> None:
+        self.dispatch.paused = "the disk that holds the ledger is full" if full else None
+        self.dispatch.place()
+
+    async def _plugins_changed(self) -> None:
+        self._set_triggers()
+        await self.scheduler.tell_followers()
+
+    def _set_triggers(self) -> None:
+        specs: dict[str, tuple[Trigger, ...]] = {each.spec.name: each.spec.triggers for each in self.registry.all()}
+        self.clockwork.set(specs)
+        self.arrivals.set(specs)
+
+    # --- what people ask --------------------------------------------------------------------------------------
+    def _known(self) -> Known:
+        settings = self.settings
+        return Known(set(settings.datastores), {*settings.compute, *settings.pools})
+
+    async def _load(self, path: Path) -> LoadResult:
+        return await load_file(path, known=self._known(), check_cron=cron.check)
+
+    def _reread(self) -> str:
+        if self.settings.path is None or config.load(self.settings.path) == self.settings:
+            return "unchanged"
+        return "changed: restart the daemon to use it (steps run on meanwhile)"
+
+    def _schedules(self) -> list[ScheduleView]:
+        return [*self.clockwork.next_fires(), *self.arrivals.status()]
+
+    async def _gc_plan(self) -> dict[str, Any]:
+        rows = await self.ledger.artifacts()
+        by_digest = {row.digest: row for row in rows}
+        keep = self.settings.retention
+        plan = gc_plan(rows, now=self.clock.now(), budget=keep.artifacts, max_age=keep.runs)
+        found = []
+        for removal in plan:
+            row = by_digest[removal.digest]
+            found.append(
+                {
+                    "digest": row.digest,
+                    "kind": row.kind,
+                    "size": row.size,
+                    "path": row.path,
+                    "used_at": row.used_at,
+                    "why": removal.reason,
+                }
+            )
+        return {"artifacts": found, "bytes": sum(row["size"] for row in found)}
+
+
+async def _in_time(room: str, close: Callable[[], Awaitable[Any]]) -> None:
+    """Close a room in its time, also while all is being cancelled."""
+    with anyio.move_on_after(STOP_LIMIT, shield=True) as scope:
+        await close()
+    if scope.cancelled_caught:
+        log.warning("closed by force", room=room)

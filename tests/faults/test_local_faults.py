@@ -1,0 +1,371 @@
+"""Faults on the daemon's own host, by their ids in the fault matrix. The daemon that is killed is a real process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from mlpiped.backends import folder as folders
+from mlpiped.backends import processes, supervisor
+from mlpiped.backends.base import Exited, Handle, Job, Lost, NeverRan, Part
+from mlpiped.backends.local import LocalBackend
+from mlpiped.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+pytestmark = pytest.mark.anyio
+
+DAEMON = """
+import json, sys, anyio
+from contextlib import AsyncExitStack
+from pathlib import Path
+from mlpiped.backends.base import Job, Part
+from mlpiped.backends.local import LocalBackend
+
+async def main():
+    place, tokens, script = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3]
+    backend = LocalBackend("local", place / "jobs", place / "envs", slots=2, memory=None, cpus=None)
+    async with AsyncExitStack() as stack:
+        await backend.start(stack)
+        for token in tokens:
+            job = Job(token=token, arguments=((Part("text", script),),), shell=True)
+            print(json.dumps(await backend.submit(job)), flush=True)
+        await anyio.sleep_forever()
+
+anyio.run(main)
+"""
+UNTIL_GO = "echo began; while ! test -e go; do sleep 0.01; done; echo over; exit 3"
+
+
+def backend_at(place: Path) -> LocalBackend:
+    return LocalBackend("local", place / "jobs", place / "envs", slots=2, memory=None, cpus=None)
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+async def backend(tmp_path: Path, stack: AsyncExitStack) -> LocalBackend:
+    backend = backend_at(tmp_path)
+    await backend.start(stack)
+    return backend
+
+
+def shell(token: str, script: str, **fields: Any) -> Job:
+    return Job(token=token, arguments=((Part("text", script),),), shell=True, **fields)
+
+
+def daemon(place: Path, *tokens: str, script: str = UNTIL_GO) -> tuple[subprocess.Popen[bytes], list[Handle]]:
+    """Another daemon that has submitted these; it would serve for ever."""
+    command = [sys.executable, "-c", DAEMON, str(place), ",".join(tokens), script]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    return process, [json.loads(process.stdout.readline()) for _ in tokens]
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+async def said(backend: LocalBackend, handle: Handle, word: bytes) -> None:
+    """Until the step has printed this."""
+    seen = b""
+    with anyio.fail_after(20):
+        async for chunk in backend.logs(handle, "stdout", 0, follow=True):
+            seen += chunk
+            if word in seen:
+                return
+    raise AssertionError(f"it ended having said {seen!r}")
+
+
+def let_go(place: Path, token: str) -> None:
+    (place / "jobs" / token / "work/go").touch()
+
+
+async def gone(pid: int) -> None:
+    """Until the process has ended."""
+    fd = supervisor.open_process(pid, None)
+    if fd is not None:
+        assert await anyio.to_thread.run_sync(processes.ended, fd, 20.0)
+        os.close(fd)
+
+
+async def test_A4_steps_survive_the_daemon_that_is_killed_and_the_next_one_has_their_outcome(
+    backend: LocalBackend, tmp_path: Path
+) -> None:
+    tokens = ["one", "two", "three"]
+    first, handles = daemon(tmp_path, *tokens)
+    for handle in handles:
+        await said(backend, handle, b"began")
+    kill(first)
+    assert await backend.find([*tokens, "other"]) == dict(zip(tokens, handles, strict=True))
+    for token in tokens:
+        let_go(tmp_path, token)
+    for handle in handles:
+        outcome = await backend.wait(handle)
+        assert isinstance(outcome, Exited) and outcome.code == 3
+        log = b"".join([chunk async for chunk in backend.logs(handle, "stdout", 0, follow=False)])
+        assert log == b"began\nover\n"
+
+
+async def test_A5_an_outcome_that_came_while_no_daemon_lived_is_read_from_the_witness(tmp_path: Path) -> None:
+    first, (handle,) = daemon(tmp_path, "one")
+    kill(first)
+    let_go(tmp_path, "one")
+    await gone(handle["pid"])
+    backend = backend_at(tmp_path)
+    outcome = await backend.wait(handle)
+    assert isinstance(outcome, Exited) and outcome.code == 3
+
+
+async def test_A4_the_timeout_holds_while_no_daemon_lives(tmp_path: Path) -> None:
+    place = tmp_path
+    async with AsyncExitStack() as stack:
+        backend = backend_at(place)
+        await backend.start(stack)
+        handle = await backend.submit(shell("one", "sleep 300", timeout=0.3))
+    await gone(handle["pid"])
+    outcome = folders.witness(place / "jobs/one")
+    assert outcome is not None and outcome.timed_out
+
+
+async def test_A4_the_zygote_ends_with_the_daemon_and_its_jobs_do_not(backend: LocalBackend, tmp_path: Path) -> None:
+    first, (handle,) = daemon(tmp_path, "one")
+    stat = Path(f"/proc/{handle['pid']}/stat").read_text()
+    zygote = int(stat.rpartition(")")[2].split()[1])
+    kill(first)
+    await gone(zygote)
+    assert folders.held(tmp_path / "jobs/one")
+    await backend.cancel(handle)
+    outcome = await backend.wait(handle)
+    assert isinstance(outcome, Exited) and outcome.cancelled
+
+
+async def test_A2_A3_a_crash_around_the_submit_leaves_either_a_fence_or_a_job_to_adopt(
+    backend: LocalBackend, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    fenced = adopted = 0
+    for number in range(12):
+        token = f"crash-{number}"
+        command = [sys.executable, "-c", DAEMON, str(tmp_path), token, f"echo {token} >> {ran}"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        folder = tmp_path / "jobs" / token
+        after_spawn = number % 3 == 0  # killed after the claim; the others at moments around it
+        while not (folder / "claim" if after_spawn else folder).exists():
+            await anyio.sleep(0.0005)
+        await anyio.sleep(0 if after_spawn else number * 0.001)
+        kill(process)
+        verdict = await backend.fence(token)
+        if isinstance(verdict, NeverRan):
+            fenced += 1
+            assert not after_spawn
+        else:
+            adopted += 1
+            outcome = await backend.wait(verdict)
+            assert isinstance(outcome, Exited) and outcome.code == 0
+    lines = ran.read_text().split() if ran.exists() else []
+    assert len(lines) == len(set(lines)) == adopted
+    assert fenced + adopted == 12 and adopted >= 4
+
+
+async def test_a_killed_supervisor_means_lost_and_nothing_of_the_step_lives_on(
+    backend: LocalBackend, tmp_path: Path
+) -> None:
+    script = "setsid sh -c 'echo hidden; sleep 300' & echo began; sleep 300"
+    handle = await backend.submit(shell("one", script))
+    await said(backend, handle, b"began")
+    await said(backend, handle, b"hidden")
+    tree = [pid for pid, _, _ in supervisor.descendants(handle["pid"])]
+    assert len(tree) >= 4
+    os.kill(handle["pid"], signal.SIGKILL)
+    outcome = await backend.wait(handle)
+    assert isinstance(outcome, Lost) and "supervisor was killed" in outcome.reason
+    for pid in tree:
+        await gone(pid)
+    assert await backend.wait(handle) == outcome
+
+
+async def test_a_killed_zygote_costs_no_job_and_is_replaced(backend: LocalBackend, tmp_path: Path) -> None:
+    running = await backend.submit(shell("one", UNTIL_GO))
+    zygote = backend._launcher.pid
+    assert zygote is not None
+    os.kill(zygote, signal.SIGKILL)
+    outcome = await backend.wait(await backend.submit(shell("two", "exit 4")))
+    assert isinstance(outcome, Exited) and outcome.code == 4
+    assert backend._launcher.pid not in (None, zygote)
+    let_go(tmp_path, "one")
+    outcome = await backend.wait(running)
+    assert isinstance(outcome, Exited) and outcome.code == 3
+
+
+async def test_zygotes_that_are_killed_under_load_start_every_token_once(backend: LocalBackend, tmp_path: Path) -> None:
+    codes: dict[str, int | None] = {}
+
+    async def one(token: str) -> None:
+        outcome = await backend.wait(await backend.submit(shell(token, f"echo x >> {tmp_path}/{token}.ran; exit 5")))
+        assert isinstance(outcome, Exited)
+        codes[token] = outcome.code
+
+    async with anyio.create_task_group() as group:
+        for number in range(60):
+            group.start_soon(one, f"t{number}")
+            if number % 6 == 5:
+                await anyio.sleep(0.005)
+                if (zygote := backend._launcher.pid) is not None:
+                    os.kill(zygote, signal.SIGKILL)
+    assert codes == {f"t{number}": 5 for number in range(60)}
+    assert all((tmp_path / f"t{number}.ran").read_text() == "x\n" for number in range(60))
+
+
+async def test_what_a_builder_that_was_killed_left_is_removed_at_a_start_and_what_is_being_built_is_not(
+    backend: LocalBackend, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    old, new = tmp_path / "jobs/.old.1", tmp_path / "jobs/.new.1"
+    for draft in (old, new):
+        draft.mkdir()
+        (draft / "job.json").touch()
+    os.utime(old, (0, 0))
+    await backend_at(tmp_path).start(stack)
+    assert not old.exists() and new.exists()
+
+
+async def test_B3_after_a_reboot_a_job_without_a_witness_is_lost_and_one_with_a_witness_is_not(
+    backend: LocalBackend,
+) -> None:
+    handle = await backend.submit(shell("one", "exit 2"))
+    done = await backend.wait(handle)
+    assert await backend.wait({**handle, "boot": "before"}) == done
+    (backend.jobs_dir / "one/exit.json").unlink()
+    assert await backend.wait({**handle, "boot": "before"}) == Lost("host rebooted")
+
+
+async def test_B4_a_zero_length_witness_counts_as_none(backend: LocalBackend) -> None:
+    handle = await backend.submit(shell("one", "exit 2"))
+    await backend.wait(handle)
+    (backend.jobs_dir / "one/exit.json").write_bytes(b"")
+    assert isinstance(await backend.wait(handle), Lost)
+
+
+async def test_D3_a_stranger_with_the_pid_of_a_supervisor_is_neither_waited_for_nor_signalled(
+    backend: LocalBackend,
+) -> None:
+    handle = await backend.submit(shell("one", "true"))
+    await backend.wait(handle)
+    (backend.jobs_dir / "one/exit.json").unlink()
+    stranger = subprocess.Popen(["sleep", "60"])
+    while supervisor.start_time(stranger.pid) == handle["start"]:  # born in the same hundredth of a second
+        stranger.kill()
+        stranger.wait()
+        stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        claimed = {**handle, "pid": stranger.pid}
+        await backend.cancel(claimed)
+        with anyio.fail_after(5):
+            assert isinstance(await backend.wait(claimed), Lost)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+async def test_a_supervisor_whose_pid_says_nothing_here_is_alive_by_its_lock(
+    backend: LocalBackend, tmp_path: Path
+) -> None:
+    handle = await backend.submit(shell("one", UNTIL_GO))
+    elsewhere = {**handle, "pid": 2**22 - 1}  # as seen from another container
+    with anyio.move_on_after(0.5) as scope:
+        await backend.wait(elsewhere)
+    assert scope.cancelled_caught
+    let_go(tmp_path, "one")
+    outcome = await backend.wait(elsewhere)
+    assert isinstance(outcome, Exited) and outcome.code == 3
+
+
+async def test_C2_a_full_disk_refuses_the_job_leaves_nothing_and_takes_it_later(
+    tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], check=True)
+    try:
+        backend = LocalBackend("local", place / "jobs", tmp_path / "envs", slots=1, memory=None, cpus=None)
+        await backend.start(stack)
+        with pytest.raises(OSError) as full, open(place / "fill", "wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        assert full.value.errno == errno.ENOSPC
+        with pytest.raises(BackendUnavailable):
+            await backend.submit(shell("one", "true"))
+        assert "MiB are free" in (await backend.health() or "")
+        assert list((place / "jobs").iterdir()) == []
+        (place / "fill").unlink()
+        outcome = await backend.wait(await backend.submit(shell("one", "true")))
+        assert isinstance(outcome, Exited) and outcome.code == 0
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+async def test_no_process_to_be_had_is_the_machines_fault(tmp_path: Path) -> None:
+    backend = LocalBackend(
+        "local", tmp_path / "jobs", tmp_path / "envs", slots=1, memory=None, cpus=None, python="/no/such/python"
+    )
+    async with AsyncExitStack() as stack:
+        with pytest.raises(BackendUnavailable, match="no process can be started on `local`"):
+            await backend.start(stack)
+
+
+async def test_L2_a_secret_is_in_no_file_and_no_command_line_once_the_step_runs(
+    backend: LocalBackend, tmp_path: Path
+) -> None:
+    handle = await backend.submit(shell("one", UNTIL_GO, env={"KEY": "hunter2-canary"}))
+    await said(backend, handle, b"began")
+    files = [path for path in (tmp_path / "jobs").rglob("*") if path.is_file()]
+    assert files and not any(b"hunter2-canary" in path.read_bytes() for path in files)
+    for pid, _, _ in [*supervisor.descendants(handle["pid"]), (handle["pid"], 0, 0)]:
+        assert b"hunter2-canary" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    let_go(tmp_path, "one")
+    await backend.wait(handle)
+
+
+async def test_a_thousand_waits_cost_one_descriptor_each_and_no_time(backend: LocalBackend, tmp_path: Path) -> None:
+    handle = await backend.submit(shell("one", UNTIL_GO))
+    outcomes = []
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def wait() -> None:
+        outcomes.append(await backend.wait(handle))
+
+    async with anyio.create_task_group() as group:
+        for _ in range(1000):
+            group.start_soon(wait)
+        with anyio.fail_after(20):
+            while len(os.listdir("/proc/self/fd")) < before + 1000:
+                await anyio.sleep(0.02)
+        began = os.times()
+        await anyio.sleep(0.5)
+        ended = os.times()
+        assert (ended.user + ended.system) - (began.user + began.system) < 0.1  # they wait, and do not ask
+        let_go(tmp_path, "one")
+    assert len(outcomes) == 1000 and len(set(outcomes)) == 1
+    assert len(os.listdir("/proc/self/fd")) == before
