@@ -32,7 +32,7 @@ from mlpiped import (
 
 lab = Datastore("lab")
 """
-SOON = 20.0
+SOON = 8.0
 """Seconds within which anything that should happen must have: generous, because test machines are busy."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from mlpiped.fingerprint import Fingerprinter
 from mlpiped.ledger import moves
 from mlpiped.ledger.store import Ledger
 from mlpiped.model import Event
-from mlpiped.spec import ArrivalSpec, Reference, Where
+from mlpiped.spec import ArrivalSpec, CronSpec, EverySpec, Reference, Where
 from mlpiped.triggers.arrivals import Arrivals
+from mlpiped.triggers.clock import Clockwork
 from mlpiped.triggers.follower import Follower
 from mlpiped.triggers.memory import LedgerMemory
 
@@ -182,3 +184,48 @@ async def landing(
         await world.until(lambda: points <= arrivals._watcher.armed | arrivals._watcher.refused.keys())
         yield place
         tasks.cancel_scope.cancel()
+
+
+# --- schedules of Cron and Every -----------------------------------------------------------------------------
+def us(text: str) -> int:
+    return round(datetime.fromisoformat(text).timestamp() * 1e6)
+
+
+def cron(expression: str = "0 6 * * *", **options: Any) -> CronSpec:
+    return CronSpec(where=WHERE, expression=expression, **options)
+
+
+def every(seconds: float, **options: Any) -> EverySpec:
+    return EverySpec(where=WHERE, seconds=seconds, **options)
+
+
+@asynccontextmanager
+async def clockwork(world: Rig, **specs: Any) -> AsyncIterator[Clockwork]:
+    """Running, and through with its first look."""
+    work = Clockwork(world.memory, world.clock, world.emit)
+    work.set({pipeline: triggers if isinstance(triggers, list) else [triggers] for pipeline, triggers in specs.items()})
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(work.run)
+        await settled(work, world)
+        yield work
+        tasks.cancel_scope.cancel()
+
+
+async def settled(work: Clockwork, world: Rig) -> None:
+    """Until everything is loaded and nothing more is due."""
+
+    def done() -> bool:
+        now = world.clock.now()
+        return all(v.waits_for or (v.cursor and (v.next_us or now + 1) > now) for v in work.next_fires())
+
+    await anyio.wait_all_tasks_blocked()  # whom the clock has woken looks at it now
+    await world.until(done)
+
+
+async def advance(work: Clockwork, world: Rig, seconds: float) -> None:
+    assert isinstance(world.clock, HandClock)
+    world.clock.advance(seconds)
+    await settled(work, world)
+
+
+MONDAY = us("2026-11-23T05:00:00+00:00")

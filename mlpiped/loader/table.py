@@ -108,13 +108,16 @@ class Entry:
             "faults": [[f.file, f.line, f.message, f.hint] for f in raw.faults],
             "pipelines": [spec.model_dump(mode="json") for spec in raw.pipelines],
             "goods": [
-                [
-                    good.order,
-                    good.loaded_at,
-                    None if good.spec in raw.pipelines else good.spec.model_dump(mode="json"),
-                    name,
-                ]
-                for name, good in self.goods.items()
+                {
+                    "name": name,
+                    "order": good.order,
+                    "loaded_at": good.loaded_at,
+                    # usually it is what was loaded last, and stored above
+                    "spec": None
+                    if any(good.spec is one for one in raw.pipelines)
+                    else good.spec.model_dump(mode="json"),
+                }
+                for name, good in list(self.goods.items())
             ],
         }
 

@@ -32,16 +32,19 @@ def got(daemon: Daemon, what: str) -> str:
     return target.read_text()
 
 
-def two_steps(daemon: Daemon, name: str) -> Path:
-    """A pipeline `name`: `squeeze` takes the blanks out of `lab/name/in.txt`, `count` counts what is left."""
-    source = land(daemon.lab / name, "in.txt", "a b c\n")
+def two_steps(daemon: Daemon, name: str, version: str = "") -> Path:
+    """A pipeline `name`: `squeeze` takes the blanks out of `lab/name/in.txt`, `count` counts what is left.
+
+    Only pipelines of one `version` (default: their name) can reuse each other's results.
+    """
+    source, version = land(daemon.lab / name, "in.txt", "a b c\n"), version or name
     daemon.install(
         name,
         f"""
 source = DataReference(lab, "{name}/in.txt")
 thin, size = PipelineData("thin"), PipelineData("size")
-squeeze = CommandStep(f"tr -d ' ' < {{source}} > {{thin}}", name="squeeze", outputs=[thin])
-count = CommandStep(f"wc -c < {{thin}} > {{size}}", name="count", outputs=[size])
+squeeze = CommandStep(f"tr -d ' ' < {{source}} > {{thin}}", name="squeeze", outputs=[thin], version="{version}")
+count = CommandStep(f"wc -c < {{thin}} > {{size}}", name="count", outputs=[size], version="{version}")
 pipeline = Pipeline("{name}", steps=[squeeze, count])
 """,
     )
@@ -103,6 +106,15 @@ def test_what_is_up_to_date_is_reused_and_says_from_where(daemon: Daemon) -> Non
     assert step(second, "count")["reused_from"] == f"{first['id']}/count"
     assert f"run {first['id']}" in daemon.ctl("why", f"{second['id']}/count").stdout
     assert got(daemon, f"{second['id']}/count/size").strip() == "4"
+
+
+def test_what_one_pipeline_made_is_reused_by_another_that_needs_the_same(daemon: Daemon) -> None:
+    two_steps(daemon, "lender", "common")
+    two_steps(daemon, "borrower", "common")
+    first = daemon.go("lender")
+    second = daemon.go("borrower")
+    assert steps(second) == {"squeeze": "reused", "count": "reused"}
+    assert step(second, "squeeze")["reused_from"] == f"{first['id']}/squeeze"
 
 
 def test_a_step_that_makes_the_same_bytes_stops_the_wave(daemon: Daemon) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from zoneinfo import ZoneInfo, available_timezones
 
 import pytest
-from trigger_rig import DAY, HOUR, HandClock, Rig, rig
-from unit.test_clockwork import MONDAY, advance, clockwork, cron, every, settled, us
+from trigger_rig import DAY, HOUR, MONDAY, HandClock, Rig, advance, clockwork, cron, every, rig, settled, us
 
 from mlpiped.triggers.clock import Clockwork
 from mlpiped.triggers.cron import parse

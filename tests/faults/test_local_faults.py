@@ -320,8 +320,10 @@ async def test_C2_a_full_disk_refuses_the_job_leaves_nothing_and_takes_it_later(
         assert "MiB are free" in (await backend.health() or "")
         assert list((place / "jobs").iterdir()) == []
         (place / "fill").unlink()
-        outcome = await backend.wait(await backend.submit(shell("one", "true")))
+        handle = await backend.submit(shell("one", "true"))
+        outcome = await backend.wait(handle)
         assert isinstance(outcome, Exited) and outcome.code == 0
+        await gone(handle["pid"])  # the outcome is told just before the supervisor lets go of the folder
     finally:
         subprocess.run(["umount", str(place)], check=True)
 

@@ -331,6 +331,20 @@ async def test_many_steps_that_make_the_same_bytes_at_once_all_succeed(lab: Lab)
     assert await lab.store.intact(facts) == set()
 
 
+async def test_equal_outputs_are_placed_one_after_the_other(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.listdir
+
+    def slow(path: str) -> list[str]:
+        found = real(path)
+        time.sleep(0.02)  # so that without a lock all of them see an empty place
+        return found
+
+    monkeypatch.setattr(collecting.os, "listdir", slow)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(4):
+            tasks.start_soon(lab.keep, b"same")
+
+
 async def test_an_output_that_something_still_writes_to_is_refused(lab: Lab) -> None:
     folder = lab.job()
     path = write(folder / "out" / "model" / "model.bin", os.urandom(48 << 20))
@@ -372,6 +386,16 @@ async def test_a_settled_artifact_is_not_read_again_to_know_that_it_is_intact(la
     assert await lab.store.intact(facts) == set()
     assert lab.prints.bytes_read == 0
     assert len(lab.table.rows) == 2
+
+
+async def test_an_output_hashed_within_a_tick_of_its_last_write_is_not_believed_by_its_stamp(lab: Lab) -> None:
+    folder = lab.job()
+    path = write(folder / "out" / "model" / "model.bin", "m")
+    os.utime(path, (time.time() + 60, time.time() + 60))
+    facts = await lab.store.collect(folder, [MODEL])
+    assert lab.table.rows == {}
+    assert await lab.store.intact(facts) == set()
+    assert lab.prints.bytes_read == 1
 
 
 async def test_a_large_output_is_hashed_once_however_fresh_it_is(lab: Lab) -> None:

@@ -1,66 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
-from trigger_rig import DAY, HOUR, WHERE, HandClock, Rig, rig
+from trigger_rig import DAY, HOUR, MONDAY, HandClock, advance, clockwork, cron, every, rig, settled, us
 
-from mlpiped.clock import Clock, SystemClock
+from mlpiped.clock import SystemClock
 from mlpiped.errors import LedgerFull
-from mlpiped.spec import CronSpec, EverySpec
-from mlpiped.triggers.clock import Clockwork
 from mlpiped.triggers.schedule import schedule_id, span_text
 
 pytestmark = pytest.mark.anyio
-
-
-def us(text: str) -> int:
-    return round(datetime.fromisoformat(text).timestamp() * 1e6)
-
-
-def cron(expression: str = "0 6 * * *", **options: Any) -> CronSpec:
-    return CronSpec(where=WHERE, expression=expression, **options)
-
-
-def every(seconds: float, **options: Any) -> EverySpec:
-    return EverySpec(where=WHERE, seconds=seconds, **options)
-
-
-@asynccontextmanager
-async def clockwork(world: Rig, **specs: Any) -> AsyncIterator[Clockwork]:
-    """Running, and through with its first look."""
-    work = Clockwork(world.memory, world.clock, world.emit)
-    work.set({pipeline: triggers if isinstance(triggers, list) else [triggers] for pipeline, triggers in specs.items()})
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(work.run)
-        await settled(work, world)
-        yield work
-        tasks.cancel_scope.cancel()
-
-
-async def settled(work: Clockwork, world: Rig) -> None:
-    """Until everything is loaded and nothing more is due."""
-
-    def done() -> bool:
-        now = world.clock.now()
-        return all(v.waits_for or (v.cursor and (v.next_us or now + 1) > now) for v in work.next_fires())
-
-    await anyio.wait_all_tasks_blocked()  # whom the clock has woken looks at it now
-    await world.until(done)
-
-
-async def advance(work: Clockwork, world: Rig, seconds: float) -> None:
-    assert isinstance(world.clock, HandClock)
-    world.clock.advance(seconds)
-    await settled(work, world)
-
-
-MONDAY = us("2026-11-23T05:00:00+00:00")
 
 
 async def test_a_new_schedule_does_not_fire_at_load(tmp_path: Path) -> None:
@@ -244,7 +194,3 @@ def test_spans_are_written_as_people_write_them() -> None:
         "0.25s",
         "1d1h1m1s",
     ]
-
-
-def _clocks(clock: HandClock | SystemClock) -> Clock:
-    return clock  # both are Clocks: checked by mypy

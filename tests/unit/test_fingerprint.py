@@ -121,6 +121,19 @@ async def test_a_file_replaced_by_rename_is_seen(tmp_path: Path) -> None:
     assert after.digest != before.digest
 
 
+@pytest.mark.parametrize("field", ["dev", "ino", "size", "mtime_ns", "ctime_ns"])
+async def test_a_digest_kept_under_another_stamp_is_not_believed(tmp_path: Path, field: str) -> None:
+    path = write(tmp_path / "a")
+    settle(path)
+    table = Table()
+    right = (await fingerprinter(table).files([str(path)]))[str(path)].digest
+    (row,) = table.rows.values()
+    table.post([row._replace(digest="b3:wrong", **{field: getattr(row, field) + 1})])
+    assert (await fingerprinter(table).files([str(path)]))[str(path)].digest == right
+    table.post([row._replace(digest="b3:wrong", hashed_ns=row.ctime_ns)])
+    assert (await fingerprinter(table).files([str(path)]))[str(path)].digest == right
+
+
 async def test_a_touch_changes_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "a")
     prints = fingerprinter()
