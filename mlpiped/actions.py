@@ -52,9 +52,7 @@ class Actions:
     ) -> int:
         """Run the one pipeline of a file that is not installed. Raises PluginError with its faults."""
         spec = await self._from_file(file)
-        return await self.scheduler.submit(
-            spec, parameters=parameters, force=force, target=target, tags=tags, who=who
-        )
+        return await self.scheduler.submit(spec, parameters=parameters, force=force, target=target, tags=tags, who=who)
 
     async def plan(
         self, pipeline_or_file: str, *, parameters: dict[str, Any], force: bool | list[str], target: str | None

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from mlpiped import crash
-from mlpiped.artifacts import OutputFault
 from mlpiped.backends.base import Exited, Job, JobOutput, Lost, NeverRan, Part
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
 from mlpiped.ledger import moves
@@ -210,7 +209,7 @@ class Attempt:
             try:
                 outputs = tuple(await self.world.store.collect(folder, self._outputs()))
                 await self._publish(outputs)
-            except OutputFault as fault:
+            except MlpipedError as fault:
                 return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.FAILED, 0, usage=usage)
             except OSError as fault:
                 why = f"its outputs could not be kept: {fault.strerror}: {fault.filename}"
@@ -290,8 +289,10 @@ class Attempt:
         made = {fact.name: fact for fact in outputs}
         for output in self.step.outputs:
             if output.publish is not None:
-                where = destination(output, self.plan.graph.spec, self.step, self.run_row.id, self.world.datastores)
-                await self.world.store.publish(made[output.name], where)
+                root, path = destination(
+                    output, self.plan.graph.spec, self.step, self.run_row.id, self.world.datastores
+                )
+                await self.world.store.publish(made[output.name], path, root=root)
 
     async def _last_words(self, handle: Handle) -> str:
         """`: <the last line of stderr>`, or nothing."""

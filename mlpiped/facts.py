@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlpiped import keys, resolve
+from mlpiped.errors import MlpipedError
 from mlpiped.fingerprint import Missing, RefFact
 from mlpiped.resolve import Decision, Graph, Known, PastResult, Plan
 from mlpiped.spec import Reference, Upstream
@@ -172,6 +173,8 @@ class Facts:
             if source is not None and source not in found:
                 try:
                     found[source] = await self.world.code.read(source)
+                except MlpipedError as fault:
+                    found[source] = fault.message
                 except OSError as fault:
                     found[source] = f"its code cannot be read: {fault.filename}: {fault.strerror}"
         return found

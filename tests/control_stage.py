@@ -369,7 +369,8 @@ class Done:
 
 @asynccontextmanager
 async def staged(*, serve: bool = True) -> AsyncIterator[Stage]:
-    with tempfile.TemporaryDirectory(prefix="mlpc-") as name:
+    # In memory where there is such a place: nothing here is about what a disk keeps.
+    with tempfile.TemporaryDirectory(prefix="mlpc-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         folder = Path(name)
         ledger = await Ledger.open(folder, SystemClock())
         try:

@@ -32,7 +32,7 @@ from mlpiped import (
 
 lab = Datastore("lab")
 """
-SOON = 8.0
+SOON = 20.0
 """Seconds within which anything that should happen must have: generous, because test machines are busy."""
 
 
@@ -206,7 +206,7 @@ class Daemon:
         """The version of a pipeline that is loaded now; None when there is none."""
         return next((p["version"] for p in self.pipelines() if p["name"] == pipeline), None)
 
-    def install(self, name: str, body: str, *pipelines: str) -> None:
+    def install(self, name: str, body: str, *pipelines: str, timeout: float = SOON) -> None:
         """Put a plugin (`SDK` and `body`) in place and return when the daemon has taken up this very text."""
         names = pipelines or (name,)
         before = {each: self.version(each) for each in names}
@@ -214,6 +214,7 @@ class Daemon:
         until(
             lambda: all(self.version(each) not in (None, before[each]) for each in names),
             f"plugin `{name}` taken up",
+            timeout,
         )
 
     def pipelines(self) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ Starts fast: argparse, json and a socket. A test holds the list of what is impor
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -16,7 +17,6 @@ from mlpiped.cli.front import Parser, guarded
 from mlpiped.cli.render import Screen
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
 
 
@@ -56,6 +56,18 @@ class Call:
         print(text, file=sys.stderr, flush=True)
 
 
+class _Formatter(argparse.HelpFormatter):
+    """As argparse's, which makes one for each argument and would import `shutil` to ask for the terminal's width."""
+
+    def __init__(self, prog: str, **more: Any) -> None:
+        if more.get("width") is None:
+            try:
+                more["width"] = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns) - 2
+            except (OSError, ValueError):
+                more["width"] = 78
+        super().__init__(prog, **more)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: 0 done, 1 not succeeded, 2 wrong usage or name, 3 no daemon, 4 not permitted."""
     for stream in (sys.stdout, sys.stderr):
@@ -81,9 +93,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    import argparse
-
     top = Parser(
+        formatter_class=_Formatter,
         prog="mlpipectl",
         description="Ask the ML-pipeline daemon, and make it do things.",
         epilog="RUN is a run's number, `latest` or `PIPELINE:latest`. Exit status: 0 done, 1 the run did not succeed "
@@ -92,10 +103,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="store_true", help="print the version and exit")
     top.add_argument("--socket", metavar="SOCKET", help="the daemon's socket (default: $MLPIPED_SOCKET, the config's)")
     top.add_argument("--json", action="store_true", help="print JSON: one document, or one a line for a stream")
-    verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser, prog="mlpipectl")
 
     def add(name: str, call: str, text: str, **more: Any) -> argparse.ArgumentParser:
-        verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, **more)
+        verb: argparse.ArgumentParser = verbs.add_parser(
+            name, help=text, description=text, formatter_class=_Formatter, **more
+        )
         verb.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
         verb.add_argument("--socket", metavar="SOCKET", default=argparse.SUPPRESS, help="the daemon's socket")
         verb.set_defaults(call=call)
@@ -186,3 +199,7 @@ def _add_choice(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--force", nargs="*", metavar="STEP", help="run these steps, or all, whatever could be reused")
     verb.add_argument("--target", metavar="STEP", help="only this step and what it needs")
+    # The generated line would put the name last, where a bare `--force` would take it for a step.
+    verb.usage = (
+        f"{verb.prog} {verb._get_positional_actions()[0].metavar} [-p K=V ...] [--force [STEP ...]] [OPTION ...]"
+    )

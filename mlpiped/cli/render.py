@@ -167,9 +167,7 @@ def size(count: int | None) -> str:
 
 
 def number(value: object) -> str:
-    """A metric as people read it."""
+    """A metric or a parameter as people read it, and as they would write it."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def number_cell(value: object) -> Cell:
-    return Cell(number(value))

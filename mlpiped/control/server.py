@@ -15,6 +15,7 @@ import structlog
 from aiohttp import web
 
 from mlpiped.control import listening, requests
+from mlpiped.control.access import Peer, credentials
 from mlpiped.control.answers import document, refusal
 from mlpiped.control.route import Ask, Route
 from mlpiped.control.routes import ROUTES
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("control")
 
+PEER = web.RequestKey("peer", Peer)
 BODY_TIME = 10.0  # seconds for a whole body
 FIRST_REQUEST_TIME = 10.0  # seconds from the connection to the end of the first request's headers
 CONNECTIONS = 256
@@ -92,7 +94,7 @@ class ControlServer:
                 raise ConnectionResetError
             peer = await self.service.access.peer(sock)
             self.service.access.read(peer)
-            request["peer"] = peer
+            request[PEER] = peer
             return await handler(request)
         except (ConnectionError, asyncio.CancelledError):
             raise
@@ -101,7 +103,7 @@ class ControlServer:
 
     def _serve(self, route: Route) -> Handler:
         async def serve(request: web.Request) -> web.StreamResponse:
-            ask = Ask(self.service, request["peer"], request, request.match_info)
+            ask = Ask(self.service, request[PEER], request, request.match_info)
             _check_names(ask.names)
             if route.permit is not None:
                 await route.permit(ask)
@@ -187,8 +189,6 @@ class _Door(asyncio.Protocol):
 
 
 def _uid(transport: asyncio.BaseTransport) -> int | None:
-    from mlpiped.control.access import credentials
-
     sock: socket.socket | None = transport.get_extra_info("socket")
     try:
         return None if sock is None else credentials(sock)[1]

@@ -93,25 +93,13 @@ class _Child:
         self.stderr = err
 
     def end(self) -> int | None:
-        """Kill the group, reap the child, and hunt for those that left the group but hold a pipe (in a thread)."""
+        """Kill the group, reap the child, and hunt for those that left the group (in a thread)."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)  # not reaped yet: the number is still its own
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(_REAP)
-        if not self._closed():
-            kill_marked(self.mark)
+        kill_marked(self.mark)
         return self.process.returncode
-
-    def _closed(self) -> bool:
-        """Whether nobody holds the writing end of the result pipe any more."""
-        try:
-            while os.read(self.result, _READ):
-                pass
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        return True
 
 
 def _start(

@@ -50,7 +50,8 @@ def test_a_broken_plugin_keeps_its_last_good_version_and_is_named_with_its_line(
     assert daemon.version("fragile") == good
     assert daemon.go("fragile")["outcome"] == "succeeded"
     for verb in ("pipelines", "status"):
-        assert "fragile.py" in daemon.ctl(verb).stdout
+        done = daemon.ctl(verb)
+        assert f"fragile.py:{found['line']}" in done.stdout + done.stderr
     done = subprocess.run(
         [BIN / "mlpiped", "check", "--config", daemon.config],
         env=daemon.env,
@@ -74,7 +75,7 @@ def test_plugins_that_exit_crash_flood_and_hang_cost_nothing_but_themselves(daem
         'a.run_after(b)\nb.run_after(a)\npipeline = Pipeline("cycles", steps=[a, b])\n',
     }.items():
         daemon.plugin(name, body)
-    daemon.install("bystander", echo("bystander", "fine"))
+    daemon.install("bystander", echo("bystander", "fine"), timeout=60)
     assert daemon.go("bystander")["outcome"] == "succeeded"
     for name in ("quits", "crashes", "floods", "hangs", "cycles"):
         found = fault(daemon, name, timeout=60)

@@ -166,6 +166,8 @@ async def test_f3_a_root_that_goes_is_reported_and_picked_up_when_it_returns(
         lab.rename(tmp_path / "away")
         await world.until(lambda: "unavailable" in place.waits)
         assert place.waits == f"datastore `lab` unavailable: `{lab}` is missing"
+        (follower,) = place.followers
+        await world.until(lambda: follower._scan_at > world.clock.monotonic() + 5)  # nobody means to look soon
         (tmp_path / "away" / "in" / "b.csv").write_text("b")
         (tmp_path / "away").rename(lab)
         assert (await world.fired(2))[1] == "in/b.csv is new"

@@ -376,6 +376,20 @@ async def test_jobs_on_another_file_system_are_copied(lab: Lab) -> None:
     assert list(lab.store.incoming.iterdir()) == []
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make files of somebody else")
+async def test_outputs_of_another_owner_become_ours(lab: Lab) -> None:
+    """As a container that runs as another user leaves them."""
+    folder = lab.job()
+    file = write(folder / "out" / "model" / "model.bin", "m")
+    inner = write(folder / "out" / "clean" / "clean" / "x", "c")
+    for path in (file, inner, inner.parent):
+        os.chown(path, 65534, 65534)
+    facts = await lab.store.collect(folder, [MODEL, FOLDER])
+    assert await lab.store.intact(facts) == set()
+    owners = {Path(path).stat().st_uid for path in (facts[0].path, facts[1].path, f"{facts[1].path}/x")}
+    assert owners == {os.geteuid()}
+
+
 # --- still what they were -----------------------------------------------------------------------------------------
 async def test_a_settled_artifact_is_not_read_again_to_know_that_it_is_intact(lab: Lab) -> None:
     folder = lab.job()
@@ -414,6 +428,7 @@ async def test_a_file_that_is_not_what_it_was_is_noticed(lab: Lab, change: str) 
         case "gone":
             path.unlink()
         case "truncated":
+            path.chmod(0o644)
             os.truncate(path, 3)
         case "edited":
             damage(path, b"WEIGHTS")
@@ -463,7 +478,7 @@ async def test_a_tree_that_is_not_what_it_was_is_noticed(lab: Lab, change: str) 
     assert await lab.store.intact([fact]) == {0}
 
 
-async def test_ten_thousand_artifacts_are_checked_in_the_time_of_a_blink(lab: Lab) -> None:
+async def test_intact_artifacts_are_not_asked_for_in_the_table_one_by_one(lab: Lab) -> None:
     facts = []
     folder = lab.job()
     outputs = [JobOutput(f"o{n}", "o", "file") for n in range(1000)]
@@ -472,14 +487,8 @@ async def test_ten_thousand_artifacts_are_checked_in_the_time_of_a_blink(lab: La
     settle_all(folder)
     facts = await lab.store.collect(folder, outputs) * 10
     queries = lab.table.queries
-    best = 9.0
-    for _ in range(5):
-        start = time.perf_counter()
-        assert await lab.store.intact(facts) == set()
-        best = min(best, time.perf_counter() - start)
+    assert await lab.store.intact(facts) == set()
     assert lab.table.queries == queries
-    print(f"10,000 artifacts intact: {best * 1000:.0f} ms")
-    assert best < 0.4  # 0.15 on an idle machine: bench/ holds it to that
 
 
 # --- out of the store ---------------------------------------------------------------------------------------------
@@ -668,17 +677,3 @@ async def test_leftovers_of_an_earlier_daemon_are_swept_when_old(lab: Lab) -> No
     assert await lab.store.sweep() == 0
     assert await lab.store.sweep(min_age=-1) == 1
     assert list(lab.store.incoming.iterdir()) == []
-
-
-async def test_one_small_output_costs_little(lab: Lab) -> None:
-    jobs = []
-    for n in range(200):
-        folder = lab.job()
-        write(folder / "out" / "model" / "model.bin", f"{n}")
-        jobs.append(folder)
-    start, cpu = time.perf_counter(), time.process_time()
-    for folder in jobs:
-        await lab.store.collect(folder, [MODEL])
-    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    print(f"one small output: {wall * 5:.2f} ms, of it CPU {cpu * 5:.2f} ms")
-    assert cpu / 200 < 0.003

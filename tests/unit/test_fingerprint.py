@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import anyio
@@ -115,6 +114,9 @@ async def test_a_file_replaced_by_rename_is_seen(tmp_path: Path) -> None:
     settle(path, other)
     prints = fingerprinter()
     before = (await prints.files([str(path)]))[str(path)]
+    old, new = hashing.stamp_of(path.stat()), hashing.stamp_of(other.stat())
+    assert (old[0], *old[2:4]) == (new[0], *new[2:4])
+    assert old[1] != new[1]
     other.rename(path)
     after = (await prints.files([str(path)]))[str(path)]
     assert (after.size, after.mtime_ns) == (before.size, before.mtime_ns)
@@ -487,7 +489,7 @@ async def test_a_fault_of_one_reference_is_not_a_fault_of_the_others(tmp_path: P
     assert isinstance(good, RefFact)
 
 
-async def test_ten_thousand_unchanged_files_take_less_than_the_time_of_a_blink(tmp_path: Path) -> None:
+async def test_ten_thousand_unchanged_files_are_neither_read_nor_asked_for_again(tmp_path: Path) -> None:
     for n in range(10_000):
         (tmp_path / f"{n:05}.csv").write_bytes(b"%d" % n)
     settle_all(tmp_path)
@@ -495,14 +497,8 @@ async def test_ten_thousand_unchanged_files_take_less_than_the_time_of_a_blink(t
     prints = fingerprinter(table)
     first = await look(prints, tmp_path, "*.csv")
     queries, read = table.queries, prints.bytes_read
-    best = 9.0
-    for _ in range(5):
-        start = time.perf_counter()
-        assert await look(prints, tmp_path, "*.csv") == first
-        best = min(best, time.perf_counter() - start)
+    assert await look(prints, tmp_path, "*.csv") == first
     assert (table.queries, prints.bytes_read) == (queries, read)
-    print(f"10,000 unchanged files: {best * 1000:.0f} ms")
-    assert best < 0.4  # 0.15 on an idle machine: bench/ holds it to that
 
 
 def test_printable_text_is_left_alone_and_nothing_else() -> None:

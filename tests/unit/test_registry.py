@@ -346,14 +346,14 @@ async def test_a_refused_file_is_taken_up_once_its_mode_is_right(house: House) -
 
 
 async def test_a_hanging_plugin_does_not_hold_up_the_others(house: House) -> None:
-    house.limits = Limits(deadline=3, memory=1 << 30)
+    house.limits = Limits(deadline=2, memory=1 << 30)
     house.another()
     async with house.running():
         house.write("hang.py", "while True: pass\n")
         house.pipeline("a.py", "a")
-        with anyio.fail_after(2.5):
+        with anyio.fail_after(1.9):
             await house.until(lambda: house.names() == ["a"])
-        await house.until(lambda: house.faults() == ["still loading after 3 s"])
+        await house.until(lambda: house.faults() == ["still loading after 2 s"])
 
 
 async def test_a_save_loop_is_never_half_loaded_and_ends_with_the_last_text(house: House) -> None:

@@ -104,9 +104,7 @@ def test_a_decision_and_its_reason(fields: Any, force: Any, known: Known, action
 @st.composite
 def graphs(draw: st.DrawFn) -> dict[str, list[str]]:
     n = draw(st.integers(1, 12))
-    return {
-        f"s{i}": [f"s{j}" for j in draw(st.sets(st.integers(0, i - 1), max_size=4))] if i else [] for i in range(n)
-    }
+    return {f"s{i}": [f"s{j}" for j in draw(st.sets(st.integers(0, i - 1), max_size=4))] if i else [] for i in range(n)}
 
 
 @given(graphs(), st.data())

@@ -100,13 +100,13 @@ def logs(call: Call) -> int:
 
 
 def _print_logs(call: Call, url: str) -> None:
-    """Bytes as they are to a file or pipe; harmless text to a terminal, with a header where another stream goes on.
+    """Bytes as they are to a file or pipe, harmless text to a terminal; headers on stderr, where the stream changes.
 
-    A connection that breaks is taken up again where it broke, as long as the daemon is known to live.
+    Raises Unreachable when the daemon stops or goes away meanwhile.
     """
-    raw = call.args.raw if hasattr(call.args, "raw") else False
-    untouched = raw or not call.screen.terminal
+    untouched = getattr(call.args, "raw", False) or not call.screen.terminal
     current: tuple[Any, ...] | None = None
+    one_step = "/" in str(getattr(call.args, "what", ""))
     decoders: dict[tuple[Any, ...], codecs.IncrementalDecoder] = {}
     for event, piece in call.client.events(url):
         if event == "end":
@@ -119,7 +119,7 @@ def _print_logs(call: Call, url: str) -> None:
         source = (piece["step"], piece["attempt"], piece["stream"])
         if piece.get("note"):
             _header(call, f"==> {shown(piece['step'])}: {shown(piece['note'])}")
-        if source != current and not _only_one(call):
+        if source != current and (current is not None or not one_step):
             _header(call, f"==> {shown(piece['step'])} ({piece['stream']})")
         current = source
         data = base64.b64decode(piece["data"]) if "data" in piece else piece["text"].encode()
@@ -129,11 +129,6 @@ def _print_logs(call: Call, url: str) -> None:
         else:
             decoder = decoders.setdefault(source, codecs.getincrementaldecoder("utf-8")("backslashreplace"))
             print(shown_log(decoder.decode(data)), end="", flush=True)
-
-
-def _only_one(call: Call) -> bool:
-    """Whether all that can come is one stream of one step: it needs no header."""
-    return bool(getattr(call.args, "stderr", False)) and "/" in str(getattr(call.args, "what", ""))
 
 
 def _header(call: Call, text: str) -> None:
@@ -196,5 +191,5 @@ def _event_line(call: Call, event: dict[str, Any]) -> str:
     where = "" if event["run"] is None else f" {event['run']}" + (f"/{shown(event['step'])}" if event["step"] else "")
     data = " ".join(f"{shown(name)}={shown(value)}" for name, value in event["data"].items() if name != "token")
     word = event["data"].get("outcome") or event["kind"].rpartition(".")[2]
-    kind = call.screen.paint(f"{shown(event['kind']):<16}", word)
+    kind = call.screen.paint(f"{shown(event['kind']):<18}", word)
     return f"{event['at']}  {kind}{where}  {data}".rstrip()
