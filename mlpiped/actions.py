@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Actions:
-    """The `Actions` of `control/service.py`. `load_file` imports a plugin in a child; `reread` reads the config again."""
+    """The `Actions` of `control/service.py`. `load_file` imports a plugin in a child, `reread` checks the config."""
 
     def __init__(
         self,

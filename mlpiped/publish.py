@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def destination(
     output: Output, spec: PipelineSpec, step: StepSpec, run_id: int, datastores: Mapping[str, Path]
 ) -> tuple[Path, Path]:
-    """(the datastore's root, the absolute path below it) for `output.publish`, with {pipeline}, {step}, {output} and {run_id} filled in.
+    """(the datastore's root, the very path below it) for `output.publish`, its {fields} filled in.
 
     Raises UsageError for an unknown datastore or placeholder, or a path that would leave the datastore.
     """
@@ -31,4 +31,4 @@ def destination(
     relative = PurePosixPath(text)
     if relative.is_absolute() or ".." in relative.parts or not relative.parts or "\0" in text:
         raise UsageError(f"output `{output.name}` would be published outside its datastore: {text}")
-    return datastores[name], datastores[name] / relative / output.file_name
+    return datastores[name], datastores[name] / relative

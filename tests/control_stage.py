@@ -281,8 +281,8 @@ class Stage:
         """A finished run that took everything from `source`."""
         run = await self.run()
         rows = [
-            StepRow(i, name, StepState.FINISHED, StepOutcome.REUSED, f"reused from run {source}", key=f"b3:key{source}-{i}",
-                    reused_from=(source, name))
+            StepRow(i, name, StepState.FINISHED, StepOutcome.REUSED, f"reused from run {source}",
+                    key=f"b3:key{source}-{i}", reused_from=(source, name))
             for i, name in enumerate(("prepare", "train"))
         ]  # fmt: skip
         rows.append(StepRow(2, "report", StepState.FINISHED, StepOutcome.SKIPPED, "not needed for the target"))

@@ -39,7 +39,7 @@ PEER = web.RequestKey("peer", Peer)
 BODY_TIME = 10.0  # seconds for a whole body
 FIRST_REQUEST_TIME = 10.0  # seconds from the connection to the end of the first request's headers
 CONNECTIONS = 256
-CONNECTIONS_PER_USER = 64
+CONNECTIONS_PER_USER = 128
 _BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
     b'Content-Length: 109\r\n\r\n{"error":{"kind":"busy","message":"too many connections to the daemon",'

@@ -415,7 +415,7 @@ JSON = st.recursive(
 WORDS = st.sampled_from(["parameters", "force", "target", "tags", "file", "pipeline", "step", "text", "x"])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=st.binary(max_size=60) | JSON.map(lambda v: json.dumps(v).encode())
        | st.dictionaries(WORDS, JSON, max_size=4).map(lambda v: json.dumps(v).encode()))  # fmt: skip
 def test_any_bytes_as_a_body_give_a_model_or_one_usage_error(body: bytes) -> None:
