@@ -22,14 +22,14 @@ from mlpiped.publish import destination
 from mlpiped.spec import Concat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from mlpiped.backends.base import Backend, Handle, Outcome
     from mlpiped.clock import Clock
-    from mlpiped.facts import Facts, StepFacts
+    from mlpiped.facts import Facts, StepFacts, World
     from mlpiped.ledger import AttemptRow, RunRow
     from mlpiped.resolve import Plan
-    from mlpiped.spec import Arg
+    from mlpiped.spec import Arg, PipelineSpec, StepSpec
 
 log = structlog.get_logger("attempt")
 
@@ -208,7 +208,7 @@ class Attempt:
             folder = await self.backend.fetch(handle, self.world.store.incoming)
             try:
                 outputs = tuple(await self.world.store.collect(folder, self._outputs()))
-                await self._publish(outputs)
+                await publish(self.world, self.plan.graph.spec, self.step, self.run_row.id, outputs)
             except MlpipedError as fault:
                 return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.FAILED, 0, usage=usage)
             except OSError as fault:
@@ -285,15 +285,6 @@ class Attempt:
     def _outputs(self) -> tuple[JobOutput, ...]:
         return tuple(JobOutput(o.name, o.file_name, o.output_kind) for o in self.step.outputs)
 
-    async def _publish(self, outputs: tuple[OutputFact, ...]) -> None:
-        made = {fact.name: fact for fact in outputs}
-        for output in self.step.outputs:
-            if output.publish is not None:
-                root, path = destination(
-                    output, self.plan.graph.spec, self.step, self.run_row.id, self.world.datastores
-                )
-                await self.world.store.publish(made[output.name], path, root=root)
-
     async def _last_words(self, handle: Handle) -> str:
         """`: <the last line of stderr>`, or nothing."""
         tail = b""
@@ -304,6 +295,15 @@ class Attempt:
             return ""
         lines = tail.decode(errors="replace").strip().splitlines()
         return f": {lines[-1].strip()[:200]}" if lines else ""
+
+
+async def publish(world: World, spec: PipelineSpec, step: StepSpec, run_id: int, outputs: Sequence[OutputFact]) -> None:
+    """Put what a step made where it is published. Raises MlpipedError, OSError."""
+    made = {fact.name: fact for fact in outputs}
+    for output in step.outputs:
+        if output.publish is not None:
+            root, path = destination(output, spec, step, run_id, world.datastores)
+            await world.store.publish(made[output.name], path, root=root)
 
 
 def _parts(argument: Arg, facts: StepFacts) -> tuple[Part, ...]:

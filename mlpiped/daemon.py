@@ -206,6 +206,7 @@ class Daemon:
             ),
             job_folder=lambda token: settings.daemon.state_dir / "jobs" / token,
             gc_plan=self._gc_plan,
+            ledger_faults=self.ledger.faults,
             loop_lag=lambda: self.lag,
         )
         await ControlServer(settings.control.socket, self.service).start(self.server)

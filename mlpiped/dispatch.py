@@ -74,6 +74,18 @@ class Dispatch:
             if follower in self.executions:
                 self.executions[follower].decide_again(step)
 
+    def forget(self, run: int) -> None:
+        """The run's walk was interrupted: nothing of it waits, holds or leads any more."""
+        for index in [i for place in self.places.values() for r, i in place.holders if r == run]:
+            for place in self.places.values():
+                place.give_back(run, index)
+        self.waiting.remove_run(run)
+        for key in [key for spot, key in self._keys.items() if spot[0] == run]:
+            self.settled(*self._leaders[key])
+        for key, followers in self._followers.items():
+            self._followers[key] = [spot for spot in followers if spot[0] != run]
+        self.place()
+
     # --- what the scheduler does ------------------------------------------------------------------------------
     def place(self) -> None:
         """Lease what is free to those who wait, best first. Not re-entered: a grant may end in a new request."""

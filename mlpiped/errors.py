@@ -25,9 +25,7 @@ is `hint`. The class docstring is the message when none is given.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -60,6 +58,8 @@ class UnknownName(UsageError):
     @classmethod
     def among(cls, kind: str, name: str, known: Iterable[str]) -> UnknownName:
         """The error for `name`, with the nearest of `known` as its hint."""
+        from difflib import get_close_matches  # some milliseconds, and rarely needed: commands start without it
+
         near = get_close_matches(name, list(known), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else None
         return cls(f"no {kind} named `{name}`", hint=hint)
@@ -88,8 +88,7 @@ class Unreachable(MlpipedError):
     exit_code = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(NamedTuple):
     """One thing that is wrong in a file that a person wrote.
 
     `line` counts from 1; 0 when no line can be named.

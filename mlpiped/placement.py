@@ -104,6 +104,10 @@ class Waiting:
         self._gone.add((run, index))
         return True
 
+    def remove_run(self, run: int) -> None:
+        for spot in [spot for spot in self._here if spot[0] == run]:
+            self.remove(*spot)
+
     def get(self, run: int, index: int) -> Need | None:
         return self._here.get((run, index))
 

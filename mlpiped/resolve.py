@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Graph:
     """The shape of one version of a pipeline: dense integers for steps, in the order of the definition."""
 
-    __slots__ = ("after", "before", "index", "parameters", "references", "spec", "static", "steps")
+    __slots__ = ("after", "before", "index", "parameters", "publishing", "references", "spec", "static", "steps")
 
     def __init__(self, spec: PipelineSpec) -> None:
         self.spec = spec
@@ -37,6 +37,7 @@ class Graph:
         self.after: list[list[int]] = [[] for _ in spec.steps]
         self.static = [StaticParts(step) for step in spec.steps]
         self.parameters = [_used_parameters(step) for step in spec.steps]
+        self.publishing = {i for i, step in enumerate(spec.steps) if any(o.publish for o in step.outputs)}
         self.references: list[tuple[Reference, ...]] = []
         for i, step in enumerate(spec.steps):
             names = dict.fromkeys(port.source.step for port in step.inputs if isinstance(port.source, Upstream))

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
+import structlog
 
-from mlpiped.attempt import Attempt, Ended
-from mlpiped.errors import StaleReuse
+from mlpiped.attempt import Attempt, Ended, publish
+from mlpiped.errors import MlpipedError, StaleReuse
 from mlpiped.facts import Facts
 from mlpiped.ledger import StepRow, moves
 from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome, StepState
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from mlpiped.clock import Clock
     from mlpiped.facts import World
     from mlpiped.ledger import AttemptRow, RunRow
+
+log = structlog.get_logger("run")
 
 LOST_LIMIT = 3
 """So many times a step is run again because its machine failed it; a step with an effect never is."""
@@ -111,7 +114,7 @@ class Execution:
         self.facts = Facts(world, graph, row.parameters)
         self.tries: dict[int, Try] = {}
         self.started_at = row.started_at
-        self.cancelled = False
+        self.cancelled = bool(row.options.get("cancelled"))
         self.over = anyio.Event()
         self._recorded: set[int] = set()  # steps that have a row in the ledger
         self._again: list[int] = []
@@ -174,6 +177,7 @@ class Execution:
         """
         if not decisions:
             return
+        decisions = [await self._published(d) if d.index in self.graph.publishing else d for d in decisions]
         now = self.clock.now()
         rows = [
             StepRow(
@@ -202,6 +206,17 @@ class Execution:
             self.tries.pop(d.index, None)
             self.plan.finished(d.index, _OUTCOMES[d.action], d.outputs)
             self.dispatcher.settled(self.id, d.index)
+
+    async def _published(self, decision: Decision) -> Decision:
+        """A reused step publishes too: its path may name the run, or somebody may have removed what was there."""
+        if decision.action != "reuse":
+            return decision
+        step = self.graph.steps[decision.index]
+        try:
+            await publish(self.world, self.graph.spec, step, self.id, decision.outputs)
+        except (MlpipedError, OSError) as fault:
+            return Decision(decision.index, "fail", f"cannot publish: {fault}", decision.key)
+        return decision
 
     def _queue(self, decisions: Sequence[Decision]) -> None:
         now = self.clock.now()
@@ -280,9 +295,9 @@ class Execution:
             await attempt.tidy(ended)
             return
         t.state, t.why, t.since = StepState.QUEUED, again, self.clock.now()
+        t.not_before = t.since + int(pause * 1e6) if pause else None
         self.dispatcher.settled(self.id, index)
-        await self._pause(t, self.clock.now() + int(pause * 1e6))
-        self.decide_again(index)
+        await self._pause(index)
 
     def _verdict(self, index: int, t: Try, ended: Ended) -> tuple[Ended, str | None, float]:
         """What an attempt's end means for its step: (how it ended, why it is tried again or None, pause in seconds).
@@ -300,7 +315,7 @@ class Execution:
             t.failures += 1
             if ended.final or t.failures >= step.retry.attempts:
                 return ended, None, 0.0
-            pause = min(step.retry.delay * step.retry.backoff ** (t.failures - 1), step.retry.max_delay)
+            pause = self._retry_pause(index, t)
             return ended, f"attempt {number} of {step.retry.attempts} {ended.why}", pause
         if ended.outcome is StepOutcome.LOST:
             t.losses += 1
@@ -314,19 +329,31 @@ class Execution:
                 return Ended(StepOutcome.FAILED, why, ended.end, ended.exit_code, usage=ended.usage), None, 0.0
         return ended, ended.why, 0.0
 
-    async def _pause(self, t: Try, until: int) -> None:
-        t.not_before = until
-        while not self.cancelled and (left := until - self.clock.now()) > 0:
+    def _retry_pause(self, index: int, t: Try) -> float:
+        """Seconds between the last failure and the next attempt: exponential backoff."""
+        retry = self.graph.steps[index].retry
+        return min(retry.delay * retry.backoff ** (t.failures - 1), retry.max_delay)
+
+    async def _pause(self, index: int) -> None:
+        """Wait for the time of the step's next attempt, then decide it again: its inputs may be others by then."""
+        t = self.tries.get(index)
+        while t is not None and t.not_before is not None and not self.cancelled:
+            left = t.not_before - self.clock.now()
+            if left <= 0:
+                break
             with anyio.move_on_after(left / 1e6):
                 await t.stop.wait()
                 break
-        t.not_before = None
+        if t is not None:
+            t.not_before = None
+        self.decide_again(index)
 
     # --- cancel -----------------------------------------------------------------------------------------------
     async def cancel(self, index: int | None = None) -> None:
         """One step, or all of them: what has not started ends at once, what runs gets SIGTERM."""
         if index is None:
             self.cancelled = True
+            await self.world.ledger.write(moves.cancel_run(self.id, self.clock.now()))
         for i in [index] if index is not None else list(self.tries):
             t = self.tries.get(i)
             if t is not None and t.attempt is not None:
@@ -357,9 +384,18 @@ class Execution:
                 self._count(t, attempt)
                 if attempt.end is None:
                     live.append(attempt)
+                elif attempt.end in (AttemptEnd.FAILED, AttemptEnd.TIMED_OUT) and attempt.ended_at is not None:
+                    t.not_before = attempt.ended_at + int(self._retry_pause(row.idx, t) * 1e6)
         self.plan.ready()  # handed out below, less those that run already
         running = {attempt.idx for attempt in live}
-        self._again += [i for i in self._open_steps() if i not in running]
+        for i in self._open_steps():
+            if i in running:
+                continue
+            if i in self.tries and self.tries[i].not_before is not None:
+                assert self._tasks is not None
+                self._tasks.start_soon(self._pause, i, name=f"run {self.id} pause")
+            else:
+                self._again.append(i)
         if live:
             await self._adopt(live)
 
@@ -379,6 +415,11 @@ class Execution:
     async def _adopt(self, live: Sequence[AttemptRow]) -> None:
         await self.facts.adopt(self.plan, {row.idx: row.key for row in live})
         for row in live:
+            if row.compute not in self.backends:
+                log.error(
+                    "an attempt runs on a compute that the config no longer has", compute=row.compute, run=self.id
+                )
+                continue
             share = row.key if self._shareable(row.idx) else None
             self.dispatcher.occupy(self, row.idx, self.need(row.idx), row.compute, share)
             self._begin(row.idx, row.compute, row.token, row.n, row)

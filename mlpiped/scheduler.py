@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("scheduler")
 
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before an interrupted run is taken up again
+
 GRAPHS_KEPT = 64
 """So many versions of pipelines stay in memory, ready to run."""
 
@@ -180,17 +182,32 @@ class Scheduler:
         self._tasks.start_soon(self._run, execution, name=f"run {row.id} of {row.pipeline}")
 
     async def _run(self, execution: Execution) -> None:
-        """One run, fenced off: what goes wrong in it does not reach the others."""
-        outcome = None
-        try:
-            outcome = await execution.run()
-        except Exception:
-            log.exception("a run stopped by a fault of ours; it goes on at the next start", run=execution.id)
-        finally:
-            self.executions.pop(execution.id, None)
+        """One run, fenced off: what goes wrong in it does not reach the others.
+
+        A fault of ours, or of the ledger's disk, ends the walk but not the run: it is taken up again from the ledger,
+        as after a restart, after growing pauses. Its steps run on meanwhile.
+        """
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                outcome = await execution.run()
+                break
+            except Exception as fault:
+                log.error("a run was interrupted; it is taken up again", run=execution.id, exc_info=fault)
+            self.dispatch.forget(execution.id)
+            await self.clock.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+            execution = await self._anew(execution)
+        del self.executions[execution.id]
         self._next(execution.row.pipeline)
         if outcome is RunOutcome.SUCCEEDED:
             await self.tell_followers()
+
+    async def _anew(self, old: Execution) -> Execution:
+        row = await self.world.ledger.run(old.id)
+        new = Execution(row or old.row, old.graph, self.world, self.backends, self.clock, self.dispatch)
+        self.executions[old.id] = new
+        return new
 
     def _next(self, pipeline: str) -> None:
         """The turn of the queued run, if it is."""

@@ -7,6 +7,7 @@ when it does not come. `close` ends the daemon and every process that works belo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -32,6 +33,8 @@ from mlpiped import (
 
 lab = Datastore("lab")
 """
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
 SOON = 20.0
 """Seconds within which anything that should happen must have: generous, because test machines are busy."""
 
@@ -96,8 +99,17 @@ class Daemon:
 
     # --- its life ---------------------------------------------------------------------------------------------------
     def start(self, timeout: float = SOON, before: Callable[[], None] | None = None) -> Daemon:
-        """Start `mlpiped serve` and return when its socket accepts. `before` runs in the child first."""
+        """Start `mlpiped serve` and return when its socket accepts. `before` runs in the child first.
+
+        The daemon is told to stop should we be killed before we can tell it.
+        """
         assert self.process is None
+
+        def prepare() -> None:
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if before is not None:
+                before()
+
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [BIN / "mlpiped", "serve", "--config", self.config],
@@ -107,7 +119,7 @@ class Daemon:
                 env=self.env,
                 cwd=self.root,
                 start_new_session=True,
-                preexec_fn=before,
+                preexec_fn=prepare,
             )
         deadline = time.monotonic() + timeout
         while not self.accepts():

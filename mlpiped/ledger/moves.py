@@ -3,7 +3,7 @@
 An operation runs inside a transaction. It moves a row by a guarded UPDATE whose guard comes from the tables in `model`;
 no row moved is an IllegalMove and nothing is written. Each move leaves one event row of the kind `<thing>.<state>`:
 
-    run.queued {pipeline}   run.merged   run.running   run.finished {outcome}
+    run.queued {pipeline}   run.merged   run.running   run.cancelling   run.finished {outcome}
     step.waiting|queued|submitting {token, n, compute}|running|collecting   step.finished {outcome}
     attempt.intent {token}   attempt.submitted {token}   attempt.ended {token, end}   attempt.late {token}
     fire.<verdict> {pipeline, detail}   pipeline.paused|resumed {pipeline, who}
@@ -42,6 +42,7 @@ __all__ = [
     "add_steps",
     "attempt_ended",
     "audit",
+    "cancel_run",
     "collecting",
     "commit_result",
     "drop_results",
@@ -74,6 +75,18 @@ def start_run(run_id: int, now: int) -> Op[None]:
         if one(c, "start_run", {"run_id": run_id, "now": now}) is None:
             raise _illegal_run(c, run_id, "running")
         c.emit(run_id, None, "run.running", now)
+
+    return op
+
+
+def cancel_run(run_id: int, now: int) -> Op[bool]:
+    """Note that the run is to end; its options say `cancelled` from now on. False when it has ended already."""
+
+    def op(c: Connection) -> bool:
+        if one(c, "cancel_run", {"run_id": run_id}) is None:
+            return False
+        c.emit(run_id, None, "run.cancelling", now)
+        return True
 
     return op
 

@@ -18,6 +18,11 @@ INSERT INTO run_tags (name, value, run_id) VALUES (?, ?, ?);
 UPDATE runs SET state = 'running', started_at = :now
 WHERE id = :run_id AND {run -> running} RETURNING id;
 
+-- name: cancel_run
+-- A person wants the run to end: what has not started never will, whatever is restarted meanwhile.
+UPDATE runs SET options = json_set(options, '$.cancelled', json('true'))
+WHERE id = :run_id AND state <> 'finished' RETURNING id;
+
 -- name: finish_run
 -- A run ends, and not before all of its steps have.
 UPDATE runs SET state = 'finished', outcome = :outcome, finished_at = :now

@@ -164,6 +164,11 @@ class Ledger(Queries):
 
         await to_thread.run_sync(work)
 
+    async def faults(self) -> list[str]:
+        """What SQLite finds wrong in the file's structure; empty when it is well. Reads the whole file."""
+        rows = await self._reader.call(lambda c: c.execute("PRAGMA quick_check(10)").fetchall())
+        return [row[0] for row in rows if row[0] != "ok"]
+
     async def checkpoint(self) -> None:
         """Fold the write-ahead log into the file; hourly is often enough."""
         await self._db.call(lambda c: c.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
