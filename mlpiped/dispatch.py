@@ -31,7 +31,8 @@ class Dispatch:
         self.executions: dict[int, Execution] = {}
         self._leaders: dict[str, Spot] = {}
         self._keys: dict[Spot, str] = {}
-        self._followers: dict[str, list[Spot]] = {}
+        self._followers: dict[str, dict[Spot, None]] = {}  # in the order in which they came
+        self._follows: dict[Spot, str] = {}
         self._placing = False
 
     # --- what runs ask ----------------------------------------------------------------------------------------
@@ -40,7 +41,8 @@ class Dispatch:
         if share is not None:
             leader = self._leaders.setdefault(share, spot)
             if leader != spot:
-                self._followers.setdefault(share, []).append(spot)
+                self._followers.setdefault(share, {})[spot] = None
+                self._follows[spot] = share
                 return
             self._keys[spot] = share
         self.waiting.add(self._resolved(need))
@@ -48,9 +50,9 @@ class Dispatch:
 
     def withdraw(self, execution: Execution, index: int) -> None:
         self.waiting.remove(execution.id, index)
-        for followers in self._followers.values():
-            if (execution.id, index) in followers:
-                followers.remove((execution.id, index))
+        key = self._follows.pop((execution.id, index), None)
+        if key is not None:
+            del self._followers[key][execution.id, index]
 
     def occupy(self, execution: Execution, index: int, need: Need, compute: str, share: str | None) -> None:
         spot = (execution.id, index)
@@ -71,6 +73,7 @@ class Dispatch:
             return
         del self._leaders[key]
         for follower, step in self._followers.pop(key, ()):
+            del self._follows[follower, step]
             if follower in self.executions:
                 self.executions[follower].decide_again(step)
 
@@ -80,10 +83,10 @@ class Dispatch:
             for place in self.places.values():
                 place.give_back(run, index)
         self.waiting.remove_run(run)
-        for key in [key for spot, key in self._keys.items() if spot[0] == run]:
-            self.settled(*self._leaders[key])
-        for key, followers in self._followers.items():
-            self._followers[key] = [spot for spot in followers if spot[0] != run]
+        for spot in [spot for spot in self._follows if spot[0] == run]:
+            del self._followers[self._follows.pop(spot)][spot]
+        for spot in [spot for spot in self._keys if spot[0] == run]:
+            self.settled(*spot)
         self.place()
 
     # --- what the scheduler does ------------------------------------------------------------------------------
@@ -116,11 +119,11 @@ class Dispatch:
     # --- what people ask --------------------------------------------------------------------------------------
     def why_waiting(self, run: int, index: int) -> str | None:
         """Present tense: why the queued step has no place yet."""
-        for key, followers in self._followers.items():
-            if (run, index) in followers:
-                leader, step = self._leaders[key]
-                name = self.executions[leader].graph.steps[step].name
-                return f"shares the attempt of run {leader}/{name}, which has the same key"
+        key = self._follows.get((run, index))
+        if key is not None:
+            leader, step = self._leaders[key]
+            name = self.executions[leader].graph.steps[step].name
+            return f"shares the attempt of run {leader}/{name}, which has the same key"
         need = self.waiting.get(run, index)
         if need is None:
             return None

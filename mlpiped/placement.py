@@ -114,22 +114,24 @@ class Waiting:
     def place(self, places: Sequence[Place]) -> Iterator[tuple[Need, Place]]:
         """Take leases for as many as fit, best first."""
         passed: list[tuple[tuple[int, int, int], Need]] = []
-        while self._heap and len(passed) < LOOK_AHEAD and not all(place.full() for place in places):
-            entry = heappop(self._heap)
-            need = entry[1]
-            spot = (need.run, need.index)
-            if spot in self._gone:
-                self._gone.discard(spot)
-                continue
-            place = choose(need, places)
-            if place is None:
-                passed.append(entry)
-                continue
-            del self._here[spot]
-            place.take(need)
-            yield need, place
-        for entry in passed:
-            heappush(self._heap, entry)
+        try:
+            while self._heap and len(passed) < LOOK_AHEAD and not all(place.full() for place in places):
+                entry = heappop(self._heap)
+                need = entry[1]
+                spot = (need.run, need.index)
+                if spot in self._gone:
+                    self._gone.discard(spot)
+                    continue
+                place = choose(need, places)
+                if place is None:
+                    passed.append(entry)
+                    continue
+                del self._here[spot]
+                place.take(need)
+                yield need, place
+        finally:  # whoever takes the leases may stop early
+            for entry in passed:
+                heappush(self._heap, entry)
 
 
 def candidates(need: Need, places: Sequence[Place]) -> list[Place]:

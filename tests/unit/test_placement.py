@@ -80,3 +80,16 @@ def test_withdrawn_and_asked_again_before_a_place_is_free_counts_once() -> None:
         waiting.remove(1, 0)
     waiting.add(Need(1, 0))
     assert [need.index for need, _ in waiting.place([Place("local", 5)])] == [0]
+
+
+def test_who_stops_taking_leases_early_loses_none_that_wait() -> None:
+    waiting = Waiting()
+    for need in (Need(1, 0, memory=9 * G), Need(1, 1), Need(1, 2)):
+        waiting.add(need)
+    place = Place("local", 4, memory=8 * G)
+    for need, _ in waiting.place([place]):
+        assert need.index == 1
+        break
+    assert [need.index for need, _ in waiting.place([place])] == [2]
+    place.memory = 16 * G
+    assert [need.index for need, _ in waiting.place([place])] == [0]

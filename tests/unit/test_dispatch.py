@@ -1,0 +1,174 @@
+"""Places and shared work: one attempt per key, whoever asks; nothing is held by a run that is gone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from mlpiped.dispatch import Dispatch
+from mlpiped.placement import Need, Place
+
+
+@dataclass
+class Walk:
+    """A run as the dispatcher sees it: it is granted places, and told to decide again."""
+
+    id: int
+    granted_to: list[tuple[int, str]] = field(default_factory=list)
+    again: list[int] = field(default_factory=list)
+    owner: str = "alice"
+
+    def granted(self, index: int, compute: str) -> None:
+        self.granted_to.append((index, compute))
+
+    def decide_again(self, index: int) -> None:
+        self.again.append(index)
+
+    @property
+    def row(self) -> Any:
+        return self
+
+    @property
+    def graph(self) -> Any:
+        return self
+
+    @property
+    def steps(self) -> Any:
+        return [type("Step", (), {"name": f"s{n}"}) for n in range(10)]
+
+
+class Lab:
+    def __init__(self, slots: int = 2, pools: dict[str, list[str]] | None = None, most: int | None = None) -> None:
+        self.dispatch = Dispatch([Place("local", slots), Place("other", 1)], pools or {}, most)
+
+    def run(self, number: int) -> Walk:
+        walk = Walk(number)
+        self.dispatch.executions[number] = cast(Any, walk)
+        return walk
+
+    def ask(self, walk: Walk, index: int, share: str | None = None, **need: Any) -> None:
+        need.setdefault("computes", ("local",))
+        self.dispatch.request(cast(Any, walk), index, Need(walk.id, index, **need), share)
+
+
+@pytest.fixture
+def lab() -> Lab:
+    return Lab()
+
+
+def test_a_place_that_is_given_back_goes_to_the_next(lab: Lab) -> None:
+    one = lab.run(1)
+    for index in range(3):
+        lab.ask(one, index)
+    assert one.granted_to == [(0, "local"), (1, "local")]
+    lab.dispatch.release(1, 0)
+    lab.dispatch.release(1, 0)
+    assert one.granted_to[2:] == [(2, "local")]
+
+
+def test_equal_steps_of_two_runs_share_one_attempt(lab: Lab) -> None:
+    one, two = lab.run(1), lab.run(2)
+    lab.ask(one, 0, "key")
+    lab.ask(two, 5, "key")
+    assert (one.granted_to, two.granted_to) == ([(0, "local")], [])
+    assert lab.dispatch.why_waiting(2, 5) == "shares the attempt of run 1/s0, which has the same key"
+    lab.dispatch.release(1, 0)
+    lab.dispatch.settled(1, 0)
+    assert two.again == [5]
+
+
+def test_when_the_leader_failed_the_first_follower_leads(lab: Lab) -> None:
+    one, two, three = lab.run(1), lab.run(2), lab.run(3)
+    for walk in (one, two, three):
+        lab.ask(walk, 0, "key")
+    lab.dispatch.release(1, 0)
+    lab.dispatch.settled(1, 0)
+    assert two.again == three.again == [0]
+    lab.ask(two, 0, "key")
+    lab.ask(three, 0, "key")
+    assert (len(two.granted_to), len(three.granted_to)) == (1, 0)
+
+
+def test_a_follower_that_withdraws_is_not_told(lab: Lab) -> None:
+    one, two = lab.run(1), lab.run(2)
+    lab.ask(one, 0, "key")
+    lab.ask(two, 0, "key")
+    lab.dispatch.withdraw(cast(Any, two), 0)
+    lab.dispatch.settled(1, 0)
+    assert two.again == []
+
+
+def test_a_leader_that_withdraws_before_it_ran_leaves_the_key_free(lab: Lab) -> None:
+    full, one, two = lab.run(9), lab.run(1), lab.run(2)
+    lab.ask(full, 0)
+    lab.ask(full, 1)
+    lab.ask(one, 0, "key")
+    lab.ask(two, 0, "key")
+    lab.dispatch.withdraw(cast(Any, one), 0)
+    lab.dispatch.settled(1, 0)
+    assert two.again == [0]
+
+
+def test_what_a_forgotten_run_held_waited_for_or_led_is_free(lab: Lab) -> None:
+    one, two = lab.run(1), lab.run(2)
+    for index in range(4):
+        lab.ask(one, index, f"key{index}")
+    lab.ask(two, 0, "key0")
+    lab.ask(two, 1)
+    lab.dispatch.forget(1)
+    assert two.again == [0]
+    assert two.granted_to == [(1, "local")]
+    assert lab.dispatch.places["local"].used_slots == 1
+    lab.ask(two, 2, "key3")
+    assert two.granted_to[-1] == (2, "local")
+
+
+def test_an_adopted_attempt_holds_its_place_and_its_key(lab: Lab) -> None:
+    one, two = lab.run(1), lab.run(2)
+    lab.dispatch.occupy(cast(Any, one), 0, Need(1, 0), "local", "key")
+    lab.ask(two, 0, "key")
+    lab.ask(two, 1)
+    lab.ask(two, 2)
+    assert two.granted_to == [(1, "local")]
+    assert lab.dispatch.places["local"].used_slots == 2
+
+
+def test_a_pool_is_any_of_its_computes() -> None:
+    lab = Lab(slots=1, pools={"gpu": ["other", "local"]})
+    one = lab.run(1)
+    for index in range(3):
+        lab.ask(one, index, computes=("gpu",))
+    assert one.granted_to == [(0, "other"), (1, "local")]
+
+
+def test_the_limit_of_running_steps_holds_over_all_computes() -> None:
+    lab = Lab(slots=2, most=2)
+    one = lab.run(1)
+    for index in range(3):
+        lab.ask(one, index, computes=())
+    assert len(one.granted_to) == 2
+    assert lab.dispatch.why_waiting(1, 2) == "max_running_steps = 2 is reached"
+    lab.dispatch.release(1, 0)
+    assert len(one.granted_to) == 3
+
+
+def test_while_the_disk_is_full_nothing_is_granted_and_then_all_is(lab: Lab) -> None:
+    one = lab.run(1)
+    lab.dispatch.paused = "the disk that holds the ledger is full"
+    lab.ask(one, 0)
+    assert one.granted_to == []
+    assert lab.dispatch.why_waiting(1, 0) == "nothing is started: the disk that holds the ledger is full"
+    lab.dispatch.paused = None
+    lab.dispatch.place()
+    assert one.granted_to == [(0, "local")]
+
+
+def test_who_waits_is_told_what_is_taken_and_by_whom(lab: Lab) -> None:
+    one, two = lab.run(1), lab.run(2)
+    lab.ask(one, 0)
+    lab.ask(one, 1)
+    lab.ask(two, 0)
+    assert lab.dispatch.why_waiting(2, 0) == "waits for a place: local has 2 slots, 2 in use, held by run 1 (alice)"
+    assert lab.dispatch.why_waiting(1, 0) is None

@@ -1,0 +1,339 @@
+"""ONE run, with real ledger, files and store, and a scripted backend for the faults that a real one cannot show."""
+
+from __future__ import annotations
+
+import json
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from mlpiped.artifacts import Store
+from mlpiped.backends.base import Exited
+from mlpiped.backends.fake import FakeBackend
+from mlpiped.clock import SystemClock
+from mlpiped.code import CodeReader
+from mlpiped.dispatch import Dispatch
+from mlpiped.facts import World
+from mlpiped.fingerprint import Fingerprinter
+from mlpiped.ledger import Ledger, StepRow, moves
+from mlpiped.model import AttemptEnd, Cause, CauseKind, Event, RunOutcome, StepOutcome, StepState
+from mlpiped.placement import Place
+from mlpiped.resolve import Graph
+from mlpiped.run import LOST_LIMIT, TAINTED_LIMIT, Execution
+from mlpiped.spec import PipelineSpec, canonical, version_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
+
+    from mlpiped.backends.base import Handle, Job
+
+pytestmark = pytest.mark.anyio
+WHERE = {"file": "p.py", "line": 1}
+
+
+class QuickClock(SystemClock):
+    """Pauses take no time."""
+
+    async def sleep(self, seconds: float) -> None:
+        await anyio.lowlevel.checkpoint()
+
+
+class Lab:
+    def __init__(self, ledger: Ledger, folder: Path) -> None:
+        prints = Fingerprinter(ledger, moves.put_stat_cache)
+        self.ledger, self.folder = ledger, folder
+        self.world = World(ledger, prints, CodeReader(prints, folder), Store(folder, prints), {"lab": folder / "lab"})
+        self.backend = FakeBackend()
+        self.clock = QuickClock()
+
+    async def open(self, *steps: dict[str, Any]) -> Execution:
+        plain = [{"where": WHERE, "arguments": [{"kind": "text", "text": "true"}], **step} for step in steps]
+        spec = PipelineSpec.model_validate({"name": "p", "where": WHERE, "experiment": "p", "steps": plain})
+        version = version_of(spec)
+        await self.ledger.write(moves.save_definition(version, "p", canonical(spec), 1))
+        event = Event("p", Cause(CauseKind.MANUAL))
+        opening = moves.open_run(event, version=version, experiment="p", owner="a", tags={}, options={}, now=1)
+        (number,) = await self.ledger.write(opening)
+        self.graph = Graph(spec)
+        return await self.execution(number)
+
+    async def execution(self, number: int) -> Execution:
+        """The walk of run `number`, as a daemon begins it that has just started."""
+        row = await self.ledger.run(number)
+        assert row is not None
+        dispatch = Dispatch([Place("fake", 2)], {}, None)
+        found = Execution(row, self.graph, self.world, {"fake": self.backend}, self.clock, dispatch)
+        dispatch.executions[number] = found
+        return found
+
+    async def step(self, execution: Execution, index: int = 0) -> StepRow:
+        return (await self.ledger.steps(execution.id))[index]
+
+    async def ends(self, execution: Execution, index: int = 0) -> list[AttemptEnd | None]:
+        return [attempt.end for attempt in await self.ledger.attempts(execution.id, index)]
+
+
+@pytest.fixture
+async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
+    (tmp_path / "lab").mkdir()
+    ledger = await Ledger.open(tmp_path, SystemClock())
+    try:
+        yield Lab(ledger, tmp_path)
+    finally:
+        await ledger.close()
+
+
+async def test_steps_run_in_their_order_and_are_reused_by_the_next_run(lab: Lab) -> None:
+    steps: list[dict[str, Any]] = [{"name": "a"}, {"name": "b", "after": ["a"], "salt": "2"}]
+    first = await lab.open(*steps)
+    assert await first.run() is RunOutcome.SUCCEEDED
+    rows = await lab.ledger.steps(first.id)
+    assert [(r.name, r.outcome, r.attempts) for r in rows] == [
+        ("a", StepOutcome.SUCCEEDED, 1),
+        ("b", StepOutcome.SUCCEEDED, 1),
+    ]
+    second = await lab.open(*steps)
+    assert await second.run() is RunOutcome.SUCCEEDED
+    assert [(r.outcome, r.reused_from) for r in await lab.ledger.steps(second.id)] == [
+        (StepOutcome.REUSED, (first.id, "a")),
+        (StepOutcome.REUSED, (first.id, "b")),
+    ]
+
+
+async def test_what_comes_after_a_failure_is_skipped_and_the_rest_runs(lab: Lab) -> None:
+    lab.backend.exit_code = 3
+    execution = await lab.open({"name": "a"}, {"name": "b", "after": ["a"]}, {"name": "c", "salt": "c"})
+    assert await execution.run() is RunOutcome.FAILED
+    rows = {row.name: row for row in await lab.ledger.steps(execution.id)}
+    assert (rows["a"].outcome, rows["a"].why, rows["a"].exit_code) == (StepOutcome.FAILED, "exited with status 3", 3)
+    assert (rows["b"].outcome, rows["b"].why) == (StepOutcome.SKIPPED, "`a` failed")
+    assert rows["c"].attempts == 1
+
+
+async def test_a_failure_is_never_reused(lab: Lab) -> None:
+    lab.backend.exit_code = 1
+    await (await lab.open({"name": "a"})).run()
+    lab.backend.exit_code = 0
+    again = await lab.open({"name": "a"})
+    await again.run()
+    assert (await lab.step(again)).outcome is StepOutcome.SUCCEEDED
+
+
+async def test_a_failing_step_has_as_many_attempts_as_its_retry_allows(lab: Lab) -> None:
+    lab.backend.exit_code = 1
+    execution = await lab.open({"name": "a", "retry": {"attempts": 3, "delay": 0}})
+    await execution.run()
+    assert await lab.ends(execution) == [AttemptEnd.FAILED] * 3
+    assert (await lab.step(execution)).attempts == 3
+
+
+async def test_a_lost_attempt_is_run_again_under_a_new_token_and_costs_no_retry(lab: Lab) -> None:
+    class OnceLost(FakeBackend):
+        async def submit(self, job: Job) -> Handle:
+            self.lose_after = -1 if job.env["MLPIPED_ATTEMPT"] == "1" else None
+            return await super().submit(job)
+
+    lab.backend = OnceLost()
+    execution = await lab.open({"name": "a"})
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.LOST, AttemptEnd.COMMITTED]
+    tokens = {attempt.token for attempt in await lab.ledger.attempts(execution.id, 0)}
+    assert len(tokens) == 2
+
+
+@pytest.mark.parametrize(("fields", "times"), [({}, LOST_LIMIT + 1), ({"effect": True}, 1)])
+async def test_a_step_that_is_lost_again_and_again_ends_as_lost(lab: Lab, fields: dict[str, Any], times: int) -> None:
+    lab.backend.run_for, lab.backend.lose_after = 9.0, 0
+    execution = await lab.open({"name": "a", **fields})
+    assert await execution.run() is RunOutcome.FAILED
+    assert (await lab.step(execution)).outcome is StepOutcome.LOST
+    assert await lab.ends(execution) == [AttemptEnd.LOST] * times
+
+
+async def test_a_submit_without_an_answer_is_fenced_before_it_is_made_again(lab: Lab) -> None:
+    lab.backend.unavailable_for = 2  # the submit, and the first try to fence
+    execution = await lab.open({"name": "a"})
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.NEVER_RAN, AttemptEnd.COMMITTED]
+    assert (await lab.step(execution)).attempts == 1
+
+
+async def test_a_submit_that_failed_aloud_but_started_is_adopted(lab: Lab) -> None:
+    class Liar(FakeBackend):
+        async def submit(self, job: Job) -> Handle:
+            await super().submit(job)
+            self.unavailable_for = 1
+            await self._call()
+            raise AssertionError
+
+    lab.backend = Liar()
+    execution = await lab.open({"name": "a"})
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
+
+
+async def test_a_query_that_failed_is_no_answer(lab: Lab) -> None:
+    class Deaf(FakeBackend):
+        async def wait(self, handle: Handle) -> Any:
+            if not hasattr(self, "asked"):
+                self.asked, self.unavailable_for = True, 3
+            return await super().wait(handle)
+
+    lab.backend = Deaf()
+    execution = await lab.open({"name": "a"})
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
+
+
+@asynccontextmanager
+async def running(lab: Lab, execution: Execution, *names: str) -> AsyncIterator[dict[str, RunOutcome]]:
+    """The run, from when its steps `names` run until it has ended."""
+    told: dict[str, RunOutcome] = {}
+
+    async def run() -> None:
+        told["outcome"] = await execution.run()
+
+    with lab.ledger.subscribe() as events:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run)
+            missing = len(names)
+            async for rows in events:
+                missing -= sum(row.kind == "step.running" for row in rows)
+                if missing <= 0:
+                    break
+            yield told
+
+
+async def test_cancel_ends_what_runs_and_what_waits(lab: Lab) -> None:
+    lab.backend.run_for = 3600
+    execution = await lab.open({"name": "a"}, {"name": "b", "after": ["a"]})
+    async with running(lab, execution, "a") as told:
+        await execution.cancel()
+    assert told["outcome"] is RunOutcome.CANCELLED
+    assert [row.outcome for row in await lab.ledger.steps(execution.id)] == [StepOutcome.CANCELLED] * 2
+    row = await lab.ledger.run(execution.id)
+    assert row is not None
+    assert row.options["cancelled"] is True
+
+
+async def begun(lab: Lab, *, submitted: bool) -> tuple[Execution, str]:
+    """A run whose daemon died after the intent of its only step, or after the submit."""
+    execution = await lab.open({"name": "a"})
+    await lab.ledger.write(moves.start_run(execution.id, 2))
+    decided = await execution.facts.decide(execution.plan, [0])
+    facts, token = execution.facts.steps[0], f"mlp-{execution.id}-0-1-abc"
+    rows = [StepRow(0, "a", StepState.QUEUED, None, decided[0].why, key=facts.key)]
+    await lab.ledger.write(
+        moves.add_steps(execution.id, rows, 2),
+        moves.intent(execution.id, 0, token, 1, "fake", facts.key, json.dumps(facts.parts), 3),
+    )
+    if submitted:
+        lab.backend.world[token] = [0.0, Exited(0), anyio.Event()]
+    return await lab.execution(execution.id), token
+
+
+async def test_a_restart_after_the_intent_alone_fences_it_and_runs_the_step_once(lab: Lab) -> None:
+    execution, token = await begun(lab, submitted=False)
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.NEVER_RAN, AttemptEnd.COMMITTED]
+    assert lab.backend.world[token] is None
+
+
+async def test_a_restart_after_the_submit_adopts_it(lab: Lab) -> None:
+    execution, token = await begun(lab, submitted=True)
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
+    assert list(lab.backend.world) == [token]
+
+
+async def test_a_restart_goes_on_behind_what_is_finished(lab: Lab) -> None:
+    execution = await lab.open({"name": "a"}, {"name": "b", "after": ["a"], "salt": "b"})
+    lab.backend.run_for = 3600
+    async with anyio.create_task_group() as tasks:
+        with lab.ledger.subscribe() as events:
+            tasks.start_soon(execution.run)
+            async for rows in events:
+                if any(row.kind == "step.running" for row in rows):
+                    break
+        tasks.cancel_scope.cancel()
+    for entry in lab.backend.world.values():
+        assert entry is not None
+        entry[0] = 0.0
+    lab.backend.run_for = 0
+    assert await (await lab.execution(execution.id)).run() is RunOutcome.SUCCEEDED
+    rows = await lab.ledger.steps(execution.id)
+    assert [(row.name, row.outcome, row.attempts) for row in rows] == [
+        ("a", StepOutcome.SUCCEEDED, 1),
+        ("b", StepOutcome.SUCCEEDED, 1),
+    ]
+
+
+def reading(path: str, **fields: Any) -> dict[str, Any]:
+    source = {"kind": "reference", "datastore": "lab", "path": path, "glob": "*" in path}
+    arguments: Sequence[Any] = [{"kind": "text", "text": "cat"}, {"kind": "input", "port": "data"}]
+    return {"name": "a", "arguments": arguments, "inputs": [{"name": "data", "source": source}], **fields}
+
+
+class Meddler(FakeBackend):
+    """Changes a file while each of its first `times` jobs runs."""
+
+    def __init__(self, path: Path, times: int) -> None:
+        super().__init__()
+        self.path, self.times = path, times
+
+    async def submit(self, job: Job) -> Handle:
+        handle = await super().submit(job)
+        if self.times:
+            self.times -= 1
+            self.path.write_text(f"changed {self.times}")
+        return handle
+
+
+async def test_a_step_whose_input_changed_while_it_ran_is_run_again_on_what_is_there_now(lab: Lab) -> None:
+    path = lab.folder / "lab" / "x.csv"
+    path.write_text("1")
+    lab.backend = Meddler(path, 1)
+    execution = await lab.open(reading("x.csv"))
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.TAINTED, AttemptEnd.COMMITTED]
+    first, second = await lab.ledger.attempts(execution.id, 0)
+    assert first.key != second.key
+    assert await lab.ledger.results([first.key]) == {}
+
+
+async def test_a_step_whose_input_never_holds_still_fails_and_says_so(lab: Lab) -> None:
+    path = lab.folder / "lab" / "x.csv"
+    path.write_text("1")
+    lab.backend = Meddler(path, 99)
+    execution = await lab.open(reading("x.csv"))
+    assert await execution.run() is RunOutcome.FAILED
+    assert await lab.ends(execution) == [AttemptEnd.TAINTED] * (TAINTED_LIMIT + 1)
+    assert (await lab.step(execution)).why.startswith("its inputs kept changing while it ran")
+
+
+async def test_a_file_that_arrives_while_a_step_reads_the_others_does_not_taint_it(lab: Lab) -> None:
+    (lab.folder / "lab" / "1.csv").write_text("1")
+    lab.backend = Meddler(lab.folder / "lab" / "2.csv", 1)
+    execution = await lab.open(reading("*.csv"))
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
+
+
+async def test_an_input_that_is_not_there_fails_the_step_with_a_sentence(lab: Lab) -> None:
+    execution = await lab.open(reading("none/*.csv"))
+    assert await execution.run() is RunOutcome.FAILED
+    row = await lab.step(execution)
+    assert (row.outcome, row.attempts) == (StepOutcome.FAILED, 0)
+    assert "none/*.csv" in row.why
+
+
+async def test_an_unknown_datastore_fails_the_step_with_a_sentence(lab: Lab) -> None:
+    step = reading("x.csv")
+    step["inputs"][0]["source"]["datastore"] = "gone"
+    execution = await lab.open(step)
+    assert await execution.run() is RunOutcome.FAILED
+    assert "no datastore named `gone` in the config" in (await lab.step(execution)).why
