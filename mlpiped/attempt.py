@@ -228,6 +228,7 @@ class Attempt:
         """Make the end durable: the attempt's, and the step's unless it is run `again` (a sentence)."""
         if ended.end in (AttemptEnd.COMMITTED, AttemptEnd.SUPERSEDED):
             return  # `commit_result` was the one transaction
+        crash.point("before_end")
         now = self.clock.now()
         ops: list[moves.Op[Any]] = []
         if self.begun:

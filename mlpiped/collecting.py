@@ -258,6 +258,7 @@ def collect(
         if item.folder:
             with _placing[int(item.digest[-2:], 16) % len(_placing)]:
                 _Shelf(state, store, recall, entries, touched).put(item)
+            crash.point("after_rename")
     for path in touched:
         sync_folder(path)
     facts = [

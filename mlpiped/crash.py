@@ -11,15 +11,20 @@ import signal
 
 POINTS = (
     "before_fire",  # a trigger's event has arrived, nothing is written
-    "after_fire",  # run and cursor are durable
+    "before_start",  # the run is durable, with its cursor; nothing of it is in memory
+    "after_fire",  # … and it has its turn, or waits for it
     "before_intent",
     "after_intent",
-    "after_submit",
-    "after_handle",
-    "before_outcome",
-    "mid_collect",
+    "after_submit",  # the step has been started, the ledger does not know
+    "after_handle",  # … and the handle is on its way to the ledger
+    "before_outcome",  # the step has ended, the ledger does not know
+    "before_end",  # … and was judged: it has failed, was lost, or never ran
+    "mid_collect",  # before each output comes into the store
+    "after_rename",  # it has come there, its name is not durable
     "before_commit",
     "after_commit",
+    "in_commit",  # any transaction: all is written but COMMIT
+    "committed",  # any transaction: it is durable, nobody has been told
 )
 
 _armed, _, _count = os.environ.get("MLPIPED_CRASH_AT", "").partition(":")

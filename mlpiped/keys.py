@@ -56,19 +56,26 @@ class CodePart:
 class StaticParts:
     """What of a step's key follows from its definition alone: computed once per version of a pipeline."""
 
-    __slots__ = ("command", "environment", "head", "outputs", "ports", "salt")
+    __slots__ = ("head", "ports", "step")
 
     def __init__(self, step: StepSpec) -> None:
+        self.step = step
         places: dict[str, str] = {}
-        self.command = {"shell": step.shell, "arguments": [_placeholder(a, places) for a in step.arguments]}
+        named = self._named(places)
         self.ports = {port.name: places.get(port.name, port.name) for port in step.inputs}
-        self.outputs = {o.name: [o.output_kind, o.file_name] for o in step.outputs}
-        environment: dict[str, Any] = step.environment.model_dump(mode="json", exclude_defaults=True)
+        self.head = _json([SCHEME, *named.values()])
+
+    def _named(self, places: dict[str, str]) -> dict[str, Any]:
+        step = self.step
+        environment = {name: value for name, value in step.environment.model_dump().items() if value}
         if _runs_python(step) and "python" not in environment:
             environment["python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
-        self.environment = environment
-        self.salt = step.salt
-        self.head = _json([SCHEME, self.command, self.environment, self.outputs, self.salt])
+        return {
+            "command": {"shell": step.shell, "arguments": [_placeholder(a, places) for a in step.arguments]},
+            "environment": environment,
+            "outputs": {o.name: [o.output_kind, o.file_name] for o in step.outputs},
+            "salt": step.salt,
+        }
 
     def key(self, code: str | None, parameters: Mapping[str, Scalar], inputs: Mapping[str, InputPart]) -> str:
         """`b3:<hex>`; `inputs` by port name."""
@@ -82,10 +89,7 @@ class StaticParts:
         """The named parts as plain JSON: what `why` compares later."""
         return {
             "scheme": SCHEME,
-            "command": self.command,
-            "environment": self.environment,
-            "outputs": self.outputs,
-            "salt": self.salt,
+            **self._named({}),
             "code": None if code is None else {"digest": code.digest, "raw": code.raw, "files": dict(code.files)},
             "parameters": dict(parameters),
             "inputs": {

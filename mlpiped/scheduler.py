@@ -19,7 +19,7 @@ from mlpiped.model import Cause, CauseKind, Event, RunOutcome, RunState
 from mlpiped.protocol import typed_parameters
 from mlpiped.resolve import Graph
 from mlpiped.run import Execution
-from mlpiped.spec import PipelineSpec, SuccessSpec, canonical, version_of
+from mlpiped.spec import PipelineSpec, SuccessSpec, version_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -98,7 +98,8 @@ class Scheduler:
     async def _known(self, spec: PipelineSpec, version: str) -> Graph:
         """The graph of a version that is durable in the ledger."""
         if version not in self._graphs:
-            await self.world.ledger.write(moves.save_definition(version, spec.name, canonical(spec), self.clock.now()))
+            save = moves.save_definition(version, spec.name, spec.model_dump_json(), self.clock.now())
+            await self.world.ledger.write(save)
             self._keep(version, Graph(spec))
         return self._graphs[version]
 
@@ -152,6 +153,7 @@ class Scheduler:
             )
             if run_id is None:
                 return None
+            crash.point("before_start")
             opened = await ledger.run(run_id)
             assert opened is not None
             if busy and spec.overlap == "cancel_previous":

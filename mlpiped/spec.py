@@ -11,20 +11,54 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 """What people may call a pipeline, step, output, parameter or datastore: names never become paths unchecked."""
 
+T = TypeVar("T")
 Scalar = str | int | float | bool | None
 
 
-class _Plain(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+_STRICT = ConfigDict(extra="forbid")
 
 
+class _Plain:
+    """Slotted and frozen: a pipeline of 10,000 steps stays in memory."""
+
+    __slots__ = ()
+
+    @classmethod
+    def model_validate(cls, plain: Any) -> Self:
+        """From plain data. Raises pydantic.ValidationError with every fault."""
+        return _adapter(cls).validate_python(plain)
+
+    @classmethod
+    def model_validate_json(cls, text: str | bytes) -> Self:
+        return _adapter(cls).validate_json(text)
+
+    def model_dump(self, *, exclude: set[str] | None = None) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        found: dict[str, Any] = _adapter(type(self)).dump_python(self, mode="json", exclude=exclude)
+        return found
+
+    def model_dump_json(self) -> str:
+        return _adapter(type(self)).dump_json(self).decode()
+
+
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Where(_Plain):
     """The line of the author's file that made this object."""
 
@@ -33,11 +67,13 @@ class Where(_Plain):
 
 
 # --- arguments: typed placeholders, never finished strings ------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Text(_Plain):
     kind: Literal["text"] = "text"
     text: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class InputArg(_Plain):
     """The path or, for a glob, the sorted paths of the input `port`, each an argument of its own."""
 
@@ -45,16 +81,19 @@ class InputArg(_Plain):
     port: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class OutputArg(_Plain):
     kind: Literal["output"] = "output"
     port: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class ParameterArg(_Plain):
     kind: Literal["parameter"] = "parameter"
     name: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Concat(_Plain):
     """Parts that make one argument: `f"--rate={rate}"`. A glob is not allowed in it."""
 
@@ -66,6 +105,7 @@ Arg = Annotated[Text | InputArg | OutputArg | ParameterArg | Concat, Field(discr
 
 
 # --- data ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Reference(_Plain):
     """Data that lies in a datastore: one path (file or folder) or a glob, relative to the datastore's root."""
 
@@ -75,6 +115,7 @@ class Reference(_Plain):
     glob: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Upstream(_Plain):
     """Data that another step of the pipeline makes."""
 
@@ -83,6 +124,7 @@ class Upstream(_Plain):
     output: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Port(_Plain):
     """One input. `name` is for people; `in_arguments` is False for one named only in `inputs=`
     (the script then finds its path(s), newline-separated, in `MLPIPED_INPUT_<NAME>`)."""
@@ -92,6 +134,7 @@ class Port(_Plain):
     in_arguments: bool = True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Output(_Plain):
     """One output. `file_name` is the last part of the path the script is given (default: the name).
     `publish` is a path template in `datastore`, or None."""
@@ -104,6 +147,7 @@ class Output(_Plain):
 
 
 # --- steps --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class ResourceSpec(_Plain):
     cpus: float = 1
     memory: int | None = None  # bytes
@@ -114,13 +158,15 @@ class ResourceSpec(_Plain):
     scratch: int | None = None  # bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class RetrySpec(_Plain):
-    attempts: int = Field(1, ge=1, le=1000)  # in all, the first included; faults of machines do not count
-    delay: float = Field(10.0, ge=0)  # seconds before the second attempt
-    backoff: float = Field(2.0, ge=1)  # factor from one pause to the next
-    max_delay: float = Field(3600.0, ge=0)  # seconds
+    attempts: int = Field(default=1, ge=1, le=1000)  # in all, the first included; faults of machines do not count
+    delay: float = Field(default=10.0, ge=0)  # seconds before the second attempt
+    backoff: float = Field(default=2.0, ge=1)  # factor from one pause to the next
+    max_delay: float = Field(default=3600.0, ge=0)  # seconds
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class EnvironmentSpec(_Plain):
     requirements: str | None = None  # the file's text, read at load
     python: str | None = None  # "3.11"
@@ -128,9 +174,10 @@ class EnvironmentSpec(_Plain):
     dockerfile: str | None = None  # the file's text
     conda: str | None = None  # the file's text
     modules: tuple[str, ...] = ()
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class SourceSpec(_Plain):
     """A step's code: an absolute folder and how it is read."""
 
@@ -139,6 +186,7 @@ class SourceSpec(_Plain):
     script: str | None = None  # relative to `directory`
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class StepSpec(_Plain):
     name: str
     where: Where
@@ -163,6 +211,7 @@ class StepSpec(_Plain):
     description: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class ParameterSpec(_Plain):
     name: str
     type: Literal["str", "int", "float", "bool"]
@@ -176,6 +225,7 @@ class ParameterSpec(_Plain):
 CatchUp = Literal["skip", "latest", "all"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class CronSpec(_Plain):
     kind: Literal["cron"] = "cron"
     where: Where
@@ -187,6 +237,7 @@ class CronSpec(_Plain):
     end: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class EverySpec(_Plain):
     kind: Literal["every"] = "every"
     where: Where
@@ -197,6 +248,7 @@ class EverySpec(_Plain):
     end: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class ArrivalSpec(_Plain):
     kind: Literal["arrival"] = "arrival"
     where: Where
@@ -209,6 +261,7 @@ class ArrivalSpec(_Plain):
     catch_up: CatchUp = "latest"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class SuccessSpec(_Plain):
     kind: Literal["success"] = "success"
     where: Where
@@ -218,6 +271,7 @@ class SuccessSpec(_Plain):
 Trigger = Annotated[CronSpec | EverySpec | ArrivalSpec | SuccessSpec, Field(discriminator="kind")]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class PipelineSpec(_Plain):
     name: str
     where: Where
@@ -229,21 +283,24 @@ class PipelineSpec(_Plain):
     overlap: Literal["queue", "skip", "parallel", "cancel_previous"] = "queue"
     max_parallel: int | None = None
     priority: int = 0
-    tags: dict[str, str] = {}
+    tags: dict[str, str] = Field(default_factory=dict)
 
 
-def canonical(value: BaseModel | dict[str, Any] | list[Any]) -> str:
-    """Compact JSON with sorted keys: the form that is hashed and stored."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+def canonical(value: _Plain | dict[str, Any] | list[Any]) -> str:
+    """Compact JSON with sorted keys: the form that is hashed."""
+    plain = value.model_dump() if isinstance(value, _Plain) else value
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def version_of(spec: PipelineSpec) -> str:
     """12 hex digits over everything but the places where things were written."""
+    found = hashlib.sha256(canonical(_placeless(spec.model_dump(exclude={"steps"}))).encode())
+    for step in spec.steps:  # one by one: the plain form of a large pipeline would not be small
+        found.update(canonical(_placeless(step.model_dump())).encode())
+    return found.hexdigest()[:12]
 
-    def strip(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k != "where"}
-        return [strip(v) for v in value] if isinstance(value, list) else value
 
-    return hashlib.sha256(canonical(strip(spec.model_dump(mode="json"))).encode()).hexdigest()[:12]
+def _placeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _placeless(v) for k, v in value.items() if k != "where"}
+    return [_placeless(v) for v in value] if isinstance(value, list) else value

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 T = TypeVar("T")
 BIN = Path(sys.executable).parent
@@ -65,6 +65,8 @@ class Daemon:
     Below `root`: plugins/, lab/ (the datastore `lab`), state/, run/ and serve.log. The folder is made by us and removed
     by `close`; after `kill9` or `term`, `start` takes the same state up again.
     """
+
+    program: Sequence[str | Path] = (BIN / "mlpiped",)
 
     def __init__(
         self,
@@ -112,7 +114,7 @@ class Daemon:
 
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [BIN / "mlpiped", "serve", "--config", self.config],
+                [*self.program, "serve", "--config", self.config],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -1,7 +1,8 @@
 """The job folder (its format: `base.py`) from the daemon's side: built, claimed, fenced, read. All of it blocks.
 
-A folder appears by one rename and is complete then; who loses that rename finds it there. So a token's folder can be
-built by several at once, before and after a crash, and is built once.
+Most folders are made by the supervisor, from the order that it gets. One that needs a copy of the code, or whose order
+is too long for a packet, is built here: it appears by one rename and is complete then; who loses that rename finds it
+there. Either way a token's folder can be built by several at once, before and after a crash.
 """
 
 from __future__ import annotations
@@ -21,42 +22,64 @@ from mlpiped.backends.supervisor import claim, sync_folder
 from mlpiped.errors import InvalidJob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path, PurePath
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    Place = str | os.PathLike[str]
 
 TOKEN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,127}")
 KEPT = frozenset(
     {"claim", "exit.json", "metrics.jsonl", "params.json", "stderr", "stdout"}
 )  # of a job that is discarded
+NO_PARAMETERS = ".no-params.json"  # in the folder of all jobs: `{}`, for the jobs that have none
 DRAFT_LIFE = 600.0  # seconds; a builder needs less
 FENCED = {"v": 1, "fenced": True}
 
 
-def at(jobs_dir: Path, token: str) -> Path:
+def at(jobs_dir: Place, token: str) -> str:
     """The folder of `token`."""
     if not TOKEN.fullmatch(token):
         raise InvalidJob(f"no token that can name a folder: {token!r:.200}")
-    return jobs_dir / token
+    return f"{jobs_dir}/{token}"
+
+
+def prepare(jobs_dir: Path) -> None:
+    """Make the folder of all jobs, and remove what builders that crashed left in it."""
+    jobs_dir.mkdir(parents=True, exist_ok=True)
+    empty, draft = jobs_dir / NO_PARAMETERS, jobs_dir / f"{NO_PARAMETERS}.{secrets.token_hex(6)}"
+    if _read_json(empty) != {}:
+        _write(draft, "{}", 0o444)
+        draft.rename(empty)
+    sweep_drafts(jobs_dir)
 
 
 # --- what is executed, for a machine on which the folder lies at `root`
 
 
-def output_paths(root: PurePath, job: Job) -> dict[str, str]:
-    return {output.name: str(root / "out" / output.name / output.file_name) for output in job.outputs}
+def output_paths(root: Place, job: Job) -> dict[str, str]:
+    return {output.name: f"{root}/out/{output.name}/{output.file_name}" for output in job.outputs}
 
 
-def variables(root: PurePath, job: Job, input_paths: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
+def variables(root: Place, job: Job, input_paths: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
     """What every step finds in its environment, besides its machine's base environment."""
     paths = job.inputs if input_paths is None else input_paths
+    params = f"{root}/params.json" if job.parameters else f"{os.path.dirname(root)}/{NO_PARAMETERS}"
     return {
         **job.env,
         **{name: "\n".join(paths[port]) for name, port in job.input_env.items()},
         "MLPIPED_TOKEN": job.token,
-        "MLPIPED_METRICS": str(root / "metrics.jsonl"),
-        "MLPIPED_PARAMS": str(root / "params.json"),
-        "MLPIPED_SCRATCH": str(root / "scratch"),
+        "MLPIPED_METRICS": f"{root}/metrics.jsonl",
+        "MLPIPED_PARAMS": params,
+        "MLPIPED_SCRATCH": f"{root}/{'work' if job.code is None else 'scratch'}",
     }
+
+
+def contents(job: Job) -> tuple[list[str], str | None]:
+    """(the folders in a job's folder, parents first; the text of its params.json): only what the job has use for."""
+    make = ["work"] if job.code is None else ["work", "scratch"]
+    if job.outputs:
+        make += ["out", *(f"out/{output.name}" for output in job.outputs)]
+    return make, json.dumps(dict(job.parameters)) if job.parameters else None
 
 
 def order(argv: list[str], env: Mapping[str, str], job: Job) -> dict[str, Any]:
@@ -65,9 +88,9 @@ def order(argv: list[str], env: Mapping[str, str], job: Job) -> dict[str, Any]:
         raise InvalidJob("the step has no command")
     if any("\0" in text for text in argv):
         raise InvalidJob("an argument of the command holds a NUL byte")
-    for name, value in env.items():
-        if not name or "=" in name or "\0" in name + value:
-            raise InvalidJob(f"no environment variable can have this name or value: {name!r:.200}")
+    if "\0" in "".join(env.values()) or any(not name or "=" in name or "\0" in name for name in env):
+        wrong = next(n for n, value in env.items() if not n or "=" in n or "\0" in n + value)
+        raise InvalidJob(f"no environment variable can have this name or value: {wrong!r:.200}")
     facts = {"token": job.token, "memory": job.memory, "timeout": job.timeout, "grace": job.grace}
     return {"v": 1, "argv": ["/bin/sh", "-c", argv[0]] if job.shell else argv, "env": dict(env), **facts}
 
@@ -75,43 +98,43 @@ def order(argv: list[str], env: Mapping[str, str], job: Job) -> dict[str, Any]:
 # --- made
 
 
-def build(folder: Path, job: Job, orders: Mapping[str, Any]) -> None:
-    """Make the folder, unless it is there. Raises OSError, and leaves nothing behind then."""
-    if folder.exists():
+def build(folder: str, job: Job, order: str | None) -> None:
+    """Make the folder, unless it is there; with `order` as its job.json. Raises OSError, and leaves nothing then."""
+    if os.path.exists(folder):
         return
-    draft = folder.with_name(f".{job.token}.{secrets.token_hex(6)}")
+    draft = f"{os.path.dirname(folder)}/.{job.token}.{secrets.token_hex(6)}"
+    make, params = contents(job)
     os.mkdir(draft, 0o755)
     try:
-        for name in ("out", "scratch", *(f"out/{output.name}" for output in job.outputs)):
-            os.mkdir(draft / name)
-        if job.code is None:
-            os.mkdir(draft / "work")
-        else:
-            _copy_tree(job.code, os.fspath(draft / "work"))
-        _write(draft / "params.json", dict(job.parameters), 0o644)
-        _write(draft / "job.json", orders, 0o600)
+        if job.code is not None:
+            make.remove("work")
+            _copy_tree(job.code, f"{draft}/work")
+        for name in make:
+            os.mkdir(f"{draft}/{name}")
+        if params is not None:
+            _write(f"{draft}/params.json", params, 0o644)
+        if order is not None:
+            _write(f"{draft}/job.json", order, 0o600)
         _settle(draft, folder)
     except BaseException:
         _remove(draft)
         raise
 
 
-def _settle(draft: Path, folder: Path) -> bool:
-    """Rename into place; False (and the draft is gone) when somebody was first."""
+def _settle(draft: str, folder: str) -> None:
+    """Rename into place; the draft is gone when somebody was first."""
     try:
         os.rename(draft, folder)
-        return True
     except OSError:
-        if not folder.exists():
+        if not os.path.exists(folder):
             raise
         _remove(draft)
-        return False
 
 
-def _write(path: Path, content: Any, mode: int) -> None:
+def _write(path: Place, content: str, mode: int) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with open(fd, "w", encoding="ascii") as file:
-        json.dump(content, file)
+        file.write(content)
 
 
 def _copy_tree(source: str, target: str) -> None:
@@ -132,49 +155,44 @@ def _copy_tree(source: str, target: str) -> None:
 # --- claimed, fenced, held
 
 
-def read_claim(folder: Path) -> Handle | None:
+def read_claim(folder: Place) -> Handle | None:
     """Who claimed the token, as a handle; None: nobody yet, or the fence (see `fenced`)."""
     record = _claim_record(folder)
-    return None if record is None or record.get("fenced") else {**record, "token": folder.name}
+    return None if record is None or record.get("fenced") else {**record, "token": os.path.basename(folder)}
 
 
-def fenced(folder: Path) -> bool:
+def fenced(folder: Place) -> bool:
     record = _claim_record(folder)
     return record is not None and bool(record.get("fenced"))
 
 
-def _claim_record(folder: Path) -> dict[str, Any] | None:
-    record = _read_json(folder / "claim" / "handle.json")
+def _claim_record(folder: Place) -> dict[str, Any] | None:
+    record = _read_json(f"{folder}/claim/handle.json")
     if record is not None:
         return record
     # a claim whose handle a power cut took: somebody began, and is gone
-    return {"v": 1, "pid": 0, "start": 0, "boot": ""} if (folder / "claim").exists() else None
+    return {"v": 1, "pid": 0, "start": 0, "boot": ""} if os.path.exists(f"{folder}/claim") else None
 
 
-def fence(folder: Path) -> NeverRan | Handle:
+def fence(folder: Place) -> NeverRan | Handle:
     """Make the claim ourselves, so that no supervisor can; or the handle of the one that was first."""
-    if not folder.exists():
-        draft = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
-        os.mkdir(draft, 0o755)
-        lock = claim(os.fspath(draft), FENCED)
-        if lock is not None:
-            os.close(lock)
-        _settle(draft, folder)
-        sync_folder(os.fspath(folder.parent))
-    lock = claim(os.fspath(folder), FENCED)
+    new = not os.path.exists(folder)
+    lock = claim(os.fspath(folder), FENCED)  # makes the folder too
     if lock is not None:
         os.close(lock)
+    if new:
+        sync_folder(os.path.dirname(folder))
     handle = read_claim(folder)
     if handle is not None:
         return handle
-    (folder / "job.json").unlink(missing_ok=True)  # it may hold secrets, and nobody will read it
+    _remove(f"{folder}/job.json")  # it may hold secrets, and nobody will read it
     return NeverRan("its token was fenced before it started")
 
 
-def held(folder: Path) -> bool:
-    """Whether the claim's lock is held: the supervisor lives, whatever its pid is in our eyes."""
+def held(folder: Place) -> bool:
+    """Whether the claim is locked: the supervisor lives, whatever its pid is in our eyes."""
     try:
-        fd = os.open(folder / "claim" / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"{folder}/claim/handle.json", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
@@ -189,10 +207,11 @@ def held(folder: Path) -> bool:
 # --- read
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Place) -> dict[str, Any] | None:
     """None: not there, empty or garbled (a power cut leaves such files), which is the same: no statement."""
     try:
-        content = json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            content = json.loads(file.read())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
@@ -206,20 +225,20 @@ def exited(record: Mapping[str, Any]) -> Exited | None:
     return Exited(**{name: record[name] for name in names if name in record})
 
 
-def witness(folder: Path) -> Exited | None:
-    record = _read_json(folder / "exit.json")
+def witness(folder: Place) -> Exited | None:
+    record = _read_json(f"{folder}/exit.json")
     return None if record is None else exited(record)
 
 
-def over(folder: Path) -> bool:
+def over(folder: Place) -> bool:
     """Whether the job has ended, so that its files do not change any more."""
     return not held(folder) and (witness(folder) is not None or read_claim(folder) is not None or fenced(folder))
 
 
-def read_stream(folder: Path, stream: str, offset: int, limit: int = 1 << 16) -> bytes:
+def read_stream(folder: Place, stream: str, offset: int, limit: int = 1 << 16) -> bytes:
     """At most `limit` bytes from `offset`; b"" at the end, and when there is no such file."""
     try:
-        with open(folder / stream, "rb", buffering=0) as file:
+        with open(f"{folder}/{stream}", "rb", buffering=0) as file:
             file.seek(offset)
             return file.read(limit) or b""
     except FileNotFoundError:
@@ -229,20 +248,42 @@ def read_stream(folder: Path, stream: str, offset: int, limit: int = 1 << 16) ->
 # --- removed
 
 
-def discard(folder: Path, *, keep_logs: bool) -> None:
+def discard_all(wanted: Iterable[tuple[str, bool]]) -> list[OSError]:
+    """`discard` of each (folder, keep_logs); what went wrong."""
+    errors = []
+    for folder, keep_logs in wanted:
+        try:
+            discard(folder, keep_logs=keep_logs)
+        except OSError as error:
+            errors.append(error)
+    return errors
+
+
+def discard(folder: Place, *, keep_logs: bool) -> None:
     if not keep_logs:
         _remove(folder)
         return
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as found:
+            entries = [entry for entry in found if entry.name not in KEPT]
     except FileNotFoundError:
         return
-    for name in names:
-        if name not in KEPT:
-            _remove(folder / name)
+    for entry in entries:
+        if entry.name == "out" and entry.is_dir(follow_symlinks=False):
+            _thin(entry.path)
+        _remove(entry.path)
 
 
-def _remove(path: Path) -> None:
+def _thin(out: str) -> None:
+    """The folders of outputs that were collected are empty: so it takes no walk to remove them."""
+    try:
+        for name in os.listdir(out):
+            os.rmdir(f"{out}/{name}")
+    except OSError:
+        pass
+
+
+def _remove(path: Place) -> None:
     def unlock(function: Callable[..., Any], name: str, _: Any) -> None:
         """A step may have taken away its own right to write in a folder."""
         try:
@@ -258,7 +299,7 @@ def _remove(path: Path) -> None:
     try:
         os.rmdir(path)  # most of them are empty
     except NotADirectoryError:
-        path.unlink()
+        os.unlink(path)
     except FileNotFoundError:
         pass
     except OSError:
@@ -269,7 +310,7 @@ def sweep_drafts(jobs_dir: Path) -> None:
     """Remove what builders that crashed left behind (it may hold secrets), and nothing that is being built."""
     for draft in jobs_dir.glob(".*"):
         try:
-            if time.time() - draft.stat().st_mtime > DRAFT_LIFE:
+            if draft.name != NO_PARAMETERS and time.time() - draft.stat().st_mtime > DRAFT_LIFE:
                 _remove(draft)
         except FileNotFoundError:
             pass

@@ -1,7 +1,7 @@
 """The daemon's side of the zygote: asks it for supervisors and hears their hints; starts another when one is killed.
 
-What comes over the socket only wakes: that a token was claimed or has ended is so because the job's folder says it,
-and whoever waits here looks there too.
+What comes over the socket is told after the job's folder says it, and may be lost: whoever waits here for long looks
+there too.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Said = dict[str, Any]
+REMEMBERED = 1024  # tokens of which something was said that nobody has asked for yet
+MESSAGE = supervisor.PACKET  # bytes
 
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """Somebody who wants to hear of `token`: `event` is set when something was said, or when the asked zygote died."""
+    """Somebody who wants to hear of `token`: `event` is set when something was said, or when the asked zygote died.
+
+    Its start and its end are kept apart: both may have come before anybody could look.
+    """
 
     token: str
     event: anyio.Event = field(default_factory=anyio.Event)
-    said: Said | None = None
+    said: Said | None = None  # of its start
+    exit: Said | None = None
     asked: _Zygote | None = None
 
 
@@ -53,6 +59,7 @@ class Launcher:
         self._all: set[_Zygote] = set()  # the dead too: the supervisors of a dead one still speak on its socket
         self._starting = anyio.Lock()
         self._calls: dict[str, set[Call]] = {}
+        self._heard: dict[str, Said | None] = {}  # None: claimed by a supervisor that has not said more
 
     @property
     def pid(self) -> int | None:
@@ -73,6 +80,7 @@ class Launcher:
 
     def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MESSAGE)
         with theirs:
             ours.setblocking(False)
             command = [self.python, "-I", "-S", str(Path(supervisor.__file__)), "--serve", str(theirs.fileno())]
@@ -87,15 +95,15 @@ class Launcher:
                 raise
         return process, ours
 
-    async def ask(self, call: Call, folder: Path) -> None:
-        """Ask for a supervisor of `folder`, once per zygote. Raises OSError when none can be started."""
-        zygote = await self.zygote()
+    async def ask(self, call: Call, message: bytes) -> None:
+        """Ask for a supervisor by this packet, once per zygote. Raises OSError when none can be started."""
+        zygote = self._now if self._now is not None and self._now.alive else await self.zygote()
         if call.asked is zygote:
             return
-        call.event, call.asked = anyio.Event(), zygote
+        call.asked = zygote
         try:
             async with zygote.sending:
-                await asyncio.get_running_loop().sock_sendall(zygote.sock, os.fsencode(folder))
+                await asyncio.get_running_loop().sock_sendall(zygote.sock, message)
         except OSError:  # it is dying: `_died` will say so, and the next call asks the next one
             call.event.set()
             call.asked = None
@@ -126,10 +134,24 @@ class Launcher:
                 if not zygote.alive:
                     self._all.discard(zygote)
                 return
-            said = json.loads(packet)
-            for call in self._calls.get(said["token"], ()):
+            self._spread(json.loads(packet))
+
+    def _spread(self, said: Said) -> None:
+        token, kind = said["token"], said["kind"]
+        if kind in ("claimed", "exited"):
+            self._heard[token] = said["fact"] if kind == "exited" else None
+            if len(self._heard) > REMEMBERED:
+                del self._heard[next(iter(self._heard))]
+        for call in self._calls.get(token, ()):
+            if kind == "exited":
+                call.exit = said["fact"]
+            else:
                 call.said = said
-                call.event.set()
+            call.event.set()
+
+    def recall(self, token: str) -> tuple[bool, Said | None]:
+        """(whether its supervisor began just now, how it ended when that was said): told once."""
+        return token in self._heard, self._heard.pop(token, None)
 
     def _died(self, zygote: _Zygote) -> None:
         self._bury(zygote)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import anyio
 import anyio.to_thread
+import structlog
 
 from mlpiped.backends import folder as folders
 from mlpiped.backends import processes
 from mlpiped.backends.base import Capacity, Handle, Job, Lost, NeverRan, Outcome
 from mlpiped.backends.environments import Environments
-from mlpiped.backends.launcher import Call, Launcher
-from mlpiped.backends.supervisor import MemoryGroup, boot_id
+from mlpiped.backends.launcher import MESSAGE, Call, Launcher
+from mlpiped.backends.memory_group import MemoryGroup
+from mlpiped.backends.supervisor import boot_id
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
@@ -25,7 +29,12 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
 
 T = TypeVar("T")
+log = structlog.get_logger("local")
 LOOK_AGAIN = 1.0  # seconds: hints may be lost, the folder is not
+SOON = 0.1  # seconds: one that began just now may be over by then, and is not watched before
+GATHER = 0.1  # seconds in which what is discarded gathers, or
+GATHERED = 64  # so many jobs
+MANY_PATHS = 256  # a command with more is put together in a thread
 NO_ANSWER = 30.0  # seconds without a claim until a submit gives up
 FOLLOW = 0.1  # seconds between two looks at a log that is followed
 FILES = 65536  # the daemon waits with one descriptor a job
@@ -48,22 +57,25 @@ class LocalBackend:
     ) -> None:
         self.name = name
         self.jobs_dir = jobs_dir.absolute()
+        self._jobs = os.fspath(self.jobs_dir)
         self._capacity = Capacity(slots=slots, cpus=cpus, memory=memory)
         self._environments = Environments(envs_dir.absolute(), python)
         self._launcher = Launcher(python)
         self._boot = boot_id()
+        self._base: dict[str, str] | None = None  # of a job that wants no environment of its own
+        self._remover = _Remover(name)
         self._threads = anyio.CapacityLimiter(4)
 
     async def start(self, stack: AsyncExitStack) -> None:
         stack.push_async_callback(self._launcher.close)
+        stack.push_async_callback(self.removed)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
         def make() -> None:
-            self.jobs_dir.mkdir(parents=True, exist_ok=True)
-            folders.sweep_drafts(self.jobs_dir)
+            folders.prepare(self.jobs_dir)
             self._environments.prepare()
 
         await self._do("make its folders", make)
@@ -73,118 +85,153 @@ class LocalBackend:
         return self._capacity
 
     async def submit(self, job: Job) -> Handle:
-        folder = folders.at(self.jobs_dir, job.token)
+        folder = folders.at(self._jobs, job.token)
         if self._environments.wanted(job):
             known = await self._do("look for the job", lambda: folders.read_claim(folder))
             if known is not None:
                 return known
-        base = await self._environments.of(job)
-        known = await self._do("make the job's folder", lambda: self._build(folder, job, base))
-        return known if known is not None else await self._launch(folder)
+            base = await self._environments.of(job)
+        else:
+            base = self._base = self._base or await self._environments.of(job)
+        if job.code is None and sum(map(len, job.inputs.values())) <= MANY_PATHS:
+            order = self._order(folder, job, base)
+            if len(order) <= MESSAGE - 1000:
+                return await self._launch(folder, order)
+        order = await self._do("make the job's folder", lambda: self._build(folder, job, base))
+        return await self._launch(folder, order)
 
-    def _build(self, folder: Path, job: Job, base: dict[str, str]) -> Handle | None:
+    def _order(self, folder: str, job: Job, base: dict[str, str]) -> str:
+        """For a supervisor that makes the folder. Touches no disk."""
         env = {**base, **folders.variables(folder, job)}
         for name in ("PATH", "PYTHONPATH"):  # the step's own come first; the environment's stay reachable
             if name in job.env:
                 env[name] = f"{job.env[name]}:{base[name]}"
         if job.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
+        order = folders.order(job.argv(folders.output_paths(folder, job)), env, job)
+        make, params = folders.contents(job)
+        return json.dumps({**order, "make": make, "params": params})
+
+    def _build(self, folder: str, job: Job, base: dict[str, str]) -> str:
+        """Make the folder here; the order that is left for the packet."""
         if job.code is not None and not os.path.isdir(job.code):
             raise BackendUnavailable(f"the code snapshot is missing: {job.code}")
-        argv = job.argv(folders.output_paths(folder, job))
-        folders.build(folder, job, folders.order(argv, env, job))
-        return self._claimed(folder)
+        order = json.dumps({**json.loads(self._order(folder, job, base)), "make": [], "params": None})
+        short = len(order) <= MESSAGE - 1000
+        folders.build(folder, job, None if short else order)
+        return order if short else "null"
 
-    def _claimed(self, folder: Path) -> Handle | None:
+    def _claimed(self, folder: str) -> Handle | None:
         """Raises BackendUnavailable when it is fenced: its submitter is late, and will find that out by `fence`."""
         handle = folders.read_claim(folder)
         if handle is None and folders.fenced(folder):
-            raise BackendUnavailable(f"token `{folder.name}` was fenced and cannot start")
+            raise BackendUnavailable(f"token `{os.path.basename(folder)}` was fenced and cannot start")
         return handle
 
-    async def _launch(self, folder: Path) -> Handle:
-        with self._launcher.listen(folder.name) as call:
-            until = anyio.current_time() + NO_ANSWER
-            while anyio.current_time() < until:
-                await self._do_zygote(call, folder)
-                with anyio.move_on_after(LOOK_AGAIN):
-                    await call.event.wait()
-                said, call.said = call.said or {}, None
+    async def _launch(self, folder: str, order: str) -> Handle:
+        token, until = os.path.basename(folder), time.monotonic() + NO_ANSWER
+        message = f'{{"folder": {json.dumps(folder)}, "until": {until}, "order": {order}}}'.encode("ascii")
+        with self._launcher.listen(token) as call:
+            while time.monotonic() < until:
+                await self._do_zygote(call, message)
+                await self._pause(call, LOOK_AGAIN)
+                said, call.said, call.event = call.said or {}, None, anyio.Event()
                 if said.get("kind") == "claimed":
-                    return {**said["handle"], "token": folder.name}
+                    return {**said["fact"], "token": token}
                 if said.get("kind") in ("refused", "failed"):
-                    raise BackendUnavailable(f"the job could not be started on `{self.name}`: {said['error']}")
+                    raise BackendUnavailable(f"the job could not be started on `{self.name}`: {said['fact']}")
                 known = await self._do("look for the claim", lambda: self._claimed(folder))
                 if known is not None:
                     return known
-        raise BackendUnavailable(f"no supervisor has claimed `{folder.name}` on `{self.name}` in {NO_ANSWER:.0f} s")
+        raise BackendUnavailable(f"no supervisor has claimed `{token}` on `{self.name}` in {NO_ANSWER:.0f} s")
 
-    async def _do_zygote(self, call: Call | None = None, folder: Path | None = None) -> None:
+    async def _do_zygote(self, call: Call | None = None, message: bytes = b"") -> None:
         try:
-            if call is None or folder is None:
+            if call is None:
                 await self._launcher.zygote()
             else:
-                await self._launcher.ask(call, folder)
+                await self._launcher.ask(call, message)
         except OSError as error:
             raise BackendUnavailable(f"no process can be started on `{self.name}`: {error.strerror}") from error
 
     async def wait(self, handle: Handle) -> Outcome:
         folder = self._folder(handle)
-        with self._launcher.listen(folder.name) as call:
+        with self._launcher.listen(handle["token"]) as call:
+            new, call.exit = self._launcher.recall(call.token)
             while True:
-                call.event = anyio.Event()
-                pidfd, outcome = await self._do("look at the job", lambda: self._look(folder, handle))
-                try:
-                    if outcome is not None:
-                        return outcome
-                    await self._pause(call, pidfd)
-                finally:
-                    if pidfd is not None:
-                        os.close(pidfd)
-                if call.said is not None and call.said["kind"] == "exited":
-                    told = folders.exited(call.said["exit"])  # said after exit.json was on the disk
-                    if told is not None:
-                        return told
+                told = folders.exited(call.exit) if call.exit is not None else None
+                if told is not None:
+                    self._launcher.recall(call.token)
+                    return told  # said after exit.json was on the disk
+                call.event, call.exit = anyio.Event(), None
+                if new:
+                    new = False
+                    await self._pause(call, SOON)
+                    continue
+                outcome = await self._watch(call, folder, handle)
+                if outcome is not None:
+                    return outcome
 
-    def _look(self, folder: Path, handle: Handle) -> tuple[int | None, Outcome | None]:
-        """(pidfd while it lives, how it ended). Liveness first: it may end between the two."""
-        pidfd = processes.open_supervisor(handle, self._boot)
-        alive = pidfd is not None and not processes.ended(pidfd)
-        if pidfd is not None and not alive:
+    async def _watch(self, call: Call, folder: str, handle: Handle) -> Outcome | None:
+        """Until a hint, or its supervisor's end; how it ended, when the folder had to be asked."""
+        pidfd = self._supervisor(handle)
+        if pidfd is None:
+            outcome = await self._do("look at the job", lambda: self._look(folder, handle))
+            if outcome is None:  # its pid may mean nothing to us: we were started in another container
+                await self._pause(call, LOOK_AGAIN)
+            return outcome
+        loop = asyncio.get_running_loop()
+        try:
+            loop.add_reader(pidfd, call.event.set)
+            try:
+                await call.event.wait()
+            finally:
+                loop.remove_reader(pidfd)
+        finally:
             os.close(pidfd)
-            pidfd = None
-        alive = alive or folders.held(folder)  # its pid may mean nothing to us: we were started in another container
-        said = folders.witness(folder)
-        if said is None and alive:
-            return pidfd, None
+        return None
+
+    def _supervisor(self, handle: Handle) -> int | None:
+        """A pidfd of it while it lives."""
+        try:
+            pidfd = processes.open_supervisor(handle, self._boot)
+        except OSError as error:
+            raise BackendUnavailable(f"cannot watch the job on `{self.name}`: {error.strerror}") from error
+        if pidfd is not None and processes.ended(pidfd):
+            os.close(pidfd)
+            return None
+        return pidfd
+
+    def _look(self, folder: str, handle: Handle) -> Outcome | None:
+        """How it ended; None while it lives. Liveness first: it may end between the two."""
+        pidfd = self._supervisor(handle)
         if pidfd is not None:
             os.close(pidfd)
-        return None, said if said is not None else self._lost(folder, handle)
+        alive = pidfd is not None or folders.held(folder)
+        said = folders.witness(folder)
+        if said is None and not alive:
+            return self._lost(folder, handle)
+        return said
 
-    def _lost(self, folder: Path, handle: Handle) -> Lost | NeverRan:
+    def _lost(self, folder: str, handle: Handle) -> Lost | NeverRan:
         if folders.fenced(folder):
             return NeverRan("its token was fenced before it started")
         if handle.get("boot") not in (self._boot, ""):
             return Lost("host rebooted")
-        if not processes.sweep(folder.name):
-            raise BackendUnavailable(f"processes of `{folder.name}` survive SIGKILL: they hang in the kernel")
-        MemoryGroup.forget(folder.name)
-        if not folder.exists():
+        if not processes.sweep(handle["token"]):
+            raise BackendUnavailable(f"processes of `{handle['token']}` survive SIGKILL: they hang in the kernel")
+        MemoryGroup.forget(handle["token"])
+        if not os.path.exists(folder):
             return Lost("its job folder is gone")
         return Lost("its supervisor was killed; what was left of the step has been killed too")
 
-    async def _pause(self, call: Call, pidfd: int | None) -> None:
-        """Until a hint, or the supervisor's end."""
-        if pidfd is None:
-            with anyio.move_on_after(LOOK_AGAIN):
-                await call.event.wait()
-            return
-        loop = asyncio.get_running_loop()
-        loop.add_reader(pidfd, call.event.set)
+    async def _pause(self, call: Call, seconds: float) -> None:
+        """Until a hint, or so long."""
+        timer = asyncio.get_running_loop().call_later(seconds, call.event.set)
         try:
             await call.event.wait()
         finally:
-            loop.remove_reader(pidfd)
+            timer.cancel()
 
     async def cancel(self, handle: Handle) -> None:
         self._folder(handle)
@@ -192,13 +239,13 @@ class LocalBackend:
 
     async def find(self, tokens: Sequence[str]) -> dict[str, Handle]:
         def look() -> dict[str, Handle]:
-            found = {token: folders.read_claim(folders.at(self.jobs_dir, token)) for token in tokens}
+            found = {token: folders.read_claim(folders.at(self._jobs, token)) for token in tokens}
             return {token: handle for token, handle in found.items() if handle is not None}
 
         return await self._do("look for jobs", look)
 
     async def fence(self, token: str) -> NeverRan | Handle:
-        folder = folders.at(self.jobs_dir, token)
+        folder = folders.at(self._jobs, token)
         return await self._do("fence the job", lambda: folders.fence(folder))
 
     async def logs(
@@ -207,7 +254,9 @@ class LocalBackend:
         folder = self._folder(handle)
 
         def look(offset: int) -> tuple[bool, bytes]:
-            over = not follow or folders.over(folder) or not folder.exists()  # before reading: nothing comes after it
+            over = (
+                not follow or folders.over(folder) or not os.path.exists(folder)
+            )  # before reading: nothing comes after it
             return over, folders.read_stream(folder, stream, offset)
 
         while True:
@@ -221,11 +270,14 @@ class LocalBackend:
                 await anyio.sleep(FOLLOW)
 
     async def fetch(self, handle: Handle, into: Path) -> Path:
-        return self._folder(handle)
+        return Path(self._folder(handle))
 
     async def discard(self, token: str, *, keep_logs: bool) -> None:
-        folder = folders.at(self.jobs_dir, token)
-        await self._do("remove the job's files", lambda: folders.discard(folder, keep_logs=keep_logs))
+        self._remover.add(folders.at(self._jobs, token), keep_logs)
+
+    async def removed(self) -> None:
+        """All that was discarded until now is removed, or `health` tells why not."""
+        await self._remover.flush()
 
     async def health(self) -> str | None:
         def look() -> str | None:
@@ -233,14 +285,16 @@ class LocalBackend:
                 return f"the folder of its jobs cannot be written: {self.jobs_dir}"
             space = os.statvfs(self.jobs_dir)
             free = space.f_bavail * space.f_frsize
-            return f"only {free >> 20} MiB are free in {self.jobs_dir}" if free < LITTLE_SPACE else None
+            return (
+                f"only {free >> 20} MiB are free in {self.jobs_dir}" if free < LITTLE_SPACE else self._remover.trouble
+            )
 
         return await self._do("look at its folders", look)
 
-    def _folder(self, handle: Handle) -> Path:
+    def _folder(self, handle: Handle) -> str:
         if handle.get("v") != 1 or not isinstance(handle.get("token"), str):
             raise InvalidJob(f"no handle of a local job: {handle!r:.200}")
-        return folders.at(self.jobs_dir, handle["token"])
+        return folders.at(self._jobs, handle["token"])
 
     async def _do(self, what: str, function: Callable[[], T]) -> T:
         """In a thread; no foreign exception gets out."""
@@ -249,3 +303,42 @@ class LocalBackend:
         except OSError as error:
             place = f": {error.filename}" if error.filename else ""
             raise BackendUnavailable(f"cannot {what} on `{self.name}`: {error.strerror}{place}") from error
+
+
+class _Remover:
+    """Removes the files of jobs, in one hop to a thread for all that gather in a moment."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.trouble: str | None = None  # a sentence, until a removal goes well
+        self._wanted: list[tuple[str, bool]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._going: set[asyncio.Future[None]] = set()
+
+    def add(self, folder: str, keep_logs: bool) -> None:
+        self._wanted.append((folder, keep_logs))
+        if len(self._wanted) >= GATHERED:
+            self._go()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(GATHER, self._go)
+
+    def _go(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        batch, self._wanted, self._timer = self._wanted, [], None
+        if batch:
+            going = asyncio.get_running_loop().run_in_executor(None, self._remove, batch)
+            self._going.add(going)
+            going.add_done_callback(self._going.discard)
+
+    def _remove(self, batch: list[tuple[str, bool]]) -> None:
+        errors = folders.discard_all(batch)
+        self.trouble = None
+        for error in errors:
+            self.trouble = f"files of ended jobs cannot be removed: {error.strerror}: {error.filename}"
+            log.warning(self.trouble, compute=self.name)
+
+    async def flush(self) -> None:
+        self._go()
+        while self._going:
+            await asyncio.wait(self._going)

@@ -2,9 +2,14 @@
 
 Standard library only, and nothing of mlpiped: it runs as `python -I -S supervisor.py`, here and on other hosts.
 
-    --serve FD     the zygote: forks a supervisor for each packet on the socket FD, a job folder; ends with the
-                   socket. A fork costs a fraction of a millisecond, a new interpreter thirty.
+    --serve FD     the zygote: forks a supervisor for each packet on the socket FD; ends with it. A fork costs a
+                   fraction of a millisecond, a new interpreter thirty.
     --run FOLDER   one job, supervised by this very process. Exit status 75: somebody else had the token.
+
+A packet is {"folder": …, "order": …, "until": …}. The order is what job.json would hold, and is in no file so; it may
+name what the folder lacks: "make" (folders, parents first) and "params" (the text of params.json). With null the folder
+is complete and has a job.json. After `until` (monotonic seconds) nobody waits for it any more, and the folder with the
+claim in it may have been removed: it is not carried out.
 
 A supervisor needs nobody: it enforces the timeout, carries out SIGTERM as a cancellation, ends everything that the step
 started, and writes exit.json, whether or not there is a daemon. What it says on the socket are hints.
@@ -23,15 +28,17 @@ import signal
 import socket
 import sys
 import time
+from array import array
 
 TYPE_CHECKING = False  # `typing` is not imported: what the zygote holds, every fork has to map
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
     Say = Callable[..., None]
 
 LOST_CLAIM = 75
+SIGCHLD = int(signal.SIGCHLD)
 WAKES = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})  # blocked, and waited for
 CANCELS = frozenset({signal.SIGTERM, signal.SIGINT})
 DEFAULTED = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
@@ -39,9 +46,13 @@ PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 STEP_FILES = 1024  # soft RLIMIT_NOFILE of a step: what programs expect, where the daemon has raised its own
 STEP_OOM_SCORE = 500  # when the host runs out of memory, steps go before the daemon and its supervisors
 WITNESS_SIZE = 2048  # bytes; what the JSON leaves is spaces
+PACKET = 100_000  # bytes; longer orders come as job.json
+HINT_WAIT = array("l", (0, 50_000)).tobytes()  # a timeval: so long a hint waits for a daemon with ten of them unread
 UNKILLABLE = 30.0  # seconds until a process that survives SIGKILL (in the kernel, on a dead disk) is left behind
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_quote = json.encoder.encode_basestring_ascii
+_decode = json.JSONDecoder().raw_decode
 
 
 # --- who is who: a pid alone is no name, it is given to somebody else one day
@@ -60,10 +71,35 @@ def _read(path: str) -> bytes:
         os.close(fd)
 
 
-def _stat(pid: int) -> list[bytes] | None:
-    """The fields of /proc/PID/stat after the command's name, from the state (field 3) on."""
+def _write(path: str, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        os.write(fd, content)
+    finally:
+        os.close(fd)
+
+
+def flat(record: Mapping[str, Any]) -> str:
+    """JSON of a record of plain values, without `json`, of which a fork has to copy sixty pages to say as much."""
+    words = []
+    for name, value in record.items():
+        plain = "null" if value is None else "true" if value is True else "false" if value is False else repr(value)
+        words.append(f'"{name}": {_quote(value) if isinstance(value, str) else plain}')
+    return "{" + ", ".join(words) + "}"
+
+
+def _try(act: Callable[..., object], *facts: Any) -> None:
+    """What may be of no use, or not allowed, and then does not matter."""
+    try:
+        act(*facts)
+    except OSError:
+        pass
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """The fields of /proc/PID/stat after the command's name, from the state (field 3) to the start time (22)."""
+    try:
+        return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split(None, 20)
     except (FileNotFoundError, ProcessLookupError):
         return None
 
@@ -121,145 +157,73 @@ def sync_folder(path: str) -> None:
         os.close(fd)
 
 
-def claim(folder: str, record: dict[str, Any]) -> int | None:
-    """Put `record` into the claim: the descriptor of its lock, held; None when somebody else was first.
+def claim(
+    folder: str, record: Mapping[str, Any], files: Mapping[str, bytes] | None = None, make: Sequence[str] = ()
+) -> int | None:
+    """Put `record` into the claim: the descriptor of its handle.json, locked; None when somebody else was first.
 
-    One rename onto a folder that is not empty once it is there: only one can win, and the winner's lock is held and
-    its handle.json complete the instant they can be seen. On the disk is, at the return, the claim; what its
-    handle.json says is of no use after a power cut anyway.
+    One rename onto a folder that is not empty once it is there: only one can win, and the winner's handle.json is
+    complete and locked the instant it can be seen. On the disk is, at the return, the claim; what its handle.json says
+    is of no use after a power cut anyway. `files` come into the claim with it, and the job's folder and what is to
+    `make` in it are there before: a full disk costs no attempt. Each mkdir is the same for all who build for this
+    token, so a folder that somebody left half built is as good as none.
     """
-    target = folder + "/claim"
-    if os.path.exists(target):
+    if os.access(folder + "/claim", os.F_OK):
         return None
     private = f"{folder}/claim.{os.urandom(8).hex()}"
-    os.mkdir(private, 0o700)
-    lock = os.open(private + "/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    made: list[str] = []
+    lock = None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fd = os.open(private + "/handle.json", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.write(fd, json.dumps(record).encode())
-        os.close(fd)
-        os.rename(private, target)
-    except OSError as error:
-        os.close(lock)
-        for name in ("/lock", "/handle.json"):
+        for path in (folder, *(f"{folder}/{name}" for name in make), private):
             try:
-                os.unlink(private + name)
-            except OSError:
+                os.mkdir(path, 0o755)
+                made.append(path)
+            except FileExistsError:
                 pass
-        os.rmdir(private)
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        lock = _create(private + "/handle.json", flat(record).encode())
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name, content in (files or {}).items():
+            os.close(_create(f"{private}/{name}", content))
+        os.rename(private, folder + "/claim")
+    except OSError as error:
+        lost = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+        if lock is not None:
+            os.close(lock)
+        for name in ("handle.json", *(files or {})):
+            _try(os.unlink, f"{private}/{name}")
+        for path in [private] if lost else reversed(made):  # the winner has use for the others
+            _try(os.rmdir, path)
+        if lost:
             return None
         raise
     sync_folder(folder)
     return lock
 
 
-class Witness:
-    """exit.json. Its space is taken before the step starts, so that a disk the step has filled cannot silence it."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.fd = os.open(folder + "/exit.json.tmp", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        os.write(self.fd, b" " * WITNESS_SIZE)
-
-    def write(self, end: dict[str, Any]) -> None:
-        os.pwrite(self.fd, json.dumps(end).encode().ljust(WITNESS_SIZE), 0)
-        os.fsync(self.fd)
-        os.rename(self.folder + "/exit.json.tmp", self.folder + "/exit.json")
-        sync_folder(self.folder)
-
-
-# --- memory: a control group below our own, where the host lets us make one
-
-
-def _own_groups() -> Iterator[tuple[str, str]]:
-    """(version, folder) of the control groups in which a group for a step may be made; best first."""
-    with open("/proc/self/cgroup") as file:
-        lines = [line.rstrip("\n").split(":", 2) for line in file]
-    for _, controllers, path in lines:
-        if "memory" in controllers.split(","):
-            yield "v1", "/sys/fs/cgroup/memory" + path.rstrip("/")
-    for number, _, path in lines:
-        # v2 gives controllers only to groups without processes: the nearest group above that was delegated to us
-        folder = "/sys/fs/cgroup" + path.rstrip("/")
-        while number == "0" and len(folder) > len("/sys/fs/cgroup"):
-            names = os.listxattr(folder) if os.path.isdir(folder) else []
-            if "user.delegate" in names or "trusted.delegate" in names:
-                yield "v2", folder
-                break
-            folder = os.path.dirname(folder)
-
-
-class MemoryGroup:
-    """A control group that kills a step at its memory limit. Below our own group, so it can only tighten."""
-
-    def __init__(self, version: str, above: str, token: str) -> None:
-        self.v1 = version == "v1"
-        self.above = above
-        self.path = f"{above}/mlpiped-{token}"
-
-    @classmethod
-    def make(cls, token: str, limit: int) -> MemoryGroup | None:
-        """None where the host does not allow it: the step then runs without this limit."""
-        for version, above in _own_groups():
-            group = cls(version, above, token)
-            try:
-                if not group.v1:
-                    _put(above + "/cgroup.subtree_control", "+memory")
-                os.mkdir(group.path)
-            except OSError:
-                continue
-            try:
-                _put(group.path + ("/memory.limit_in_bytes" if group.v1 else "/memory.max"), str(limit))
-            except OSError:
-                group.remove()
-                continue
-            for name, value in (("memory.memsw.limit_in_bytes", str(limit)), ("memory.swap.max", "0")):
-                try:
-                    _put(f"{group.path}/{name}", value)
-                except OSError:
-                    pass  # no swap accounting here
-            return group
-        return None
-
-    @classmethod
-    def forget(cls, token: str) -> None:
-        """Remove what a supervisor that was killed left; nothing of the job may live any more."""
-        for version, above in _own_groups():
-            cls(version, above, token).remove()
-
-    def spawn(self, start: Callable[[], int]) -> int:
-        """Start a process inside, by being inside for that moment: its memory counts here from the first byte."""
-        with open("/proc/self/cgroup") as file:
-            lines = [line.rstrip("\n").split(":", 2) for line in file]
-        if self.v1:
-            home = next("/sys/fs/cgroup/memory" + path for _, names, path in lines if "memory" in names.split(","))
-        else:
-            home = next("/sys/fs/cgroup" + path for number, _, path in lines if number == "0")
-        _put(self.path + "/cgroup.procs", "0")
-        try:
-            return start()
-        finally:
-            _put(home + "/cgroup.procs", "0")
-
-    def killed(self) -> bool:
-        with open(self.path + ("/memory.oom_control" if self.v1 else "/memory.events")) as file:
-            return any(line.startswith("oom_kill ") and line.split()[1] != "0" for line in file)
-
-    def remove(self) -> None:
-        try:
-            os.rmdir(self.path)
-        except OSError:
-            pass  # a process that could not be killed is in it
-
-
-def _put(path: str, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+def _create(path: str, content: bytes) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, text.encode())
-    finally:
+        while content:
+            content = content[os.write(fd, content) :]
+    except OSError:
         os.close(fd)
+        raise
+    return fd
+
+
+def testify(folder: str, end: Mapping[str, Any]) -> str:
+    """Make exit.json of the file that came with the claim; its content.
+
+    Its space was taken before the step started, so that a disk that the step has filled cannot silence it.
+    """
+    text = flat(end)
+    fd = os.open(folder + "/claim/exit.json", os.O_WRONLY | os.O_CLOEXEC)
+    os.pwrite(fd, text.encode().ljust(WITNESS_SIZE), 0)
+    os.fsync(fd)
+    os.close(fd)
+    os.rename(folder + "/claim/exit.json", folder + "/exit.json")
+    sync_folder(folder)
+    return text
 
 
 # --- the step
@@ -269,30 +233,25 @@ class CannotStart(Exception):
     """A sentence for the person whose step it is."""
 
 
-def _candidates(command: str, path: str) -> list[str]:
+def _found(command: str, path: str) -> str | None:
     if "/" in command:
-        return [command]
-    found = [f"{folder or '.'}/{command}" for folder in path.split(":")]
-    return [name for name in found if os.access(name, os.X_OK) and not os.path.isdir(name)]
+        return command
+    names = (f"{folder or '.'}/{command}" for folder in path.split(":"))
+    return next((name for name in names if os.access(name, os.X_OK) and not os.path.isdir(name)), None)
 
 
 def spawn(folder: str, argv: list[str], env: dict[str, str]) -> int:
-    """Start the step, in the present folder and in a process group of its own; its pid."""
+    """Start the step, in a process group of its own; its pid. What it opens ends with this process."""
     os.chdir(folder + "/work")
     mode = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    out, err = (os.open(f"{folder}/{name}", mode, 0o644) for name in ("stdout", "stderr"))
-    actions = [
-        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_DUP2, out, 1),
-        (os.POSIX_SPAWN_DUP2, err, 2),
-    ]
+    streams = [os.open(f"{folder}/{name}", mode, 0o644) for name in ("stdout", "stderr")]
+    actions = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)]
+    actions += [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(streams, 1)]  # type: ignore[misc]
     shown = f"`{argv[0][:200]}`"
     try:
-        for name in _candidates(argv[0], env.get("PATH", os.defpath)):
-            return os.posix_spawn(
-                name, argv, env, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=DEFAULTED
-            )
-        raise CannotStart(f"command not found: {shown}")
+        if (name := _found(argv[0], env.get("PATH", os.defpath))) is None:
+            raise CannotStart(f"command not found: {shown}")
+        return os.posix_spawn(name, argv, env, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=DEFAULTED)
     except OSError as error:
         reasons = {
             errno.ENOENT: f"command not found: {shown}, or the interpreter that its first line names",
@@ -303,9 +262,6 @@ def spawn(folder: str, argv: list[str], env: dict[str, str]) -> int:
         raise CannotStart(reasons.get(error.errno or 0, f"cannot run {shown}: {error.strerror}")) from None
     except ValueError as error:
         raise CannotStart(f"cannot run {shown}: {error}") from None
-    finally:
-        os.close(out)
-        os.close(err)
 
 
 def _reap(main: int) -> tuple[int | None, bool]:
@@ -313,7 +269,7 @@ def _reap(main: int) -> tuple[int | None, bool]:
     status = None
     while True:
         try:
-            pid, code, _ = os.wait4(-1, os.WNOHANG)
+            pid, code = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return status, False
         if pid == 0:
@@ -322,25 +278,16 @@ def _reap(main: int) -> tuple[int | None, bool]:
             status = code
 
 
-def signal_all(main: int, number: int) -> None:
+def signal_all(number: int, main: int = 0) -> None:
     """To the step's process group, and to what left the group (setsid) but not us, who adopt orphans.
 
-    `main` must not have been reaped: only so is its number certain to be its group's.
+    `main` must not have been reaped (else: 0): only so is its number certain to be its group's.
     """
-    try:
-        os.killpg(main, number)
-    except (ProcessLookupError, PermissionError):
-        pass
-    _signal_descendants(number, but=main)
-
-
-def _signal_descendants(number: int, but: int | None = None) -> None:
+    if main:
+        _try(os.killpg, main, number)
     for pid, group, start in descendants(os.getpid()):
-        if group != but and (fd := open_process(pid, start)) is not None:
-            try:
-                signal.pidfd_send_signal(fd, number)
-            except (ProcessLookupError, PermissionError):
-                pass
+        if group != main and (fd := open_process(pid, start)) is not None:
+            _try(signal.pidfd_send_signal, fd, number)
             os.close(fd)
 
 
@@ -348,7 +295,7 @@ def bury(patience: float = UNKILLABLE) -> bool:
     """SIGKILL until nothing that we started or adopted is left. False: some live on after `patience` seconds."""
     until = time.monotonic() + patience
     while _reap(0)[1]:
-        _signal_descendants(signal.SIGKILL)
+        signal_all(signal.SIGKILL)
         if time.monotonic() > until:
             return False
         signal.sigtimedwait({signal.SIGCHLD}, 0.02)
@@ -357,7 +304,7 @@ def bury(patience: float = UNKILLABLE) -> bool:
 
 def watch(main: int, timeout: float | None, grace: float) -> dict[str, Any]:
     """Until the step's first process has ended and nothing else of it lives; enforces the timeout and SIGTERM."""
-    end: dict[str, Any] = {"code": None, "signal": None, "timed_out": False, "cancelled": False, "error": None}
+    end = _end()
     limit = None if timeout is None else time.monotonic() + timeout
     kill_at = None
     while (reaped := _reap(main))[0] is None:
@@ -369,10 +316,10 @@ def watch(main: int, timeout: float | None, grace: float) -> dict[str, Any]:
             end["cancelled"] = got is not None and got.si_signo in CANCELS
             end["timed_out"] = not end["cancelled"] and limit is not None and now >= limit
             if end["cancelled"] or end["timed_out"]:
-                signal_all(main, signal.SIGTERM)
+                signal_all(signal.SIGTERM, main)
                 kill_at = now + grace
         elif now >= kill_at:
-            signal_all(main, signal.SIGKILL)
+            signal_all(signal.SIGKILL, main)
             kill_at = now + 1.0
     code = os.waitstatus_to_exitcode(reaped[0] or 0)
     end["code"], end["signal"] = (code, None) if code >= 0 else (None, -code)
@@ -381,24 +328,27 @@ def watch(main: int, timeout: float | None, grace: float) -> dict[str, Any]:
     return end
 
 
+def _memory_group(token: str, limit: int) -> Any:
+    """By the file beside this one; None, and so no limit, where that is missing or the host allows no group."""
+    from importlib.machinery import SourceFileLoader
+
+    path = os.path.dirname(os.path.abspath(__file__)) + "/memory_group.py"
+    if not os.path.exists(path):
+        return None
+    module = type(sys)("memory_group")
+    SourceFileLoader("memory_group", path).exec_module(module)
+    return module.MemoryGroup.make(token, limit)
+
+
 def run(folder: str, job: dict[str, Any]) -> dict[str, Any]:
     """Execute what job.json says; the contents of exit.json, less the times."""
-    if signal.SIGTERM in signal.sigpending():
-        return {"code": None, "signal": None, "timed_out": False, "cancelled": True, "error": None}
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = STEP_FILES if hard == resource.RLIM_INFINITY else min(STEP_FILES, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    group = MemoryGroup.make(job["token"], job["memory"]) if job.get("memory") else None
+    if signal.sigtimedwait(CANCELS, 0) is not None:
+        return _end(cancelled=True)
+    group = _memory_group(job["token"], job["memory"]) if job.get("memory") else None
     try:
-
-        def start() -> int:
-            return spawn(folder, job["argv"], job["env"])
-
-        main = group.spawn(start) if group else start()
-        try:
-            _put(f"/proc/{main}/oom_score_adj", str(STEP_OOM_SCORE))
-        except OSError:
-            pass  # over already, or ours is higher
+        step = folder, job["argv"], job["env"]
+        main = group.spawn(lambda: spawn(*step)) if group else spawn(*step)
+        _try(_write, f"/proc/{main}/oom_score_adj", b"%d" % STEP_OOM_SCORE)  # may be over already, or ours is higher
         end = watch(main, job.get("timeout"), job.get("grace", 10.0))
         if group and end["code"] != 0 and group.killed():
             end["error"] = f"out of memory: it needed more than its limit of {job['memory'] / 2**20:.0f} MiB"
@@ -408,87 +358,105 @@ def run(folder: str, job: dict[str, Any]) -> dict[str, Any]:
             group.remove()
 
 
-def supervise(folder: str, boot: str, say: Say) -> int:
+def _end(cancelled: bool = False, error: str | None = None) -> dict[str, Any]:
+    return {"code": None, "signal": None, "timed_out": False, "cancelled": cancelled, "error": error}
+
+
+def supervise(folder: str, order: dict[str, Any] | None, boot: str, say: Say) -> int:
     """One attempt, from claim to witness; the exit status of this process. WAKES are blocked."""
-    if os.getsid(0) != os.getpid():
+    pid = os.getpid()
+    if os.getsid(0) != pid:
         os.setsid()
     _libc.prctl(PR_SET_NAME, b"mlpiped-step", 0, 0, 0)
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    record = {"v": 1, "pid": os.getpid(), "start": start_time(os.getpid()), "boot": boot}
-    lock = claim(folder, record)
+    record = {"v": 1, "pid": pid, "start": start_time(pid), "boot": boot}
+    files = {"exit.json": b" " * WITNESS_SIZE}
+    params = order.get("params") if order else None
+    if params is not None:
+        files["params.json"] = params.encode()
+    lock = claim(folder, record, files, order.get("make", ()) if order else ())
     if lock is None:
-        say("lost_claim")
+        say("lost_claim", "null")
         return LOST_CLAIM
-    witness = Witness(folder)
-    say("claimed", handle=record)
+    say("claimed", flat(record))
     started = time.time()
     try:
-        with open(folder + "/job.json") as file:
-            job = json.load(file)
-        os.unlink(folder + "/job.json")
-        end = run(folder, job)
+        if params is not None:
+            os.chmod(folder + "/claim/params.json", 0o644)
+            os.rename(folder + "/claim/params.json", folder + "/params.json")
+        if order is None:
+            with open(folder + "/job.json") as file:
+                order = json.load(file)
+            os.unlink(folder + "/job.json")
+        end = run(folder, order)
     except CannotStart as error:
-        end = {"code": None, "signal": None, "timed_out": False, "cancelled": False, "error": str(error)}
+        end = _end(error=str(error))
     except Exception as error:
         bury()
-        sentence = f"the supervisor failed: {type(error).__name__}: {str(error)[:500]}"
-        end = {"code": None, "signal": None, "timed_out": False, "cancelled": False, "error": sentence}
+        end = _end(error=f"the supervisor failed: {type(error).__name__}: {str(error)[:500]}")
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     end.update(v=1, started=started, ended=time.time(), cpu=usage.ru_utime + usage.ru_stime)
     end["max_rss"] = usage.ru_maxrss * 1024
-    witness.write(end)
-    say("exited", exit=end)
+    say("exited", testify(folder, end))
     return 0
 
 
 # --- the two ways to be started
 
 
-def _attempt(folder: str, boot: str, say: Say) -> int:
+def _attempt(folder: str, order: dict[str, Any] | None, boot: str, say: Say) -> int:
     try:
-        return supervise(folder, boot, say)
+        return supervise(folder, order, boot, say)
     except Exception as error:  # before the claim: nothing was done. After it: no witness, so the attempt is lost
-        say("failed", error=f"{type(error).__name__}: {str(error)[:500]}")
+        say("failed", json.dumps(f"{type(error).__name__}: {str(error)[:500]}"))
         return 70
 
 
 def serve(fd: int) -> None:
     os.set_inheritable(fd, False)
     sock = socket.socket(fileno=fd)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, HINT_WAIT)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects the supervisors
+    signal.pthread_sigmask(signal.SIG_BLOCK, WAKES)  # for the supervisors; the zygote itself ends with the socket
     _libc.prctl(PR_SET_NAME, b"mlpiped-zygote", 0, 0, 0)
     boot = boot_id()
     gc.disable()
     gc.freeze()  # what is forked stays shared
-    while packet := sock.recv(65536):
-        folder = os.fsdecode(packet)
+    while packet := sock.recv(PACKET):
+        try:
+            pid, failure = os.fork(), None
+        except OSError as error:
+            pid, failure = -1, error.strerror
+        if pid > 0:
+            continue
+        ask = _decode(packet.decode())[0]
+        token = os.path.basename(ask["folder"])
 
-        def say(kind: str, folder: str = folder, **facts: Any) -> None:
-            message = {"token": os.path.basename(folder), "kind": kind, **facts}
+        def say(kind: str, fact: str, token: str = token) -> None:
+            """`fact` is JSON."""
             try:
-                sock.send(json.dumps(message).encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                sock.send(f'{{"token": "{token}", "kind": "{kind}", "fact": {fact}}}'.encode(), socket.MSG_NOSIGNAL)
             except OSError:
                 pass  # nobody listens: the folder says it all
 
-        signal.pthread_sigmask(signal.SIG_BLOCK, WAKES)
-        try:
-            pid = os.fork()
-        except OSError as error:
-            say("refused", error=error.strerror)
-            pid = -1
         if pid == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os._exit(_attempt(folder, boot, say))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, WAKES)
+            _libc.signal(SIGCHLD, None)  # SIG_DFL
+            if time.monotonic() > ask["until"]:
+                os._exit(LOST_CLAIM)
+            os._exit(_attempt(ask["folder"], ask["order"], boot, say))
+        say("refused", json.dumps(failure))
 
 
 def main() -> int:
-    if len(sys.argv) == 3 and sys.argv[1] == "--serve":
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = STEP_FILES if hard == resource.RLIM_INFINITY else min(STEP_FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    if sys.argv[1:2] == ["--serve"]:
         serve(int(sys.argv[2]))
         return 0
-    if len(sys.argv) == 3 and sys.argv[1] == "--run":
+    if sys.argv[1:2] == ["--run"]:
         signal.pthread_sigmask(signal.SIG_BLOCK, WAKES)
-        return _attempt(os.path.abspath(sys.argv[2]), boot_id(), lambda kind, **facts: None)
+        return _attempt(os.path.abspath(sys.argv[2]), None, boot_id(), lambda kind, fact: None)
     sys.stderr.write("usage: supervisor.py --serve FD | --run FOLDER\n")
     return 2
 

@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlpiped import crash
 from mlpiped.errors import IllegalMove, LedgerError
 from mlpiped.ledger.db import SQL, DatabaseError, in_our_words, is_busy, is_full, one
 from mlpiped.ledger.rows import EventRow
@@ -234,7 +235,9 @@ class Writer:
             for entry in batch:
                 self._run(c, entry, alone=len(batch) == 1)
             c.executemany(SQL["insert_event"], [(n, *event) for n, event in enumerate(c.events, first)])
+            crash.point("in_commit")
             c.execute("COMMIT")
+            crash.point("committed")
         except BaseException:
             if c.in_transaction:  # SQLite may have rolled back by itself, as on a full disk
                 c.execute("ROLLBACK")

@@ -106,7 +106,7 @@ class Entry:
             "named": sorted(raw.named),
             "refused": raw.refused,
             "faults": [[f.file, f.line, f.message, f.hint] for f in raw.faults],
-            "pipelines": [spec.model_dump(mode="json") for spec in raw.pipelines],
+            "pipelines": [spec.model_dump() for spec in raw.pipelines],
             "goods": [
                 {
                     "name": name,
@@ -115,7 +115,7 @@ class Entry:
                     # usually it is what was loaded last, and stored above
                     "spec": None
                     if any(good.spec is one for one in raw.pipelines)
-                    else good.spec.model_dump(mode="json"),
+                    else good.spec.model_dump(),
                 }
                 for name, good in list(self.goods.items())
             ],

@@ -32,7 +32,7 @@ class ScheduleView:
 def schedule_id(pipeline: str, trigger: Trigger) -> str:
     """16 hex digits. What the trigger looks at is in it, so that an edited schedule starts afresh. How it goes about
     that (catch-up, jitter, settle, batch, …) is not: a longer settle time must not make old files new."""
-    plain = {key: value for key, value in trigger.model_dump(mode="json").items() if key not in _POLICY}
+    plain = {key: value for key, value in trigger.model_dump().items() if key not in _POLICY}
     return hashlib.sha256(canonical({"pipeline": pipeline, "trigger": plain}).encode()).hexdigest()[:16]
 
 

@@ -87,6 +87,7 @@ async def measure(count: int, slots: int) -> None:
                 for _ in range(slots):
                     group.start_soon(slot)
             wall = time.perf_counter() - began
+            await backend.removed()
             daemon = own_cpu() - daemon
             await anyio.sleep(0.1)
             after, total = ticks(zygote), account.seconds() - total

@@ -49,8 +49,8 @@ def main() -> int:
         try:
             found.extend(BENCHES[name]())
         except Exception as error:  # one that breaks must not hide the others
-            broken[name] = f"{type(error).__name__}: {error}"
-            print(f"  could not be measured: {broken[name]}", file=sys.stderr, flush=True)
+            broken[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            print(f"  could not be measured: {error}", file=sys.stderr, flush=True)
     print(figures.table(found))
     missed = sum(figure.holds is False for figure in found)
     limits = sum(figure.holds is not None for figure in found)

@@ -41,6 +41,9 @@ class Bench:
     def make(self) -> Backend:
         raise NotImplementedError
 
+    async def removed(self, backend: Backend) -> None:
+        """Until what was discarded is gone."""
+
     def script(self, backend: Backend, *, run_for: float = 0.0, exit_code: int = 0, **job: Any) -> Job:
         """A job that takes so long and ends so."""
         return self.job("sh", "-c", f"sleep {run_for}; exit {exit_code}", **job)
@@ -56,6 +59,10 @@ class LocalBench(Bench):
         return LocalBackend(
             "local", self.place / "jobs", self.place / "envs", slots=2, memory=None, cpus=None
         )  # fmt: skip
+
+    async def removed(self, backend: Backend) -> None:
+        assert isinstance(backend, LocalBackend)
+        await backend.removed()
 
 
 class FakeBench(Bench):

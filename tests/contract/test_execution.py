@@ -247,11 +247,13 @@ async def test_discard_keeps_the_logs_or_nothing(bench: Bench, backend: Backend,
     script = 'echo said; echo secret > "$MLPIPED_SCRATCH/x"; mkdir sealed; touch sealed/y; chmod 0 sealed'
     handle, _ = await ended(backend, bench.job(script, shell=True))
     await backend.discard(handle["token"], keep_logs=True)
+    await bench.removed(backend)
     home = await backend.fetch(handle, tmp_path / "home")
     assert await log(backend, handle) == b"said\n"
     assert not {"work", "scratch", "out", "job.json"} & {path.name for path in home.iterdir()}
     assert isinstance(await backend.wait(handle), Exited)
     await backend.discard(handle["token"], keep_logs=False)
     await backend.discard(handle["token"], keep_logs=False)
+    await bench.removed(backend)
     assert await log(backend, handle) == b""
     assert await backend.find([handle["token"]]) == {}

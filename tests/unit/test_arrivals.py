@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -266,7 +267,7 @@ async def test_set_takes_triggers_out_and_puts_them_in(tmp_path: Path, lab: Path
 async def test_an_unknown_datastore_is_shown(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival()) as place:
         spec = arrival()
-        other = spec.model_copy(update={"source": spec.source.model_copy(update={"datastore": "nolab"})})
+        other = replace(spec, source=replace(spec.source, datastore="nolab"))
         place.arrivals.set({"p": [other]})
         assert place.waits == "datastore `nolab`: the config has none of that name"
 

@@ -138,14 +138,14 @@ def test_data_and_parameters_inside_texts_become_parts() -> None:
     step = step_of(CommandStep(["run", f"--rate={rate}", f"{given}:{made}/log", f"{rate}", 3, 0.5], outputs=[made]))
     assert arguments(step) == [
         {"text": "run"},
-        {"parts": ({"kind": "text", "text": "--rate="}, {"kind": "parameter", "name": "rate"})},
+        {"parts": [{"kind": "text", "text": "--rate="}, {"kind": "parameter", "name": "rate"}]},
         {
-            "parts": (
+            "parts": [
                 {"kind": "input", "port": "x"},
                 {"kind": "text", "text": ":"},
                 {"kind": "output", "port": "made"},
                 {"kind": "text", "text": "/log"},
-            )
+            ]
         },
         {"name": "rate"},
         {"text": "3"},

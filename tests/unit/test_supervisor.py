@@ -18,6 +18,7 @@ import pytest
 from mlpiped.backends import folder as folders
 from mlpiped.backends import processes, supervisor
 from mlpiped.backends.base import Exited, NeverRan
+from mlpiped.backends.memory_group import MemoryGroup
 
 COMMAND = [sys.executable, "-I", "-S", supervisor.__file__]
 
@@ -113,8 +114,8 @@ def test_of_claims_made_at_once_one_wins(tmp_path: Path) -> None:
 
 def test_two_who_ask_whether_a_claim_is_held_do_not_mistake_each_other_for_its_holder(tmp_path: Path) -> None:
     (tmp_path / "claim").mkdir()
-    (tmp_path / "claim/lock").touch()
-    with open(tmp_path / "claim/lock") as other:
+    (tmp_path / "claim/handle.json").touch()
+    with open(tmp_path / "claim/handle.json") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
         assert not folders.held(tmp_path)
 
@@ -189,7 +190,7 @@ def test_a_sweep_ends_the_bearers_of_one_token_and_nobody_else() -> None:
 
 
 def memory_allowed() -> bool:
-    group = supervisor.MemoryGroup.make(f"probe-{os.getpid()}", 1 << 30)
+    group = MemoryGroup.make(f"probe-{os.getpid()}", 1 << 30)
     if group is not None:
         group.remove()
     return group is not None

@@ -59,8 +59,8 @@ async def pipeline(ask: Ask) -> Any:
     about = overview.pipeline_json(found, paused, last, coming, overview.faults_of(ask.service))
     return {
         "pipeline": about,
-        "parameters": [p.model_dump(mode="json") for p in spec.parameters],
-        **graph(spec.model_dump(mode="json")),
+        "parameters": [p.model_dump() for p in spec.parameters],
+        **graph(spec.model_dump()),
     }
 
 

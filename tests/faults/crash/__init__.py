@@ -1,0 +1,9 @@
+"""The crash harness: a daemon that is killed at random moments and named points, and a judge that does not trust it.
+
+scenario    the pipelines, and what they have to have done
+trial       the loop: arm, start, ask for work, let die, start again, until all is done
+judge       the verdict, from what the steps themselves wrote down
+power       a disk whose power can be cut
+mutants     daemons with one promise broken: the harness must notice each
+soak        the loop for as long as one likes (`make soak`)
+"""
