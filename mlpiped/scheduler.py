@@ -13,7 +13,7 @@ import anyio
 import structlog
 
 from mlpiped import crash
-from mlpiped.errors import BadParameter, Conflict, LedgerFull, MlpipedError, UnknownName
+from mlpiped.errors import BadParameter, Conflict, IllegalMove, LedgerFull, MlpipedError, UnknownName
 from mlpiped.ledger import moves
 from mlpiped.model import Cause, CauseKind, Event, RunOutcome, RunState
 from mlpiped.protocol import typed_parameters
@@ -138,7 +138,10 @@ class Scheduler:
             if busy and spec.overlap == "queue":
                 for row, waiting in self.queued.get(spec.name, ()):
                     if row.parameters == event.parameters and row.options == options and waiting is graph:
-                        (merged,) = await ledger.write(moves.merge_fire(row.id, event, now))
+                        try:
+                            (merged,) = await ledger.write(moves.merge_fire(row.id, event, now))
+                        except IllegalMove:
+                            break  # its turn came meanwhile: this is the next one
                         return row.id if merged else None
             (run_id,) = await ledger.write(
                 moves.open_run(
@@ -307,12 +310,13 @@ class Scheduler:
             options["target"] = target
         dedupe = f"idem:{who}:{idempotency_key}" if idempotency_key else None
         event = Event(spec.name, Cause(CauseKind(kind), f"by {who}" if who else ""), dedupe, values)
-        before = await self.world.ledger.fire(dedupe) if dedupe else None
-        if before is not None and before.run_id is not None:
-            return before.run_id, False
         run_id = await self._open(event, graph, version, owner=who, tags={**spec.tags, **tags}, options=options)
-        assert run_id is not None
-        return run_id, True
+        if run_id is not None:
+            return run_id, True
+        before = await self.world.ledger.fire(dedupe or "")
+        if before is None or before.run_id is None:
+            raise Conflict(f"`{spec.name}` was not started", hint="try again")
+        return before.run_id, False
 
     async def retry(self, run_id: int, who: str) -> int:
         """A new run of the same version with the same parameters; what had succeeded is reused by its key."""

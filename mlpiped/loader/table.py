@@ -106,16 +106,15 @@ class Entry:
             "named": sorted(raw.named),
             "refused": raw.refused,
             "faults": [[f.file, f.line, f.message, f.hint] for f in raw.faults],
-            "pipelines": [spec.model_dump() for spec in raw.pipelines],
+            "pipelines": [spec.model_dump_json() for spec in raw.pipelines],
             "goods": [
                 {
                     "name": name,
                     "order": good.order,
                     "loaded_at": good.loaded_at,
+                    "version": good.version,
                     # usually it is what was loaded last, and stored above
-                    "spec": None
-                    if any(good.spec is one for one in raw.pipelines)
-                    else good.spec.model_dump(),
+                    "spec": None if any(good.spec is one for one in raw.pipelines) else good.spec.model_dump_json(),
                 }
                 for name, good in list(self.goods.items())
             ],
@@ -126,7 +125,7 @@ class Entry:
         """Raises one of UNREADABLE."""
         raw = LoadResult(
             file,
-            tuple(PipelineSpec.model_validate(one) for one in plain["pipelines"]),
+            tuple(PipelineSpec.model_validate_json(one) for one in plain["pipelines"]),
             tuple(Fault(*one) for one in plain["faults"]),
             dict(plain["files"]),
             plain["imported"],
@@ -136,8 +135,8 @@ class Entry:
         entry = cls(file, plain["owner"], raw, since=plain["since"])
         last = {spec.name: spec for spec in raw.pipelines}
         for good in plain["goods"]:
-            spec = last[good["name"]] if good["spec"] is None else PipelineSpec.model_validate(good["spec"])
-            entry.goods[spec.name] = Good(spec, version_of(spec), int(good["order"]), int(good["loaded_at"]))
+            spec = last[good["name"]] if good["spec"] is None else PipelineSpec.model_validate_json(good["spec"])
+            entry.goods[spec.name] = Good(spec, str(good["version"]), int(good["order"]), int(good["loaded_at"]))
         return entry
 
 
