@@ -10,8 +10,11 @@ PREFIX ?= /opt/mlpiped
 BINDIR ?= /usr/local/bin
 CONFDIR ?= /etc/mlpiped
 UNITDIR ?= /etc/systemd/system
+USERUNITDIR ?= /etc/systemd/user
 SYSUSERSDIR ?= /etc/sysusers.d
 TMPFILESDIR ?= /etc/tmpfiles.d
+# What `make install-service` writes lies below it: for packages, images and containers.
+DESTDIR ?=
 PYTEST_ARGS ?=
 
 # The first Python that is new enough and can make a virtual environment.
@@ -22,7 +25,7 @@ find_python = for p in $${PYTHON:-} python3 python3.14 python3.13 python3.12 pyt
 	echo 'error: no Python 3.11 or newer with its venv module on PATH' >&2; \
 	echo 'hint: install it (Debian: apt install python3-venv), or name one: make PYTHON=/path/to/python3' >&2; exit 1
 
-.PHONY: help venv check test bench demo install clean
+.PHONY: help venv check test bench demo install install-program install-service uninstall uninstall-service clean
 
 help:
 	@echo 'make demo     the main job, end to end, on real data'
@@ -30,7 +33,8 @@ help:
 	@echo 'make check    format, lint, types, layers'
 	@echo 'make bench    the benchmarks'
 	@echo 'make venv     the environment for development, in $(VENV)'
-	@echo 'make install  as root: $(PREFIX), commands in $(BINDIR), the systemd unit'
+	@echo 'make install  as root: $(PREFIX), commands in $(BINDIR), and the service; upgrades it too'
+	@echo 'make install-service, uninstall-service, uninstall   its parts, and the way back: config and state stay'
 	@echo 'make clean    remove what was made here'
 
 venv: $(VENV)/.dev
@@ -64,18 +68,44 @@ bench: $(VENV)/.dev
 demo: $(VENV)/.demo
 	@$(BIN)/mlpiped demo
 
-install:
+install: install-program install-service
+
+# A service that runs goes on with what it has loaded, until `systemctl restart mlpiped`; its steps live through that.
+install-program:
 	@python=$$($(find_python)); \
 	echo "install: $(PREFIX) with $$python"; $$python -m venv $(PREFIX)
 	@$(PREFIX)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade .
-	@install -d $(BINDIR) $(CONFDIR)/plugins $(UNITDIR) $(SYSUSERSDIR) $(TMPFILESDIR)
+	@install -d $(BINDIR)
 	@ln -sfn $(PREFIX)/bin/mlpiped $(BINDIR)/mlpiped; ln -sfn $(PREFIX)/bin/mlpipectl $(BINDIR)/mlpipectl
-	@sed 's|/usr/local/bin/mlpiped|$(BINDIR)/mlpiped|' systemd/mlpiped.service > $(UNITDIR)/mlpiped.service
-	@install -m 0644 systemd/mlpiped.sysusers $(SYSUSERSDIR)/mlpiped.conf
-	@install -m 0644 systemd/mlpiped.tmpfiles $(TMPFILESDIR)/mlpiped.conf
-	@test -e $(CONFDIR)/mlpiped.toml || install -m 0644 config/mlpiped.toml $(CONFDIR)/mlpiped.toml
-	@echo 'next: systemd-sysusers && systemd-tmpfiles --create && systemctl daemon-reload'
-	@echo '      systemctl enable --now mlpiped'
+
+with_bindir = sed 's|/usr/local/bin/mlpiped|$(BINDIR)/mlpiped|'
+systemd_runs = test -z '$(DESTDIR)' -a -d /run/systemd/system
+
+install-service:
+	@install -d $(addprefix $(DESTDIR),$(CONFDIR)/plugins $(UNITDIR) $(USERUNITDIR) $(SYSUSERSDIR) $(TMPFILESDIR))
+	@$(with_bindir) systemd/mlpiped.service > $(DESTDIR)$(UNITDIR)/mlpiped.service
+	@$(with_bindir) systemd/user/mlpiped.service > $(DESTDIR)$(USERUNITDIR)/mlpiped.service
+	@install -m 0644 systemd/mlpiped.sysusers $(DESTDIR)$(SYSUSERSDIR)/mlpiped.conf
+	@install -m 0644 systemd/mlpiped.tmpfiles $(DESTDIR)$(TMPFILESDIR)/mlpiped.conf
+	@test -e $(DESTDIR)$(CONFDIR)/mlpiped.toml \
+		|| install -m 0644 config/mlpiped.toml $(DESTDIR)$(CONFDIR)/mlpiped.toml
+	@if $(systemd_runs); then \
+		systemd-sysusers $(SYSUSERSDIR)/mlpiped.conf; systemd-tmpfiles --create $(TMPFILESDIR)/mlpiped.conf; \
+		systemctl daemon-reload; \
+	else echo 'next: systemd-sysusers && systemd-tmpfiles --create && systemctl daemon-reload'; fi
+	@echo 'next: systemctl enable --now mlpiped; after an upgrade: systemctl restart mlpiped'
+
+uninstall: uninstall-service
+	@rm -rf $(PREFIX); rm -f $(BINDIR)/mlpiped $(BINDIR)/mlpipectl
+	@echo 'uninstall: $(PREFIX) is gone'
+
+# Never the user, the config, the plugins, the ledger or the artifacts: installed again, it goes on where it was.
+uninstall-service:
+	@if $(systemd_runs); then systemctl disable --now mlpiped 2>/dev/null || true; fi
+	@rm -f $(DESTDIR)$(UNITDIR)/mlpiped.service $(DESTDIR)$(USERUNITDIR)/mlpiped.service
+	@rm -f $(DESTDIR)$(SYSUSERSDIR)/mlpiped.conf $(DESTDIR)$(TMPFILESDIR)/mlpiped.conf
+	@if $(systemd_runs); then systemctl daemon-reload; fi
+	@echo 'uninstall: the service is gone; $(CONFDIR), /var/lib/mlpiped and the user mlpiped stay; so do steps that run'
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info demo-output bench-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -117,16 +117,29 @@ class Store:
         return await self._hop(lambda: _copy_out(fact, dest, True, root, exactly=True))
 
     # --- room ---------------------------------------------------------------------------------------------
-    async def remove(self, digests: Iterable[str]) -> int:
-        """Drop what is held for these digests, under all its names. Returns the bytes freed."""
-        places = [collecting.place_of(str(self.root), digest) for digest in digests]
-        return await self._hop(lambda: sum(_removed(place, str(self.incoming)) for place in places))
+    async def remove(self, digests: Iterable[str], *, min_age: float | None = None) -> int:
+        """Drop what is held for these digests, under all its names. Returns the bytes freed.
+
+        With `min_age`, what was collected in the last so many seconds stays: its commit may be on its way.
+        """
+        wanted, root, incoming = list(digests), str(self.root), str(self.incoming)
+        before = None if min_age is None else time.time() - min_age
+        return await self._hop(lambda: sum(_removed(root, digest, incoming, before) for digest in wanted))
 
     async def unreferenced(self, known: Collection[str], *, min_age: float = 3600.0) -> list[str]:
         """Digests (bare hex) in the store that are not in `known` and have not been touched for `min_age` seconds:
         a younger one may belong to a commit on its way."""
         plain = {digest.rpartition(":")[2] for digest in known}
-        return await self._hop(lambda: _unreferenced(str(self.root), plain, time.time() - min_age))
+        return [digest for digest in await self.listed(min_age=min_age) if digest not in plain]
+
+    async def listed(self, *, min_age: float) -> list[str]:
+        """Digests (bare hex) in the store that have not been touched for `min_age` seconds, sorted."""
+        return await self._hop(lambda: _listed(str(self.root), time.time() - min_age))
+
+    async def bytes_of(self, digests: Iterable[str]) -> int:
+        """What `remove` would free."""
+        places = [collecting.place_of(str(self.root), digest) for digest in digests]
+        return await self._hop(lambda: sum(_size(place) for place in places))
 
     async def sweep(self, *, min_age: float = 86_400.0) -> int:
         """Remove what an earlier daemon left in incoming/. Returns how many."""
@@ -224,28 +237,39 @@ def _make_folders(folder: Path, root: Path | None) -> None:
 
 
 # --- room ------------------------------------------------------------------------------------------------------------
-def _removed(place: str, incoming: str) -> int:
+def _removed(root: str, digest: str, incoming: str, before: float | None) -> int:
+    place = collecting.place_of(root, digest)
     try:
-        inodes: dict[tuple[int, int], int] = {}
+        with collecting.placing(digest):
+            if before is not None and os.stat(place).st_mtime >= before:
+                return 0
+            size = _size(place)
+            copying.discard(place, incoming)
+    except FileNotFoundError:
+        return 0
+    return size
+
+
+def _size(place: str) -> int:
+    """Bytes of all files, of two names of one file once; 0 when there is nothing."""
+    inodes: dict[tuple[int, int], int] = {}
+    try:
         for member in walk(place):
             if member.stamp is not None:
                 inodes[member.stamp[:2]] = member.stamp[2]
-        copying.discard(place, incoming)
     except FileNotFoundError:
         return 0
     return sum(inodes.values())
 
 
-def _unreferenced(root: str, known: Collection[str], before: float) -> list[str]:
+def _listed(root: str, before: float) -> list[str]:
     found: list[str] = []
     for head in sorted(os.listdir(root)):
         if len(head) != 2:
             continue
         with os.scandir(f"{root}/{head}") as entries:
             found += [
-                head + entry.name
-                for entry in entries
-                if _HEX.fullmatch(entry.name) and head + entry.name not in known and entry.stat().st_ctime < before
+                head + entry.name for entry in entries if _HEX.fullmatch(entry.name) and entry.stat().st_mtime < before
             ]
     return sorted(found)
 

@@ -82,6 +82,7 @@ class Attempt:
         self._on_running = on_running
         self._on_exit = on_exit
         self._cancelled = False
+        self._told_exit = False  # the step is in `collecting`, says the ledger
 
     # --- the two beginnings -----------------------------------------------------------------------------------
     async def run(self, step: StepFacts) -> Ended:
@@ -118,6 +119,7 @@ class Attempt:
     async def adopt(self, row: AttemptRow) -> Ended:
         """Go on with an attempt of an earlier daemon: with its handle, or by fencing its intent."""
         self.begun = True
+        self._told_exit = row.exit_code is not None
         if row.handle is None:
             return await self._found_or_fenced(None)
         return await self._observe(row.handle)
@@ -197,7 +199,7 @@ class Attempt:
 
     async def _collect(self, handle: Handle, outcome: Exited, usage: dict[str, float | int | None]) -> Ended:
         ledger = self.world.ledger
-        if self.step.outputs:
+        if self.step.outputs and not self._told_exit:
             ledger.post(moves.collecting(self.token, 0, json.dumps(usage), self.clock.now()))
         changed = await self.facts.changed_since(self.index, self.plan)
         if changed is not None:

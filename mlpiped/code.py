@@ -244,8 +244,11 @@ def _read(piece: Piece) -> bytes:
 # --- the copy ---------------------------------------------------------------------------------------------------
 def _keep(pieces: Sequence[Piece], target: Path) -> None:
     """Copy, make durable, rename into place. Raises _Changed; leaves nothing half done under the final name."""
-    if target.is_dir():
+    try:
+        os.utime(target)  # it is used: whoever removes old ones looks at that
         return
+    except FileNotFoundError:
+        pass
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.parent / f"{target.name}.{secrets.token_hex(4)}.tmp"
     try:

@@ -123,6 +123,8 @@ def _collected_before(output: JobOutput, parent: int, store: str) -> Found:
     if not _DIGEST.fullmatch(digest):
         raise FileNotFoundError(errno.ENOENT, "no output", output.file_name)
     path = f"{place_of(store, digest)}/{output.file_name}"
+    with placing(digest), suppress(FileNotFoundError):
+        os.utime(place_of(store, digest))
     size, now = measure(path, output.kind, lambda path, stamp: None)
     if now != digest:
         raise OutputFault(f"output `{output.name}` was changed while it was kept")
@@ -256,7 +258,7 @@ def collect(
     for item in found:
         crash.point("mid_collect")
         if item.folder:
-            with _placing[int(item.digest[-2:], 16) % len(_placing)]:
+            with placing(item.digest):
                 _Shelf(state, store, recall, entries, touched).put(item)
             crash.point("after_rename")
     for path in touched:
@@ -277,8 +279,12 @@ def collect(
 _ONE_IS_ENOUGH = frozenset({"ext4", "xfs", "btrfs"})
 """Where making a folder and naming it above is one journal entry: what makes the folder durable makes its name so."""
 
-_placing = [threading.Lock() for _ in range(64)]
-"""By digest: two steps may make the same bytes at the same moment."""
+_locks = [threading.Lock() for _ in range(64)]
+
+
+def placing(digest: str) -> threading.Lock:
+    """Two steps may make the same bytes at the same moment; and what is made just now is not garbage."""
+    return _locks[int(digest[-2:], 16) % len(_locks)]
 
 
 @dataclass(slots=True)
@@ -313,6 +319,7 @@ class _Shelf:
             os.makedirs(parent, exist_ok=True)
             with suppress(FileExistsError):
                 os.mkdir(place)
+        os.utime(place)  # wanted now, whatever the ledger says until the commit: `Store.remove` looks at it
         self.touched[place] = None
         if file_system(os.stat(place).st_dev) not in _ONE_IS_ENOUGH:
             self.touched[parent] = self.touched[self.store] = None

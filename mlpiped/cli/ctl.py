@@ -68,6 +68,12 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, **more)
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more: `{text}`")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: 0 done, 1 not succeeded, 2 wrong usage or name, 3 no daemon, 4 not permitted."""
     for stream in (sys.stdout, sys.stderr):
@@ -136,7 +142,7 @@ def _add_looks(add: Any) -> None:
     events = add("events", "follow:events", "what happened")
     events.add_argument("-f", "--follow", action="store_true", help="go on with what happens")
     events.add_argument("--run", metavar="RUN", help="of one run only")
-    events.add_argument("-n", dest="limit", type=int, default=100, metavar="N", help="so many (default: 100)")
+    events.add_argument("-n", dest="limit", type=_count, default=100, metavar="N", help="so many (default: 100)")
     add("compute", "overview:compute", "slots, who holds them, health of each compute")
     gc = add("gc", "overview:gc", "what could be removed to free space")
     gc.add_argument("--plan", action="store_true", help="only say what would be removed (all that works yet)")
@@ -152,7 +158,7 @@ def _add_runs(add: Any) -> None:
     runs.add_argument("--outcome", choices=("succeeded", "failed", "cancelled"), help="that ended so")
     runs.add_argument("--tag", action="append", default=[], metavar="K=V", help="with this tag; may be repeated")
     runs.add_argument("--since", metavar="T", help="made since `2026-11-23`, `2026-11-23T10:00:00Z` (UTC) or `2d` ago")
-    runs.add_argument("-n", dest="limit", type=int, default=20, metavar="N", help="so many (default: 20)")
+    runs.add_argument("-n", dest="limit", type=_count, default=20, metavar="N", help="so many (default: 20)")
     logs = add("logs", "follow:logs", "what the steps of a run printed")
     logs.add_argument("what", metavar="RUN[/STEP]", help="a run, or one step of it")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until it has ended")

@@ -46,6 +46,11 @@ def shown_log(text: str) -> str:
     return _ACTS_IN_LOG.sub(_escape, text.replace("\r\n", "\n"))
 
 
+def counted(number: int, what: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 class Screen:
     """stdout as it is: a terminal with colour, one without, or a pipe."""
 

@@ -64,6 +64,7 @@ async def status(service: Service) -> dict[str, Any]:
             "started_at": json_time(about.started_at),
             "now": json_time(service.clock.now()),
             "state_dir": str(about.state_dir),
+            "disk_full": ledger.full,
         },
         "pipelines": {"loaded": loaded, "broken": len(broken), "paused": len(paused)},
         "broken": broken,

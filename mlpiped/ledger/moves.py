@@ -28,6 +28,7 @@ from mlpiped.ledger.records import (
     save_definition,
     set_paused,
 )
+from mlpiped.ledger.retiring import drop_stats, forget_loose_events, forget_run
 from mlpiped.ledger.rows import StepRow
 from mlpiped.ledger.text import clean, compact, fs_bytes
 from mlpiped.model import AttemptEnd, AttemptState, StepOutcome, StepState
@@ -46,9 +47,12 @@ __all__ = [
     "collecting",
     "commit_result",
     "drop_results",
+    "drop_stats",
     "finish_run",
     "finish_step",
     "finish_steps",
+    "forget_loose_events",
+    "forget_run",
     "handle",
     "intent",
     "lose_artifacts",

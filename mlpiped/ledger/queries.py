@@ -1,4 +1,4 @@
-"""What can be asked of the ledger. Every statement goes by an index; only `artifacts` reads a whole table."""
+"""What can be asked of the ledger. Every statement goes by an index."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from mlpiped.ledger.db import SQL, every, one
 from mlpiped.ledger.rows import (
     RUN_STATES,
     STEP_STATES,
-    ArtifactRow,
     AttemptRow,
     AuditRow,
     Counts,
@@ -205,11 +204,6 @@ class Queries:
     async def makers(self, digest: str, limit: int = 100) -> list[Maker]:
         """The steps that made these bytes, the newest first."""
         return [Maker(*row) for row in await self._every("makers", digest=digest, limit=limit)]
-
-    async def artifacts(self) -> list[ArtifactRow]:
-        """Everything that has bytes, for garbage collection."""
-        rows = await self._every("artifacts")
-        return [ArtifactRow(digest, kind, fs_text(path), *rest) for digest, kind, path, *rest in rows]
 
     # --- triggers ---------------------------------------------------------------------------------------------
     async def schedules(self) -> list[ScheduleRow]:

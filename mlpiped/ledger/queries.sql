@@ -178,8 +178,9 @@ UPDATE steps SET attempts = attempts - :uncounted,
 WHERE run_id = :run_id AND idx = :idx;
 
 -- name: reuse_sources
--- The results that keys stand for now: read in the transaction that reuses them.
-SELECT r.key, r.run_id, r.step, r.attempt FROM json_each(:keys) AS j CROSS JOIN results AS r ON r.key = j.value;
+-- The results that keys stand for now, with all their bytes: read in the transaction that reuses them.
+SELECT r.key, r.run_id, r.step, r.attempt FROM json_each(:keys) AS j CROSS JOIN results AS r ON r.key = j.value
+WHERE NOT EXISTS (SELECT 1 FROM outputs AS o WHERE o.attempt = r.attempt AND o.gone_at IS NOT NULL);
 
 -- name: reuse_heads
 -- Reused steps are heads of their pipeline too.
@@ -298,9 +299,20 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?);
 -- The bytes of a collected digest are there again.
 UPDATE outputs SET gone_at = NULL, path = ? WHERE digest = ? AND gone_at IS NOT NULL;
 
+-- name: to_lose
+-- Of these digests those that may go: nobody has made or reused them since, and no unfinished run builds on them.
+SELECT j.value FROM json_each(:digests) AS j
+WHERE EXISTS (SELECT 1 FROM outputs WHERE digest = j.value AND gone_at IS NULL)
+    AND NOT EXISTS (SELECT 1 FROM outputs WHERE digest = j.value AND used_at > :planned)
+    AND j.value NOT IN (
+        SELECT o.digest FROM runs AS r
+        CROSS JOIN steps AS s ON s.run_id = r.id
+        CROSS JOIN outputs AS o ON o.attempt = s.made_by
+        WHERE r.outcome IS NULL);
+
 -- name: lose_outputs
--- Garbage collection took the bytes.
-UPDATE outputs SET gone_at = ? WHERE digest = ? AND gone_at IS NULL;
+-- Garbage collection takes the bytes.
+UPDATE outputs SET gone_at = :now WHERE digest = :digest AND gone_at IS NULL;
 
 -- name: put_head
 -- A step has succeeded: the next change is explained against this.
@@ -354,6 +366,93 @@ WHERE o.digest = :digest ORDER BY o.attempt DESC LIMIT :limit;
 -- name: artifacts
 -- Everything that has bytes. Reads all outputs: for garbage collection only.
 SELECT digest, kind, path, max(size), max(used_at), max(cost_us) FROM outputs WHERE gone_at IS NULL GROUP BY digest, path;
+
+-- ==== retention: what is old, and what of it is still of use ====
+
+-- name: old_runs
+-- Runs that ended before a time, but the newest of each pipeline and those whose outputs were reused since.
+SELECT r.created_at, r.id FROM runs AS r INDEXED BY runs_by_creation
+WHERE r.created_at < :before AND r.finished_at < :before AND (r.created_at, r.id) > (:created, :after)
+    AND EXISTS (SELECT 1 FROM runs AS n WHERE n.pipeline = r.pipeline AND n.id > r.id)
+    AND NOT EXISTS (
+        SELECT 1 FROM attempts AS a CROSS JOIN outputs AS o ON o.attempt = a.id
+        WHERE a.run_id = r.id AND o.used_at >= :before)
+ORDER BY r.created_at, r.id LIMIT :limit;
+
+-- name: tokens_of_run
+-- Whose job folders go with a run.
+SELECT token, compute FROM attempts WHERE run_id = :run_id;
+
+-- name: jobs
+-- What became of these tokens: their compute, and when their run ended.
+SELECT a.token, a.compute, r.finished_at FROM json_each(:tokens) AS j
+CROSS JOIN attempts AS a ON a.token = j.value
+CROSS JOIN runs AS r ON r.id = a.run_id;
+
+-- name: live_tokens
+-- Of these tokens those whose attempt lives, or ended only just now.
+SELECT a.token FROM json_each(:tokens) AS j
+CROSS JOIN attempts AS a ON a.token = j.value
+WHERE a.state <> 'ended' OR a.ended_at > :since;
+
+-- name: oldest_intent
+-- When the oldest attempt that lives began.
+SELECT min(intent_at) FROM attempts INDEXED BY attempts_live WHERE state <> 'ended';
+
+-- name: artifact_bytes
+-- Room that artifacts take. Reads all outputs.
+SELECT coalesce(sum(size), 0) FROM (SELECT max(size) AS size FROM outputs WHERE gone_at IS NULL GROUP BY digest);
+
+-- name: needed_digests
+-- What unfinished runs build on.
+SELECT DISTINCT o.digest FROM runs AS r
+CROSS JOIN steps AS s ON s.run_id = r.id
+CROSS JOIN outputs AS o ON o.attempt = s.made_by
+WHERE r.outcome IS NULL;
+
+-- name: unknown_hexes
+-- Of these digests without their prefix those that no output has.
+SELECT j.value FROM json_each(:hexes) AS j
+WHERE NOT EXISTS (SELECT 1 FROM outputs WHERE digest = 'b3:' || j.value AND gone_at IS NULL)
+    AND NOT EXISTS (SELECT 1 FROM outputs WHERE digest = 'b3t:' || j.value AND gone_at IS NULL);
+
+-- name: code_in_use
+-- Code that the next change is explained against, or that an attempt runs.
+SELECT DISTINCT json_extract(k.parts, '$.code.raw') FROM step_heads AS h JOIN keys AS k ON k.key = h.key
+UNION SELECT json_extract(k.parts, '$.code.raw')
+FROM attempts AS a INDEXED BY attempts_live JOIN keys AS k ON k.key = a.key WHERE a.state <> 'ended';
+
+-- name: stat_page
+-- The stat cache in order.
+SELECT path, hashed_ns FROM stat_cache WHERE path > :after ORDER BY path LIMIT :limit;
+
+-- name: forget_events
+-- Some events of a run that is forgotten; never the newest of all.
+DELETE FROM events WHERE id IN (
+    SELECT id FROM events WHERE run_id = :run_id AND id < (SELECT max(id) FROM events) ORDER BY id LIMIT :limit);
+
+-- name: forget_attempts
+-- Some attempts of a run that is forgotten.
+DELETE FROM attempts WHERE id IN (SELECT id FROM attempts WHERE run_id = :run_id LIMIT :limit);
+
+-- name: forget_steps
+-- Some steps of a run that is forgotten.
+DELETE FROM steps WHERE run_id = :run_id
+    AND idx IN (SELECT idx FROM steps WHERE run_id = :run_id ORDER BY idx LIMIT :limit);
+
+-- name: forget_run
+-- The run itself, when nothing of it is left.
+DELETE FROM runs WHERE id = :run_id AND state = 'finished'
+    AND NOT EXISTS (SELECT 1 FROM steps WHERE run_id = :run_id);
+
+-- name: forget_loose_events
+-- Old events among the first that belong to no run (fires, pauses).
+DELETE FROM events WHERE at < :before AND id IN (
+    SELECT id FROM events WHERE run_id IS NULL AND id < (SELECT max(id) FROM events) ORDER BY id LIMIT :limit);
+
+-- name: forget_stat
+-- A file that is no more, unless it was hashed anew meanwhile.
+DELETE FROM stat_cache WHERE path = ? AND hashed_ns = ?;
 
 -- ==== fires, schedules, arrivals ====
 
@@ -418,6 +517,10 @@ SELECT coalesce(max(id), 0) FROM events;
 -- name: events
 -- What happened after an event.
 SELECT id, run_id, idx, kind, at, data FROM events WHERE id > :after ORDER BY id LIMIT :limit;
+
+-- name: newest_event
+-- When something happened last.
+SELECT max(at) FROM events WHERE id > (SELECT max(id) FROM events) - 1000;
 
 -- name: events_of_run
 -- What happened in one run after an event.

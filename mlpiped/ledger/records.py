@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
-from mlpiped.ledger.db import SQL, Connection, Op, one
+from mlpiped.ledger.db import SQL, Connection, Op, every, one
 from mlpiped.ledger.rows import signed
 from mlpiped.ledger.text import clean, compact
 
@@ -70,10 +71,16 @@ def drop_results(keys: Sequence[str]) -> Op[int]:
     return op
 
 
-def lose_artifacts(digests: Sequence[str], now: int) -> Op[None]:
-    """Garbage collection has taken these bytes. Their digests stay, and what was made from them stays fresh."""
+def lose_artifacts(digests: Sequence[str], now: int, *, planned: int | None = None) -> Op[list[str]]:
+    """Garbage collection takes these bytes next. Their digests stay, and what was made from them stays fresh.
 
-    def op(c: Connection) -> None:
-        c.executemany(SQL["lose_outputs"], [(now, digest) for digest in digests])
+    Gives those that may go: not what an unfinished run builds on, nor what was made or reused after `planned`.
+    """
+
+    def op(c: Connection) -> list[str]:
+        wanted = {"digests": json.dumps(list(digests)), "planned": now if planned is None else planned}
+        lost = [row[0] for row in every(c, "to_lose", wanted)]
+        c.executemany(SQL["lose_outputs"], [{"now": now, "digest": digest} for digest in lost])
+        return lost
 
     return op

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -14,17 +14,18 @@ from mlpiped.ledger import opening
 from mlpiped.ledger.ballast import Ballast
 from mlpiped.ledger.db import DatabaseError, Db, in_our_words
 from mlpiped.ledger.queries import Queries
+from mlpiped.ledger.survey import Survey
 from mlpiped.ledger.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
     from mlpiped.clock import Clock
     from mlpiped.ledger.db import Connection, Op
-    from mlpiped.ledger.rows import EventRow
+    from mlpiped.ledger.rows import ArtifactRow, EventRow
 
 BEHIND = 1000  # commits that a subscriber may be behind before it is closed
 
@@ -40,7 +41,7 @@ class Ledger(Queries):
         self._db = writer_db
         self._writer = Writer(writer_db, Ballast(state_dir / opening.BALLAST), self._announce)
         self._writer.listening = lambda: bool(self._subscribers)
-        self._subscribers: dict[MemoryObjectSendStream[list[EventRow]], set[int] | None] = {}
+        self._subscribers: dict[MemoryObjectSendStream[list[EventRow]], tuple[set[int] | None, Collection[str]]] = {}
         self._closed = False
 
     @classmethod
@@ -121,13 +122,16 @@ class Ledger(Queries):
 
     # --- listening --------------------------------------------------------------------------------------------
     @contextmanager
-    def subscribe(self, *, runs: set[int] | None = None) -> Iterator[MemoryObjectReceiveStream[list[EventRow]]]:
-        """Event rows, one list a commit, after it; of all runs or of `runs` (the set may be changed meanwhile).
+    def subscribe(
+        self, *, runs: set[int] | None = None, kinds: Collection[str] = ()
+    ) -> Iterator[MemoryObjectReceiveStream[list[EventRow]]]:
+        """Event rows, one list a commit, after it; of all runs or of `runs` (the set may be changed meanwhile), and
+        of all kinds or of `kinds`: who waits for the end of a run is not woken by each of its steps.
 
         Who falls too far behind finds the end of the stream, and reads on with `events(after)`.
         """
         send, receive = anyio.create_memory_object_stream[list["EventRow"]](BEHIND)
-        self._subscribers[send] = runs
+        self._subscribers[send] = (runs, kinds)
         try:
             yield receive
         finally:
@@ -139,8 +143,9 @@ class Ledger(Queries):
         send.close()
 
     def _announce(self, events: list[EventRow]) -> None:
-        for send, runs in list(self._subscribers.items()):
+        for send, (runs, kinds) in list(self._subscribers.items()):
             wanted = events if runs is None else [event for event in events if event.run_id in runs]
+            wanted = [event for event in wanted if event.kind in kinds] if kinds else wanted
             if not wanted:
                 continue
             try:
@@ -164,10 +169,26 @@ class Ledger(Queries):
 
         await to_thread.run_sync(work)
 
+    @asynccontextmanager
+    async def survey(self) -> AsyncIterator[Survey]:
+        """Long reads, which keep nobody waiting."""
+        with anyio.CancelScope(shield=True):
+            db = await Db(self.path, readonly=True).open()
+        try:
+            yield Survey(db)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await db.close()
+
+    async def artifacts(self) -> list[ArtifactRow]:
+        """Everything that has bytes. Reads all outputs."""
+        async with self.survey() as survey:
+            return await survey.artifacts()
+
     async def faults(self) -> list[str]:
         """What SQLite finds wrong in the file's structure; empty when it is well. Reads the whole file."""
-        rows = await self._reader.call(lambda c: c.execute("PRAGMA quick_check(10)").fetchall())
-        return [row[0] for row in rows if row[0] != "ok"]
+        async with self.survey() as survey:
+            return await survey.faults()
 
     async def checkpoint(self) -> None:
         """Fold the write-ahead log into the file; hourly is often enough."""

@@ -237,6 +237,7 @@ class Child:
             self.absent = self._might_appear(error.name)
         else:
             text = _guarded(lambda: str(error), "")
+            hint = _near(error, text)
             message = f"{type(error).__name__}: {text}" if text else type(error).__name__
         return [{"file": file, "line": line, "message": _one_line(message), "hint": hint}], detail
 
@@ -265,6 +266,29 @@ class Child:
 
 
 _HINT = "a plugin only describes steps: work belongs in a step's script"
+
+
+def _near(error: BaseException, text: str) -> str | None:
+    """A hint for a misspelt keyword of ours, or a misspelt name that is imported from us."""
+    import difflib
+    import inspect
+    import re
+
+    import mlpiped
+    from mlpiped.sdk import steps
+
+    found = re.search(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    if isinstance(error, TypeError) and found:
+        kind = getattr(steps, found[1] or "", None) or getattr(mlpiped, found[1] or "", None)
+        names = list(inspect.signature(kind).parameters) if isinstance(kind, type) else []
+        word = found[2]
+    elif isinstance(error, ImportError) and error.name == "mlpiped":
+        word = getattr(error, "name_from", None) or (re.search(r"import name '(\w+)'", text) or ("", ""))[1]
+        names = list(mlpiped.__all__)
+    else:
+        return None
+    near = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else None
 
 
 def _loader_for(child: Child) -> type[importlib.machinery.SourceFileLoader]:

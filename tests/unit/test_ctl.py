@@ -26,7 +26,7 @@ from mlpiped.cli.verbs import words
 from mlpiped.control.server import ControlServer
 from mlpiped.errors import Fault, Unreachable, UsageError
 from mlpiped.ledger import StepRow, moves
-from mlpiped.model import RunOutcome, StepOutcome
+from mlpiped.model import RunOutcome, StepOutcome, StepState
 
 pytestmark = pytest.mark.anyio
 ROOT_ONLY = pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
@@ -68,7 +68,7 @@ async def test_exit_statuses_are_those_of_the_contract() -> None:
             (2, "run digits --force trian"), (2, "why 1"), (2, f"why {good}/trian"), (2, "shwo"), (2, "runs --stat x"),
             (2, "gc"), (2, f"logs {good}/trian"), (2, "get 1"), (2, f"get {good}/modl"), (2, "wait x"),
             (2, f"wait {good} --timeout soon"), (2, "plan nowhere.py"), (2, "runs --since soon"), (2, ""),
-            (2, "runs --tag x"), (2, f"logs {good} --attempt 1"),
+            (2, "runs --tag x"), (2, "runs -n 0"), (2, "events -n x"), (2, f"logs {good} --attempt 1"),
         ]  # fmt: skip
         wrong = []
         async with anyio.create_task_group() as tasks:
@@ -606,3 +606,36 @@ async def test_every_verb_says_what_it_is_and_takes_json_and_socket() -> None:
     for name, verb in verbs.choices.items():
         assert verb.description, name
         assert {"--json", "--socket", "--help"} <= set(verb._option_string_actions), name
+
+
+# --- sentences ------------------------------------------------------------------------------------------------------
+async def test_sentences_say_what_is_so_and_what_to_do(tmp_path: Path) -> None:
+    async with staged() as stage:
+        good, bad = await stage.whole(), await stage.whole(outcome=RunOutcome.FAILED)
+        table = [
+            (f"retry {bad}", "has started: it tries run"),
+            ("runs -n 0", "error: argument -n: must be a whole number, 1 or more: `0`"),
+            (f"get {good}/clean {tmp_path}/none/", f"error: there is no folder `{tmp_path}/none/`\nhint: `mkdir -p "),
+        ]
+        for line, sentence in table:
+            assert sentence in (await stage.ctl(*line.split())).err
+        never = await stage.run()
+        row = StepRow(0, "prepare", StepState.WAITING)
+        await stage.ledger.write(moves.add_steps(never, [row], 1))
+        await stage.ledger.write(
+            moves.finish_step(never, 0, StepOutcome.FAILED, "input x: there is no `x`", 2),
+            moves.finish_run(never, RunOutcome.FAILED, 3),
+        )
+        done = await stage.ctl("wait", never)
+        assert "there is no `x`" in done.err
+        assert "mlpipectl logs" not in done.err  # it never ran, so it printed nothing
+
+
+async def test_status_says_that_the_disk_of_the_ledger_is_full() -> None:
+    async with staged() as stage:
+        assert "disk" not in (await stage.ctl("status")).out
+        stage.ledger._writer.full = True
+        done = await stage.ctl("status")
+        assert "the disk of the ledger is full: nothing new is dispatched\nhint: free space" in done.out
+        assert json.loads((await stage.ctl("status", "--json")).out)["daemon"]["disk_full"] is True
+        stage.ledger._writer.full = False

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from ledger_scene import NOW, committed, event, made, opened, opening, running
 
+from mlpiped.errors import StaleReuse
 from mlpiped.ledger import moves
 from mlpiped.ledger.db import SQL, connect
 from mlpiped.ledger.rows import StatRow, StepRow
@@ -28,7 +29,7 @@ BIG = {
     "stat_cache",
     "run_tags",
 }
-WHOLE = {"artifacts"}  # garbage collection
+WHOLE = {"artifacts", "artifact_bytes"}  # garbage collection, on a connection of its own
 
 
 def reads() -> list[str]:
@@ -192,7 +193,11 @@ async def test_collected_artifacts_keep_their_digest_and_lose_their_path_until_t
         await committed(ledger, first)
         [artifact] = await ledger.artifacts()
         assert (artifact.digest, artifact.used_at, artifact.cost_us) == ("b3:made", NOW, 7)
-        await ledger.write(moves.lose_artifacts(["b3:made"], NOW))
+        assert await ledger.write(moves.lose_artifacts(["b3:made"], NOW)) == [[]]  # the run builds on it
+        await ledger.write(moves.finish_step(first, 1, StepOutcome.SKIPPED, "", NOW))
+        await ledger.write(moves.finish_run(first, RunOutcome.SUCCEEDED, NOW))
+        assert await ledger.write(moves.lose_artifacts(["b3:made"], NOW, planned=NOW - 1)) == [[]]  # used since
+        assert await ledger.write(moves.lose_artifacts(["b3:made", "b3:none"], NOW)) == [["b3:made"]]
         assert await ledger.artifacts() == []
         [fact] = (await ledger.results(["b3:k"]))["b3:k"].outputs
         assert (fact.digest, fact.path) == ("b3:made", "")
@@ -223,3 +228,14 @@ async def test_a_backup_is_a_whole_ledger_though_writing_went_on(tmp_path: Path)
         assert conn.execute("SELECT count(*) FROM results").fetchone() == (1,)
     assert (tmp_path / "copy").stat().st_mode & 0o777 == 0o600
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("copy")] == ["copy"]
+
+
+async def test_what_has_lost_its_bytes_is_reused_by_nobody(tmp_path: Path) -> None:
+    async with opened(tmp_path) as ledger:
+        first = await running(ledger, ["prepare"])
+        await committed(ledger, first)
+        await ledger.write(moves.finish_run(first, RunOutcome.SUCCEEDED, NOW))
+        second = await running(ledger)
+        await ledger.write(moves.lose_artifacts(["b3:made"], NOW))
+        with pytest.raises(StaleReuse):
+            await ledger.write(moves.finish_step(second, 0, StepOutcome.REUSED, "", NOW, key="b3:k"))

@@ -419,3 +419,19 @@ async def test_strictly_a_folder_of_a_stranger_is_refused_and_of_an_author_is_no
     (fault,) = (await load_file(path, trusted=Trust(strict=True))).faults
     assert fault.message == f"its folder `{path.parent}` belongs to uid 12345"
     assert (await load_file(path, trusted=Trust(strict=True, authors=frozenset({12345})))).faults == ()
+
+
+NEAR = [
+    ("CommandStep(['true'], ouputs=[])", "did you mean `outputs`?"),
+    ("PythonScriptStep('x.py', argument=[])", "did you mean `arguments`?"),
+    ("Pipeline('p', [], trigger=[])", "did you mean `triggers`?"),
+    ("Resources(gpu=1)", "did you mean `gpus` or `cpus`?"),
+    ("Retry(wholly_unlike=1)", None),
+    ("from mlpiped import Pipelin", "did you mean `Pipeline` or `PipelineData`?"),
+]
+
+
+@pytest.mark.parametrize(("line", "hint"), NEAR, ids=[line for line, _ in NEAR])
+async def test_a_misspelt_word_of_ours_is_met_with_the_nearest_one(tmp_path: Path, line: str, hint: str | None) -> None:
+    (fault,) = (await load(tmp_path, f"from mlpiped import *\n{line}\n")).faults
+    assert (fault.line, fault.hint) == (2, hint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlpiped.cli.render import shown
+from mlpiped.cli.render import counted, shown
 from mlpiped.cli.verbs import words
 from mlpiped.protocol import path
 
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 def run(call: Call) -> int:
     body = {**words.choice(call.args), "tags": words.pairs(call.args.tag, "tag")}
     answer = call.client.post(path("pipelines", call.args.pipeline, "runs"), body)
-    return _started(call, answer, f"of `{shown(call.args.pipeline)}`")
+    return _started(call, answer, f"of `{shown(call.args.pipeline)}` has started")
 
 
 def submit(call: Call) -> int:
     body = {**words.choice(call.args), "tags": words.pairs(call.args.tag, "tag")}
     body["file"] = words.plugin_file(call.args.file)
-    return _started(call, call.client.post(path("submit"), body, timeout=300), f"of `{shown(call.args.file)}`")
+    answer = call.client.post(path("submit"), body, timeout=300)
+    return _started(call, answer, f"of `{shown(call.args.file)}` has started")
 
 
 def retry(call: Call) -> int:
     answer = call.client.post(path("runs", call.args.run, "retry"))
-    return _started(call, answer, f"tries run {answer['retry_of']} again")
+    return _started(call, answer, f"has started: it tries run {answer['retry_of']} again")
 
 
 def _started(call: Call, answer: dict[str, Any], what: str) -> int:
@@ -36,11 +37,11 @@ def _started(call: Call, answer: dict[str, Any], what: str) -> int:
         if call.as_json:
             return call.document(answer)
         call.say(str(number))
-        call.note(f"run {number} {what} has started; `mlpipectl logs {number} -f` follows it")
+        call.note(f"run {number} {what}; `mlpipectl logs {number} -f` follows it")
         return 0
     from mlpiped.cli.verbs import follow
 
-    call.note(f"run {number} {what} has started")
+    call.note(f"run {number} {what}")
     return follow.to_the_end(call, number, logs=call.args.follow)
 
 
@@ -82,6 +83,7 @@ def reload(call: Call) -> int:
         if fault["hint"]:
             call.say(f"  hint: {shown(fault['hint'])}")
     call.note(
-        f"{answer.get('pipelines', 0)} pipelines, {len(broken)} faults; config: {shown(answer.get('config', '-'))}"
+        f"{counted(answer.get('pipelines', 0), 'pipeline')}, {counted(len(broken), 'fault')}; "
+        f"config: {shown(answer.get('config', '-'))}"
     )
     return 1 if broken else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import stat
 import sys
@@ -75,7 +76,11 @@ def _dest(given: str | None, output: dict[str, Any]) -> str:
     name: str = os.path.basename(output["file_name"]) or output["name"]
     if given is None:
         return name
-    return os.path.join(given, name) if os.path.isdir(given) else given
+    if os.path.isdir(given):
+        return os.path.join(given, name)
+    if given.endswith("/"):
+        raise UsageError(f"there is no folder `{given}`", hint=f"`mkdir -p {shlex.quote(given)}`")
+    return given
 
 
 def _bring(call: Call, url: str, output: dict[str, Any], dest: str) -> None:

@@ -82,7 +82,8 @@ def _conclude(call: Call, run: dict[str, Any]) -> None:
     for step in run["steps"]:
         if step["outcome"] in ("failed", "timed_out", "lost"):
             call.note(f"{run['id']}/{shown(step['name'])}: {shown(step['why'] or step['outcome'])}")
-            call.note(f"hint: `mlpipectl logs {run['id']}/{shown(step['name'])}` shows what it printed")
+            if step["attempts"]:
+                call.note(f"hint: `mlpipectl logs {run['id']}/{shown(step['name'])}` shows what it printed")
 
 
 # --- logs -----------------------------------------------------------------------------------------------------------

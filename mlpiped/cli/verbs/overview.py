@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from mlpiped.cli.render import Cell, ago, cut, lasting, shown, size
+from mlpiped.cli.render import Cell, ago, counted, cut, lasting, shown, size
 from mlpiped.errors import UsageError
 from mlpiped.protocol import path
 
@@ -34,8 +34,11 @@ def _status(call: Call, answer: dict[str, Any]) -> str:
     daemon, count = answer["daemon"], answer["pipelines"]
     extra = [f"{count[word]} {word}" for word in ("broken", "paused") if count[word]]
     up = lasting(daemon["started_at"], None, now)
-    head = f"mlpiped {shown(daemon['version'])}  pid {daemon['pid']}  up {up}  {count['loaded']} pipelines"
+    head = f"mlpiped {shown(daemon['version'])}  pid {daemon['pid']}  up {up}  {counted(count['loaded'], 'pipeline')}"
     parts = [head + (f" ({', '.join(extra)})" if extra else "")]
+    if daemon.get("disk_full"):
+        full = "the disk of the ledger is full: nothing new is dispatched"
+        parts.append(screen.paint(full, "failed") + f"\nhint: free space on the disk of `{shown(daemon['state_dir'])}`")
 
     def section(title: str, columns: list[str], rows: list[list[object]]) -> None:
         if rows:
@@ -163,7 +166,7 @@ def gc(call: Call) -> int:
         for a in answer["artifacts"]
     ]
     call.say(call.screen.table(["ARTIFACT", "KIND", "SIZE", "USED", "WHY"], rows))
-    call.note(f"{len(rows)} artifacts, {size(answer['bytes'])}; nothing was removed")
+    call.note(f"{counted(len(rows), 'artifact')}, {size(answer['bytes'])}; nothing was removed")
     return 0
 
 

@@ -27,7 +27,7 @@ async def wait(ask: Ask) -> Any:
     query: WaitQuery = ask.query
     service = ask.service
     row = await service.lookup.run(ask.names["run"])
-    with service.ledger.subscribe(runs={row.id}) as news:
+    with service.ledger.subscribe(runs={row.id}, kinds=("run.finished",)) as news:
         row = await service.ledger.run(row.id) or row
         if row.state is not RunState.FINISHED:
             with anyio.move_on_after(query.timeout):
@@ -38,9 +38,8 @@ async def wait(ask: Ask) -> Any:
                         tasks.cancel_scope.cancel()
 
                     tasks.start_soon(until_closing, name="wait: until closing")
-                    async for events in news:
-                        if any(event.kind == "run.finished" for event in events):
-                            break
+                    async for _ in news:
+                        break
                     tasks.cancel_scope.cancel()
     row = await service.ledger.run(row.id) or row
     return run_json(row, await service.lookup.steps(row))

@@ -6,12 +6,9 @@ O_APPEND, and an fsync. The words are `start`, `end`, and `fail` for the attempt
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from harness import SDK, Daemon, lines
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ASKED = {"fan": ("src", "left", "right", "join"), "chain": ("first", "second", "third")}
 """Pipelines that are asked for by the API, and their steps."""
@@ -48,7 +45,7 @@ steps = [
         name="right", outputs=[right],
     ),
     CommandStep(
-        f"{mark} {seed} join start; cat {left} {right} > {whole}; mkdir -p {tree}/in; {made} > {tree}/in/one;"
+        f"{mark} {seed} join start; cat {left} {right} > {whole}; {made} >> {whole}; mkdir -p {tree}/in; {made} > {tree}/in/one;"
         f" {made} > {tree}/two; {mark} {seed} join end",
         name="join", outputs=[whole, tree],
     ),
@@ -110,6 +107,7 @@ class Scenario:
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
+        self._read, self._done = 0, set[tuple[str, str]]()
         self.effects, self.land = daemon.root / "effects", daemon.lab / "land"
         mark, flags = daemon.root / "mark", daemon.root / "flags"
         mark.write_text(MARK.format(effects=self.effects))
@@ -137,6 +135,15 @@ class Scenario:
     def marks(self) -> list[Mark]:
         return [Mark(*line.split(" ")) for line in lines(self.effects)]
 
-
-def effects_of(path: Path) -> list[Mark]:
-    return [Mark(*line.split(" ")) for line in lines(path)]
+    def done(self) -> set[tuple[str, str]]:
+        """(pipeline, seed) of each run whose last step has ended. Reads what is new only: a soak goes on for hours."""
+        with self.effects.open("rb") as file:
+            file.seek(self._read)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.decode().splitlines():
+            mark = Mark(*line.split(" "))
+            if mark.word == "end" and LAST.get(mark.pipeline) == mark.step:
+                self._done.add((mark.pipeline, mark.seed))
+        return self._done

@@ -1,0 +1,295 @@
+"""The loop: arm a point, start, ask for work, let it die, start again; at the end all must be done, and is judged.
+
+A daemon's life is long enough for several runs, and several of them are alive when it dies: that is what makes 500
+crash-injected runs cheap. A run counts as crash-injected if the daemon died at least once after the run was durable
+and before it was finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from crash.judge import ALL_ASKED, Evidence, Verdict, judge
+from crash.scenario import TICKING, Scenario
+from harness import Daemon, until
+
+from mlpiped.cli.client import Client
+from mlpiped.crash import POINTS
+from mlpiped.errors import MlpipedError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from crash.power import Disk
+
+OUTSIDE = "from outside"
+ALIVE = 14
+"""So many runs that were asked for are kept going at a time."""
+
+FINISHED = 90.0  # seconds for all that was asked for, once nobody dies any more
+
+
+def now_us() -> int:
+    return time.time_ns() // 1000
+
+
+class Trial:
+    """One daemon with its scenario, and what becomes of it. Give `disk` to have its power cut at each death."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        program: Sequence[str | Path] | None = None,
+        power: bool = False,
+        clocks: bool = True,
+        slots: int = 8,
+    ) -> None:
+        self.random = random.Random(seed)
+        self.name = f"t{seed}"
+        self.daemon = Daemon(slots=slots)
+        if program is not None:
+            self.daemon.program = program
+        self.evidence = Evidence()
+        self.disk: Disk | None = None
+        self._deck: list[str] = []
+        self._asked = 0
+        self._open: set[str] = set()  # seeds of runs that have not been seen to end
+        self._hit: set[str] = set()  # … and that have seen a death
+        self._clocks = clocks
+        try:
+            if power:
+                from crash.power import Disk
+
+                self.disk = Disk(self.daemon.state, self.daemon.root / "disk.img")
+                self.daemon.state.chmod(0o700)
+            self.scenario = Scenario(self.daemon)
+            if not clocks:
+                for name in TICKING:
+                    (self.daemon.plugins / f"{name}.py").unlink()
+            self.client = Client(str(self.daemon.socket))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.disk is not None:  # the daemon's folder cannot be removed below a mount
+            if self.daemon.process is not None:
+                self.daemon.kill9()
+            self._kill_all()
+            self.disk.close()
+        self.daemon.close()
+
+    # --- the whole of it --------------------------------------------------------------------------------------------
+    def go(self, *, runs: int = 0, deaths: int = 0, seconds: float = 0.0) -> Verdict:
+        """Until so many crash-injected runs, deaths, or seconds (whichever is asked for); the verdict."""
+        self.begin()
+        end = time.monotonic() + seconds
+        # The judge counts from the ledger at the end. Here only runs count whose number was told before a death, and
+        # whose last step had not ended at it: never more than there are.
+        while not (
+            (runs and len(self._hit) >= runs)
+            or (deaths and len(self.evidence.deaths) >= deaths)
+            or (seconds and time.monotonic() > end)
+        ):
+            self.life()
+        return self.finish()
+
+    def begin(self) -> None:
+        """The first life, which nobody ends before all plugins are taken up."""
+        self.daemon.start()
+        names = {path.stem for path in self.daemon.plugins.glob("*.py")}
+        until(lambda: {p["name"] for p in self.client.get("/v1/pipelines")["pipelines"]} == names, "all plugins loaded")
+        if self._clocks:
+            until(lambda: len(self._cursors()) == len(TICKING), "the clocks have their first cursor")
+        self.evidence.clocks_from = now_us()
+        self._die(OUTSIDE)
+
+    def life(self, point: str | None = None, count: int | None = None, patience: float | None = None) -> None:
+        """Start the daemon, armed or not; ask for work; it dies."""
+        point = point or self._next_point()
+        patience = self.random.uniform(0.05, 1.2) if patience is None else patience
+        self.daemon.env.pop("MLPIPED_CRASH_AT", None)
+        if point != OUTSIDE:
+            often = 12 if point in ("in_commit", "committed") else 4
+            self.daemon.env["MLPIPED_CRASH_AT"] = f"{point}:{count or self.random.randint(1, often)}"
+            patience = max(patience, 1.0)
+        if not self.start():
+            self._died(point)
+            return
+        with self._listening():
+            self.feed()
+            until_then = time.monotonic() + patience
+            process = self.daemon.process
+            assert process is not None
+            while time.monotonic() < until_then and process.poll() is None:
+                time.sleep(0.003)
+            if process.poll() is not None:
+                self._died(point)
+            else:
+                self._die(OUTSIDE)
+
+    def finish(self) -> Verdict:
+        """The last life: all must come to its end; then the clocks stop, the daemon ends, and the judge looks."""
+        self.daemon.env.pop("MLPIPED_CRASH_AT", None)
+        assert self.start(), f"unarmed, it died:\n{self.daemon.tail()}"
+        with contextlib.suppress(AssertionError):  # the judge names what is stuck
+            until(self._ask_again, "every run asked for is told", FINISHED)
+            self._stop_clocks()
+            until(lambda: self._seen_all() and not self._unfinished(), "all runs finished", FINISHED, 0.1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.daemon.term()
+        if self.daemon.process is not None:
+            self.daemon.kill9()
+            self.evidence.deaths.append((now_us(), "would not stop"))
+        with contextlib.suppress(AssertionError):
+            until(lambda: not self.daemon.processes(), "the end of every process", 10)
+        ledger = self.daemon.state / "ledger.sqlite3"
+        return judge(ledger, self.scenario.marks(), self.evidence, self.daemon.processes())
+
+    # --- births and deaths --------------------------------------------------------------------------------------------
+    def start(self) -> bool:
+        """Whether it serves; False if it died on the way there, as it may when it is armed."""
+        try:
+            self.daemon.start()
+        except AssertionError:
+            process = self.daemon.process
+            if process is None or process.poll() != -signal.SIGKILL:
+                raise
+            return False
+        return True
+
+    def _die(self, where: str) -> None:
+        process = self.daemon.process
+        assert process is not None
+        if self.disk is not None and self.random.random() < 0.5:
+            self.disk.cut()  # it lives on for a moment, on a disk that takes nothing
+            time.sleep(self.random.uniform(0, 0.05))
+        process.kill()
+        self._died(where)
+
+    def _died(self, where: str) -> None:
+        process = self.daemon.process
+        assert process is not None
+        code = process.wait()
+        assert code == -signal.SIGKILL, f"it ended with {code}:\n{self.daemon.tail()}"
+        self.daemon.process = None
+        self.evidence.deaths.append((now_us(), where))
+        done = self.scenario.done()
+        told, asked = self.evidence.told, self.evidence.asked
+        self._hit |= {seed for seed in self._open if seed in told and (asked[seed], seed) not in done}
+        if self.disk is not None:
+            self.disk.cut()
+            self.evidence.power_cuts += 1
+            self._kill_all()
+            self.disk.unmount()
+            self.disk.mount()
+
+    def _kill_all(self) -> None:
+        """What a power cut ends besides the daemon."""
+        while pids := self.daemon.processes():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _next_point(self) -> str:
+        if not self._deck:
+            self._deck = [*POINTS, OUTSIDE, OUTSIDE, OUTSIDE]
+            self.random.shuffle(self._deck)
+        return self._deck.pop()
+
+    # --- work ---------------------------------------------------------------------------------------------------------
+    def feed(self) -> None:
+        """Ask for as many new runs as others have finished, and let a file or two arrive."""
+        done = self.scenario.done()
+        self._open = {seed for seed in self._open if (self.evidence.asked[seed], seed) not in done}
+        for _ in range(ALIVE - len(self._open)):
+            self._asked += 1
+            pipeline = ALL_ASKED[self._asked % len(ALL_ASKED)]
+            self.evidence.asked[f"{self.name}-{self._asked}"] = pipeline
+            self._open.add(f"{self.name}-{self._asked}")
+        for seed in sorted(self._open - self.evidence.told.keys()):
+            if not self._ask(seed):
+                return
+        for _ in range(self.random.randint(0, 3)):
+            name = f"{self.name}-{len(self.evidence.arrived)}.txt"
+            self.evidence.arrived.append(name)
+            self.scenario.drop(name)
+
+    def _ask(self, seed: str) -> bool:
+        """The daemon may die before, while or after it does what it is asked: the same key is used again then."""
+        path = f"/v1/pipelines/{self.evidence.asked[seed]}/runs"
+        headers = {"Idempotency-Key": seed}
+        try:
+            with self.client.open("POST", path, {"parameters": {"seed": seed}}, headers=headers, timeout=20) as answer:
+                self.evidence.told[seed] = int(answer.document()["id"])
+        except (MlpipedError, OSError, ValueError, IndexError):
+            return False
+        return True
+
+    def _ask_again(self) -> bool:
+        return all([self._ask(seed) for seed in self.evidence.asked if seed not in self.evidence.told])
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+    def _stop_clocks(self) -> None:
+        if not self._clocks:
+            return
+        wanted = now_us()
+
+        until(lambda: min(self._cursors().values(), default=0) >= wanted, "both clocks have fired", 30, 0.05)
+        self.evidence.clocks_until = wanted
+        for name in TICKING:
+            (self.daemon.plugins / f"{name}.py").unlink()
+        until(
+            lambda: not {p["name"] for p in self.client.get("/v1/pipelines")["pipelines"]} & TICKING.keys(),
+            "the clocks are gone",
+        )
+
+    def _cursors(self) -> dict[str, int]:
+        schedules = self.client.get("/v1/schedules")["schedules"]
+        return {s["pipeline"]: s["cursor"]["at"] for s in schedules if s["pipeline"] in TICKING and s["cursor"]}
+
+    def _seen_all(self) -> bool:
+        """Each file's run has told so itself."""
+        ends = {mark.seed for mark in self.scenario.marks() if mark.step == "tell" and mark.word == "end"}
+        return ends >= set(self.evidence.arrived)
+
+    def _unfinished(self) -> bool:
+        runs = self.client.get("/v1/status")["runs"]
+        return bool(runs.get("running", 0) + runs.get("queued", 0)) if isinstance(runs, dict) else bool(runs)
+
+    # --- what it says while it lives ----------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _listening(self):  # type: ignore[no-untyped-def]
+        """With a disk to be cut: every event that was streamed is a fact that somebody acted on."""
+        if self.disk is None:
+            yield
+            return
+
+        def listen() -> None:
+            after = max(self.evidence.events, default=0)
+            with contextlib.suppress(MlpipedError, OSError, ValueError, IndexError):
+                for kind, event in self.client.events(f"/v1/events?follow=1&after={after}"):
+                    if kind != "end":
+                        self.evidence.events[event["id"]] = (event["kind"], event["run"])
+
+        ear = threading.Thread(target=listen)
+        ear.start()
+        try:
+            yield
+        finally:
+            ear.join(10)
