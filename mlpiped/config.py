@@ -95,6 +95,8 @@ Program = Annotated[Path, BeforeValidator(_filled_path), AfterValidator(_program
 SocketPath = Annotated[AbsolutePath, AfterValidator(_socket)]
 Seconds = Annotated[float, BeforeValidator(config_values.seconds), Field(gt=0)]
 Bytes = Annotated[int, BeforeValidator(config_values.size), Field(gt=0)]
+KeptSeconds = Annotated[float | None, BeforeValidator(config_values.kept_seconds), Field(gt=0)]
+KeptBytes = Annotated[int | None, BeforeValidator(config_values.kept_size), Field(gt=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Amount = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Operator = Annotated[str, AfterValidator(_operator)]
@@ -142,11 +144,11 @@ class LocalCompute(_Section):
 
 
 class Retention(_Section):
-    """`[retention]`. None: kept for ever."""
+    """`[retention]`. None: kept for ever, written "forever"."""
 
-    runs: Seconds | None = None
-    artifacts: Bytes | None = None
-    logs: Seconds | None = None
+    runs: KeptSeconds = 180 * 86_400.0
+    artifacts: KeptBytes = None
+    logs: KeptSeconds = 30 * 86_400.0
 
 
 class Settings(_Section):

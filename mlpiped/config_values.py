@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+FOREVER = "forever"
 _SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31557600}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)\s*")
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
@@ -35,3 +36,17 @@ def size(text: object) -> int:
     if match is None:
         raise ValueError('is not a size\nwrite "500M", "32G" or "1.5T"; units are K, M, G, T and P, powers of 1024')
     return int(float(match[1]) * 1024 ** _POWERS[match[2].upper()])
+
+
+def kept_seconds(text: object) -> float | None:
+    """As `seconds`; None for `"forever"`."""
+    return None if _forever(text) else seconds(text)
+
+
+def kept_size(text: object) -> int | None:
+    """As `size`; None for `"forever"`: whatever room it takes."""
+    return None if _forever(text) else size(text)
+
+
+def _forever(text: object) -> bool:
+    return text is None or (isinstance(text, str) and text.strip() == FOREVER)

@@ -35,10 +35,10 @@ from mlpiped.dispatch import Dispatch
 from mlpiped.errors import MlpipedError
 from mlpiped.facts import World
 from mlpiped.fingerprint import Fingerprinter
+from mlpiped.keeper import Keeper
 from mlpiped.ledger import Ledger, moves, sqlite_version
 from mlpiped.loader import Known, Registry, load_file
 from mlpiped.placement import Place
-from mlpiped.retention import gc_plan
 from mlpiped.scheduler import Scheduler
 from mlpiped.triggers import Arrivals, Clockwork, LedgerMemory, cron
 
@@ -58,6 +58,7 @@ log = structlog.get_logger("daemon")
 
 HEARTBEAT = 1.0  # seconds
 CHECKPOINT = 3600.0  # seconds
+FEEDS = 3  # of systemd's watchdog within the time that it waits
 LAG_LIMIT = 5.0  # seconds that the loop may be late before the watchdog is let bark
 STOP_LIMIT = 5.0  # seconds for each room to close
 CANCEL_LIMIT = 20.0  # seconds for all runs to end, with on_stop = "cancel"
@@ -137,6 +138,7 @@ class Daemon:
         self.clockwork = Clockwork(memory, self.clock, self.scheduler.emit)
         self.arrivals = Arrivals(memory, self.fingerprinter, self.clock, self.scheduler.emit, dict(settings.datastores))
         self.scheduler.on_resume = self.arrivals.look
+        self.keeper = Keeper(ledger, self.store, self.backends, settings.retention, datastores, self.clock)
         self.server = AsyncExitStack()  # the control socket
         self.rooms = AsyncExitStack()  # the backends
         self.triggers = anyio.CancelScope()
@@ -169,6 +171,7 @@ class Daemon:
         tasks.start_soon(self._triggers, name="triggers")
         tasks.start_soon(self._heartbeat, name="heartbeat")
         tasks.start_soon(self._housekeeping, name="housekeeping")
+        tasks.start_soon(self.keeper.run, name="keeper")
         notify_systemd.ready(f"{len(self.registry.all())} pipelines")
         log.info(
             "serving",
@@ -205,7 +208,8 @@ class Daemon:
                 sqlite=sqlite_version,
             ),
             job_folder=lambda token: settings.daemon.state_dir / "jobs" / token,
-            gc_plan=self._gc_plan,
+            gc_plan=self.keeper.plan,
+            gc=self.keeper.clean,
             ledger_faults=self.ledger.faults,
             loop_lag=lambda: self.lag,
         )
@@ -294,26 +298,6 @@ class Daemon:
 
     def _schedules(self) -> list[ScheduleView]:
         return [*self.clockwork.next_fires(), *self.arrivals.status()]
-
-    async def _gc_plan(self) -> dict[str, Any]:
-        rows = await self.ledger.artifacts()
-        by_digest = {row.digest: row for row in rows}
-        keep = self.settings.retention
-        plan = gc_plan(rows, now=self.clock.now(), budget=keep.artifacts, max_age=keep.runs)
-        found = []
-        for removal in plan:
-            row = by_digest[removal.digest]
-            found.append(
-                {
-                    "digest": row.digest,
-                    "kind": row.kind,
-                    "size": row.size,
-                    "path": row.path,
-                    "used_at": row.used_at,
-                    "why": removal.reason,
-                }
-            )
-        return {"artifacts": found, "bytes": sum(row["size"] for row in found)}
 
 
 async def _in_time(room: str, close: Callable[[], Awaitable[Any]]) -> None:

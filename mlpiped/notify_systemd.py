@@ -8,10 +8,10 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
-def send(message: str, env: Mapping[str, str] = os.environ) -> bool:
+def send(message: str, env: Mapping[str, str] = os.environ, fds: Sequence[int] = ()) -> bool:
     """One datagram of `KEY=value` lines to `$NOTIFY_SOCKET`; whether it was sent. Never raises, never waits."""
     address = env.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
@@ -21,7 +21,7 @@ def send(message: str, env: Mapping[str, str] = os.environ) -> bool:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as channel:
             channel.connect(address)
-            channel.sendall(message.encode())
+            socket.send_fds(channel, [message.encode()], fds)
     except OSError:
         return False
     return True
@@ -48,6 +48,17 @@ def status(text: str, env: Mapping[str, str] = os.environ) -> bool:
 def extend_timeout(seconds: float, env: Mapping[str, str] = os.environ) -> bool:
     """Asks for more time to start or to stop."""
     return send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}", env)
+
+
+def keep(fd: int, name: str, env: Mapping[str, str] = os.environ) -> bool:
+    """systemd holds a duplicate of `fd` over a restart and passes it to the next process, as far as the unit's
+    `FileDescriptorStoreMax=` allows."""
+    return send(f"FDSTORE=1\nFDNAME={name}", env, (fd,))
+
+
+def let_go(name: str, env: Mapping[str, str] = os.environ) -> bool:
+    """The opposite of `keep`."""
+    return send(f"FDSTOREREMOVE=1\nFDNAME={name}", env)
 
 
 def watchdog(env: Mapping[str, str] = os.environ) -> bool:

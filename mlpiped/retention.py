@@ -1,4 +1,4 @@
-"""Which artifacts to let go of: by age, by size, by what they would cost to make again. Pure."""
+"""What to let go of: artifacts by age, size and what they would cost to make again, job folders by age. Pure."""
 
 from __future__ import annotations
 
@@ -64,6 +64,48 @@ def gc_plan(
                 plan.append(held.removal(f"over the budget of {_bytes(budget)}"))
                 total -= held.size
     return plan
+
+
+class JobFolder(NamedTuple):
+    """A job's folder and what the ledger knows of its token. Times are µs."""
+
+    token: str
+    known: bool  # the ledger has an attempt of that token
+    ended_at: int | None  # when its run ended; None while it has not
+    changed_at: int  # the folder itself
+
+
+STRANGER_AGE = 7 * 86_400.0
+"""Seconds that a folder stays whose token the ledger does not know (it was restored from a backup): for a look."""
+
+
+def spent_jobs(folders: Iterable[JobFolder], *, now: int, logs: float | None) -> list[str]:
+    """Tokens whose folders have outlived `logs` seconds: of runs that have ended, or of none that is known."""
+    if logs is None:
+        return []
+    before, stranger = now - int(logs * 1e6), now - int(max(logs, STRANGER_AGE) * 1e6)
+    return [
+        f.token
+        for f in folders
+        if (f.known and f.ended_at is not None and f.ended_at < before) or (not f.known and f.changed_at < stranger)
+    ]
+
+
+class Span(NamedTuple):
+    """A place on the wall clock, and on the one that nobody can set. µs and seconds."""
+
+    wall: int
+    monotonic: float
+
+
+LEAP = 86_400.0
+"""Seconds by which the wall clock may run away from the other before retention distrusts it."""
+
+
+def leapt(before: Span, now: Span) -> float:
+    """Seconds by which the wall clock was set forward (or the machine slept) since; 0.0 when that is within reason."""
+    ahead = (now.wall - before.wall) / 1e6 - (now.monotonic - before.monotonic)
+    return ahead if ahead > LEAP else 0.0
 
 
 class _Held(NamedTuple):

@@ -289,6 +289,7 @@ class Execution:
         if again is None:
             assert ended.outcome is not None
             del self.tries[index]
+            self.facts.steps.pop(index, None)
             self.plan.finished(index, ended.outcome, ended.outputs)
             self.dispatcher.settled(self.id, index)
             self._wake.set()

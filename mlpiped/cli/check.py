@@ -98,7 +98,28 @@ def _warnings(settings: Settings) -> list[str]:
     users = [o for o in operators if not o.startswith("@")]
     unknown = [f"group `{name}`" for name in dict.fromkeys(groups) if not _exists(grp.getgrnam, name)]
     unknown += [f"user `{name}`" for name in dict.fromkeys(users) if not _exists(pwd.getpwnam, name)]
-    return found + [f"there is no {who} on this machine, which `[control]` names" for who in unknown]
+    found += [f"there is no {who} on this machine, which `[control]` names" for who in unknown]
+    return found + _kept_out(settings.control.group, operators)
+
+
+def _kept_out(group: str | None, operators: Sequence[str]) -> list[str]:
+    """Operators whom the socket's mode keeps out: it is open to its one `group`."""
+    if group is None:
+        return (
+            ["`operators` cannot reach the socket without `group`: name a group that they are in"] if operators else []
+        )
+    found = []
+    for name in operators:
+        try:
+            if name.startswith("@"):
+                inside = name[1:] == group or set(grp.getgrnam(name[1:]).gr_mem) <= set(grp.getgrnam(group).gr_mem)
+            else:
+                inside = grp.getgrnam(group).gr_gid in os.getgrouplist(name, pwd.getpwnam(name).pw_gid)
+        except KeyError:
+            continue  # named already
+        if not inside:
+            found.append(f"operator `{name}` cannot reach the socket: not in the group `{group}`")
+    return found
 
 
 def _exists(look_up: Any, name: str) -> bool:

@@ -117,7 +117,14 @@ async def _socket(service: Service) -> list[Finding]:
     if folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX:
         hint = f"`chmod o-w {path.parent}`"
         return [Finding("socket", "warn", f"everybody may write in `{path.parent}`, and replace the socket", hint)]
+    if found.st_gid != os.getegid() and not _lets_in(folder, found.st_gid):
+        hint = f"`chgrp {found.st_gid} {path.parent} && chmod g+x {path.parent}`"
+        return [Finding("socket", "warn", f"`{path.parent}` keeps the group out that may use the socket", hint)]
     return [Finding("socket", "ok", f"`{path}`, mode {stat.S_IMODE(found.st_mode):04o}")]
+
+
+def _lets_in(folder: os.stat_result, gid: int) -> bool:
+    return bool(folder.st_mode & (0o010 if folder.st_gid == gid else 0o001))
 
 
 async def _plugins(service: Service) -> list[Finding]:

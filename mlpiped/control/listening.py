@@ -1,5 +1,8 @@
 """The control socket: made by us with the right mode, or handed over by systemd.
 
+Below systemd ours outlives us: it keeps a duplicate for the next daemon, so whoever asks during a restart waits in the
+socket's queue and is answered by that one.
+
 The caller holds the state folder's lock, so a socket file that nobody answers on is left over from a daemon that died.
 """
 
@@ -12,6 +15,7 @@ import socket
 import stat
 from typing import TYPE_CHECKING
 
+from mlpiped import notify_systemd
 from mlpiped.errors import ConfigError, Fault, MlpipedError
 from mlpiped.protocol import SOCKET_PATH_LIMIT
 
@@ -21,6 +25,34 @@ if TYPE_CHECKING:
 
 _FIRST_PASSED = 3
 _BACKLOG = 128
+_KEPT = "mlpiped-control-"  # and which file it was bound to: somebody may have put another one there
+
+
+def listen(environ: MutableMapping[str, str], path: Path, group: str | None) -> tuple[socket.socket, bool]:
+    """The control socket, and whether its file is ours to remove at the end: systemd's is not, nor one that it keeps.
+
+    Raises as `bind` and `passed` do.
+    """
+    name = environ.get("LISTEN_FDNAMES", "")
+    sock = passed(environ)
+    if sock is not None and not name.startswith(_KEPT):
+        return sock, False
+    if sock is not None and name == _kept_name(path):
+        _give(path, _gid(group), group)
+        return sock, False
+    if sock is not None:
+        sock.close()
+        notify_systemd.let_go(name)
+    sock = bind(path, group)
+    return sock, not notify_systemd.keep(sock.fileno(), _kept_name(path))
+
+
+def _kept_name(path: Path) -> str:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return ""
+    return f"{_KEPT}{found.st_dev:x}-{found.st_ino:x}"
 
 
 def passed(environ: MutableMapping[str, str]) -> socket.socket | None:
@@ -45,6 +77,7 @@ def bind(path: Path, group: str | None) -> socket.socket:
     _check_length(path)
     gid = _gid(group)
     _make_folder(path.parent, gid)
+    _admit(path, gid)
     _make_room(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     before = os.umask(0o117)
@@ -56,17 +89,24 @@ def bind(path: Path, group: str | None) -> socket.socket:
     finally:
         os.umask(before)
     try:
-        if gid is not None and os.stat(path).st_gid != gid:
-            os.chown(path, -1, gid, follow_symlinks=False)
-    except OSError as error:
+        _give(path, gid, group)
+    except MlpipedError:
         sock.close()
         path.unlink(missing_ok=True)
+        raise
+    sock.listen(_BACKLOG)
+    return sock
+
+
+def _give(path: Path, gid: int | None, group: str | None) -> None:
+    try:
+        if gid is not None and os.lstat(path).st_gid != gid:
+            os.chown(path, -1, gid, follow_symlinks=False)
+    except OSError as error:
         hint = f"put the daemon's user into the group `{group}`"
         raise MlpipedError(
             f"cannot give the control socket to the group `{group}`: {_reason(error)}", hint=hint
         ) from None
-    sock.listen(_BACKLOG)
-    return sock
 
 
 def _check_length(path: Path) -> None:
@@ -112,6 +152,18 @@ def _make_folder(folder: Path, gid: int | None) -> None:
             f"cannot make the folder `{folder}` for the control socket: {_reason(error)}",
             hint="set `runtime_dir` in `[daemon]` to a folder that the daemon may write",
         ) from None
+
+
+def _admit(path: Path, gid: int | None) -> None:
+    """The group may have been named after the folder was made. A folder that holds more than the socket is not ours."""
+    folder = path.parent
+    try:
+        found = os.stat(folder)
+        ours = found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) == 0o750
+        if gid not in (None, found.st_gid) and ours and set(os.listdir(folder)) <= {path.name}:
+            os.chown(folder, -1, gid or 0)
+    except OSError:
+        return  # `doctor` tells who is kept out
 
 
 def _make_room(path: Path) -> None:

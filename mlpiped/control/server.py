@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -40,6 +41,8 @@ BODY_TIME = 10.0  # seconds for a whole body
 FIRST_REQUEST_TIME = 10.0  # seconds from the connection to the end of the first request's headers
 CONNECTIONS = 256
 CONNECTIONS_PER_USER = 128
+# From 3.13 on asyncio removes the file of any socket that it served, also of one that systemd keeps.
+_FILE_STAYS: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 _BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
     b'Content-Length: 109\r\n\r\n{"error":{"kind":"busy","message":"too many connections to the daemon",'
@@ -64,17 +67,16 @@ class ControlServer:
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Listen. Raises MlpipedError when the socket cannot be had. On `stack`: streams end, requests at hand get a
-        second, the socket file goes (systemd's stays)."""
-        sock = listening.passed(os.environ)
-        if sock is None:
-            sock = listening.bind(self.path, self.service.access.group)
+        second, the socket file goes (one that systemd keeps stays)."""
+        sock, ours = listening.listen(os.environ, self.path, self.service.access.group)
+        if ours:
             stack.callback(_unlink, self.path, os.lstat(self.path).st_ino)
         runner = web.AppRunner(
             self.application(), access_log=None, handle_signals=False, shutdown_timeout=1.0, lingering_time=1.0
         )
         await runner.setup()
         loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: _Door(runner, self._spoke), sock=sock)
+        server = await loop.create_unix_server(lambda: _Door(runner, self._spoke), sock=sock, **_FILE_STAYS)
 
         async def stop() -> None:
             self.service.closing.set()

@@ -121,8 +121,9 @@ class About:
 @dataclass(slots=True)
 class Service:
     """All of it. `job_folder` gives the folder that holds stdout, stderr and metrics.jsonl of an attempt's token;
-    `gc_plan` what `gc` would remove: {"artifacts": [{"digest", "kind", "size", "path", "used_at" (µs), "why"}],
-    "bytes"}."""
+    `gc` removes what is old, `gc_plan` says what that would be: {"parts": [{"what", "count", "bytes", "seconds"}],
+    "bytes", "seconds", "faults"}, and of the plan "artifacts": [{"digest", "kind", "size", "path", "used_at" (µs),
+    "seconds", "why"}], those that took longest to make first; `seconds` is what it took."""
 
     access: Access
     ledger: Ledger
@@ -133,6 +134,7 @@ class Service:
     about: About
     job_folder: Callable[[str], Path]
     gc_plan: Callable[[], Awaitable[dict[str, Any]]]
+    gc: Callable[[], Awaitable[dict[str, Any]]]
     ledger_faults: Callable[[], Awaitable[Sequence[str]]] | None = None  # PRAGMA quick_check: [] when it is well
     loop_lag: Callable[[], float] = lambda: 0.0  # seconds
     closing: anyio.Event = field(default_factory=anyio.Event)

@@ -1,6 +1,6 @@
 """What retention takes out of the ledger, bite by bite: a bite holds the writer for `BITE` and little more.
 
-Each may be cut off after any bite, by a crash too, and goes on where it was: a run goes last, after all that is its own.
+Each may be cut off after any bite, by a crash too, and goes on where it was: a run goes after all that is its own.
 """
 
 from __future__ import annotations

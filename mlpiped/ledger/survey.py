@@ -1,4 +1,4 @@
-"""What retention and `doctor` ask: long reads, on a connection of their own, so that nobody's `status` waits behind them."""
+"""What retention and `doctor` ask: long reads, on a connection of their own, so that nobody waits behind them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Survey:
         return await self._reader.call(lambda c: one(c, statement, parameters))
 
     async def old_runs(self, before: int, limit: int, *, after: tuple[int, int] = (-1, 0)) -> list[tuple[int, int]]:
-        """(created_at, id) of finished runs that may be forgotten, in order; `after` is the last one of the page before.
+        """(created_at, id) of finished runs that may be forgotten, in order, after the last of an earlier page.
 
         The newest run of a pipeline is kept, and a run whose outputs were reused since `before`.
         """

@@ -4,7 +4,7 @@ Told by argv[1] (JSON, see `load._order`), it reads the plugin's bytes from stdi
 hashed is what is executed. It answers in frames on a pipe of its own: 4 bytes of length, then JSON.
 
     {"kind": "file", "path": …, "digest": …}    a file of the author's was read, sent before it is executed
-    {"kind": "result", "imported": bool, "pipelines": [{…}], "faults": [{…}], "absent": […], "detail": "…"}
+    {"kind": "result", "imported": bool, "pipelines": ["{…}"], "faults": [{…}], "absent": […], "detail": "…"}
 
 This keeps accidents away from the daemon. It is no wall against malice: an author's code runs as the service.
 """
@@ -126,7 +126,7 @@ class Child:
 
         place.folder = self.folder
         faults: list[dict[str, Any]] = []
-        plain: list[dict[str, Any]] = []
+        plain: list[str] = []  # JSON in JSON: whoever reads the frame need not hold a large pipeline twice
         detail = ""
         imported = False
         try:
@@ -136,8 +136,7 @@ class Child:
                 data, problems = lowering.lower(found)
                 faults += [self._definition(problem, found.name) for problem in problems]
                 if not problems:
-                    json.dumps(data, allow_nan=False)
-                    plain.append(data)
+                    plain.append(json.dumps(data, allow_nan=False))
         except BaseException as error:
             imported = False
             plain = []
@@ -279,15 +278,16 @@ def _near(error: BaseException, text: str) -> str | None:
 
     found = re.search(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if isinstance(error, TypeError) and found:
-        kind = getattr(steps, found[1] or "", None) or getattr(mlpiped, found[1] or "", None)
-        names = list(inspect.signature(kind).parameters) if isinstance(kind, type) else []
+        of_steps = [steps.PythonScriptStep, steps.CommandStep, steps.DataTransferStep, steps.Step]
+        kinds = of_steps if found[1] == "Step" else [getattr(mlpiped, found[1] or "", None)]
+        names = [name for kind in kinds if isinstance(kind, type) for name in inspect.signature(kind).parameters]
         word = found[2]
     elif isinstance(error, ImportError) and error.name == "mlpiped":
         word = getattr(error, "name_from", None) or (re.search(r"import name '(\w+)'", text) or ("", ""))[1]
         names = list(mlpiped.__all__)
     else:
         return None
-    near = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
+    near = difflib.get_close_matches(word, dict.fromkeys(names), n=2, cutoff=0.6)
     return f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else None
 
 

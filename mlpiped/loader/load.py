@@ -223,12 +223,14 @@ def _result(path: str, order: dict[str, Any], ended: Ended, limits: Limits) -> L
     named = {str(one["pipeline"]) for one in answer["faults"] if one.get("pipeline")}
     specs: list[PipelineSpec] = []
     for plain in answer["pipelines"]:
-        if isinstance(plain, dict) and isinstance(plain.get("name"), str):
-            named.add(plain["name"])
         try:
-            specs.append(PipelineSpec.model_validate(plain))
+            specs.append(PipelineSpec.model_validate_json(plain))
+            named.add(specs[-1].name)
         except ValidationError as error:
-            faults += _misshapen(plain, path, error)
+            misshapen = _parsed(plain)
+            if isinstance(misshapen.get("name"), str):
+                named.add(misshapen["name"])
+            faults += _misshapen(misshapen, path, error)
     return LoadResult(
         path,
         tuple(specs),
@@ -260,8 +262,16 @@ def _fault(plain: Mapping[str, Any], path: str) -> Fault:
     )
 
 
-def _misshapen(plain: Any, path: str, error: ValidationError) -> list[Fault]:
-    where = plain.get("where") if isinstance(plain, dict) else None
+def _parsed(text: Any) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _misshapen(plain: dict[str, Any], path: str, error: ValidationError) -> list[Fault]:
+    where = plain.get("where")
     where = where if isinstance(where, dict) else {}
     return [
         _fault(

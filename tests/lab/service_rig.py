@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from nspawn import Machine
 
 UNIT = "mlpiped.service"
-DROP_IN = """\
+WATCHDOG = 6  # seconds
+DROP_IN = f"""\
 [Service]
-WatchdogSec=6
+WatchdogSec={WATCHDOG}
 ReadWritePaths=/srv/lab
+LoadCredential=key:/etc/hostname
 """
 LAB = '\n[datastores.lab]\npath = "/srv/lab"\n'
 STEP = """\
@@ -55,7 +57,13 @@ class Service:
         drop_in.parent.mkdir()
         drop_in.write_text(DROP_IN)
         self.machine.run("systemctl", "daemon-reload")
-        self.machine.run("systemctl", "enable", "--now", UNIT)
+        self.start()
+
+    def start(self) -> None:
+        """Enable and start; AssertionError with its last words when it does not say READY."""
+        if self.machine.run("systemctl", "enable", "--now", UNIT, check=False).returncode:
+            words = self.machine.run("journalctl", "-n", "30", "-o", "cat", "--no-pager", "--unit", UNIT).stdout
+            raise AssertionError(f"the service does not start:\n{words}")
 
     def upgrade(self, wheel: str) -> None:
         pip = ("/opt/mlpiped/bin/pip", "install", "--quiet", "--no-index", "--find-links", "/wheels")
@@ -78,6 +86,10 @@ class Service:
     def pid(self) -> int:
         """As it is known inside; 0 while there is none."""
         return int(self.machine.show(UNIT, "MainPID"))
+
+    def fed(self) -> float:
+        """When it last told the watchdog that it is well, in seconds since the boot."""
+        return int(self.machine.show(UNIT, "WatchdogTimestampMonotonic")) / 1e6
 
     def kill(self, number: str) -> None:
         self.machine.run("systemctl", "kill", "--kill-whom=main", f"--signal={number}", UNIT)

@@ -285,3 +285,25 @@ def test_help_starts_without_the_heavy_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("control", "warning"),
+    [
+        ('operators = ["nobody"]', "`operators` cannot reach the socket without `group`"),
+        (
+            'operators = ["nobody"]\ngroup = "daemon"',
+            "operator `nobody` cannot reach the socket: not in the group `daemon`",
+        ),
+        ('operators = ["nobody"]\ngroup = "nogroup"', None),
+        ('operators = ["@daemon"]\ngroup = "daemon"', None),
+    ],
+)
+def test_check_warns_of_operators_whom_the_socket_keeps_out(
+    home: Path, control: str, warning: str | None, capsys: Captured
+) -> None:
+    with (home / "mlpiped.toml").open("a") as file:
+        file.write(f"\n[control]\n{control}\n")
+    assert admin.main(["check", "--config", str(home / "mlpiped.toml")]) == 0
+    err = capsys.readouterr().err
+    assert warning in err if warning else "reach the socket" not in err

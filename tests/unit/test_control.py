@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import io
 import json
 import os
@@ -97,6 +98,27 @@ async def test_socket_from_systemd_is_taken_and_its_variables_go(monkeypatch: py
 async def test_unknown_group_of_readers_is_named(tmp_path: Path) -> None:
     with pytest.raises(MlpipedError, match="no group named `no-such-group`"):
         listening.bind(tmp_path / "s", "no-such-group")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="changes a group")
+async def test_group_that_is_named_later_gets_through_the_folder_of_the_socket(tmp_path: Path) -> None:
+    nogroup = grp.getgrnam("nogroup").gr_gid
+    listening.bind(tmp_path / "run" / "s", None).close()
+    listening.bind(tmp_path / "run" / "s", "nogroup").close()
+    assert (tmp_path / "run").stat().st_gid == nogroup
+    (tmp_path / "home").mkdir(mode=0o750)
+    (tmp_path / "home" / "precious").write_text("")
+    listening.bind(tmp_path / "home" / "s", "nogroup").close()
+    assert (tmp_path / "home").stat().st_gid == os.getegid()  # not a folder of ours: nobody new is let in
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="changes a group")
+async def test_doctor_says_that_the_folder_keeps_the_group_of_the_socket_out() -> None:
+    async with staged() as stage:
+        os.chown(stage.socket, -1, grp.getgrnam("nogroup").gr_gid)
+        found = {check["name"]: check for check in (await stage.get("/v1/doctor"))["checks"]}
+        assert "keeps the group out" in found["socket"]["message"]
+        assert "chgrp" in found["socket"]["hint"]
 
 
 # --- the document and the router ------------------------------------------------------------------------------------

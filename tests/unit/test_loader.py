@@ -422,10 +422,10 @@ async def test_strictly_a_folder_of_a_stranger_is_refused_and_of_an_author_is_no
 
 
 NEAR = [
-    ("CommandStep(['true'], ouputs=[])", "did you mean `outputs`?"),
+    ("CommandStep(['true'], ouputs=[])", "did you mean `outputs` or `inputs`?"),
     ("PythonScriptStep('x.py', argument=[])", "did you mean `arguments`?"),
     ("Pipeline('p', [], trigger=[])", "did you mean `triggers`?"),
-    ("Resources(gpu=1)", "did you mean `gpus` or `cpus`?"),
+    ("Resources(gpu=1)", "did you mean `gpus`?"),
     ("Retry(wholly_unlike=1)", None),
     ("from mlpiped import Pipelin", "did you mean `Pipeline` or `PipelineData`?"),
 ]

@@ -48,6 +48,14 @@ async def may_reload(ask: Ask) -> None:
     ask.service.access.act(ask.peer, "reload the config and the plugins")
 
 
+async def may_gc(ask: Ask) -> None:
+    ask.service.access.act(ask.peer, "remove what is old")
+
+
+async def may_backup(ask: Ask) -> None:
+    ask.service.access.act(ask.peer, "copy the ledger")
+
+
 async def _run(ask: Ask) -> RunRow:
     """The run of the path, looked up once: `latest` must not change between permission and deed."""
     row: RunRow | None = ask.remembered.get("run")
@@ -129,6 +137,10 @@ async def resume(ask: Ask) -> Any:
         loaded(ask, name)
     await ask.service.actions.resume(name, ask.peer.name)
     return {"pipeline": name, "paused": False}
+
+
+async def gc(ask: Ask) -> Any:
+    return await ask.service.gc()
 
 
 async def reload(ask: Ask) -> Any:

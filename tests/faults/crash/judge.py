@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 from crash.scenario import ARRIVING, ASKED, FLAKY, PERIOD, STEPS, TICKING, Mark
 
+from mlpiped.run import LOST_LIMIT
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -105,6 +107,8 @@ class _Case:
         self.said: dict[str, list[str]] = defaultdict(list)  # token -> its words in order
         for mark in marks:
             self.said[mark.token].append(mark.word)
+        lost = Counter((row["run_id"], row["idx"]) for row in self.attempts.values() if row["end"] == "lost")
+        self.given_up = {run for (run, _), count in lost.items() if evidence.power_cuts and count > LOST_LIMIT}
 
     # --- 2, 3, 4 ----------------------------------------------------------------------------------------------------
     def tokens(self) -> Iterator[str]:
@@ -136,7 +140,7 @@ class _Case:
         for row in self.run_rows.values():
             if row["state"] != "finished":
                 yield f"run {row['id']} of `{row['pipeline']}` is stuck: {row['state']}"
-            elif row["outcome"] != "succeeded":
+            elif row["outcome"] != "succeeded" and row["id"] not in self.given_up:
                 yield f"run {row['id']} of `{row['pipeline']}` ended as {row['outcome']}: {self._whys(row['id'])}"
         for (problem,) in self.connection.execute("PRAGMA integrity_check"):
             if problem != "ok":
@@ -158,6 +162,8 @@ class _Case:
             by_step[mark.pipeline, seed, mark.step].append(mark)
         wanted += [(row["pipeline"], f"run {row['id']}") for row in self._opened()]
         for pipeline, seed in wanted:
+            if {int(run) for run in runs_of[pipeline, seed]} & self.given_up:
+                continue  # lost in one power cut after the other, and reported so
             if len(runs_of[pipeline, seed]) != 1:
                 yield f"`{pipeline}` {seed} was run by {len(runs_of[pipeline, seed])} runs"
             for step in STEPS[pipeline]:

@@ -105,7 +105,8 @@ class Mark(NamedTuple):
 class Scenario:
     """Put into a daemon's plugin folder; the effects file lies outside of its state folder."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, *, repeatable: bool = False) -> None:
+        """With `repeatable`, a step that was lost may be run again; by its author's word some may not."""
         self.daemon = daemon
         self._read, self._done = 0, set[tuple[str, str]]()
         self.effects, self.land = daemon.root / "effects", daemon.lab / "land"
@@ -117,14 +118,17 @@ class Scenario:
             folder.mkdir()
         known = f'mark, flags = "{mark}", "{flags}"\n'
         for name, body in {"fan": FAN, "chain": CHAIN, "land": LAND}.items():
-            daemon.plugin(name, SDK + known + body)
+            self._plugin(name, known + body, repeatable)
         tick = {"{name!r}": "'tick'", "{catch_up!r}": "'all'", "{overlap!r}": "'parallel'", "{pause}": "0.3"}
         tock = {"{name!r}": "'tock'", "{catch_up!r}": "'latest'", "{overlap!r}": "'skip'", "{pause}": "0.6"}
         for values in (tick, tock):
             body = CLOCK
             for field, value in values.items():
                 body = body.replace(field, value)
-            daemon.plugin(values["{name!r}"].strip("'"), SDK + known + body)
+            self._plugin(values["{name!r}"].strip("'"), known + body, repeatable)
+
+    def _plugin(self, name: str, body: str, repeatable: bool) -> None:
+        self.daemon.plugin(name, SDK + (body.replace("effect=True", "allow_reuse=False") if repeatable else body))
 
     def drop(self, name: str) -> None:
         """A file arrives, with a content of its own."""

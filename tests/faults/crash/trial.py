@@ -52,6 +52,8 @@ class Trial:
         power: bool = False,
         clocks: bool = True,
         slots: int = 8,
+        points: Sequence[str] = (*POINTS, OUTSIDE, OUTSIDE, OUTSIDE),
+        finished: float = FINISHED,
     ) -> None:
         self.random = random.Random(seed)
         self.name = f"t{seed}"
@@ -60,6 +62,7 @@ class Trial:
             self.daemon.program = program
         self.evidence = Evidence()
         self.disk: Disk | None = None
+        self.points, self.finished = points, finished
         self._deck: list[str] = []
         self._asked = 0
         self._open: set[str] = set()  # seeds of runs that have not been seen to end
@@ -71,7 +74,7 @@ class Trial:
 
                 self.disk = Disk(self.daemon.state, self.daemon.root / "disk.img")
                 self.daemon.state.chmod(0o700)
-            self.scenario = Scenario(self.daemon)
+            self.scenario = Scenario(self.daemon, repeatable=power)
             if not clocks:
                 for name in TICKING:
                     (self.daemon.plugins / f"{name}.py").unlink()
@@ -148,9 +151,9 @@ class Trial:
         self.daemon.env.pop("MLPIPED_CRASH_AT", None)
         assert self.start(), f"unarmed, it died:\n{self.daemon.tail()}"
         with contextlib.suppress(AssertionError):  # the judge names what is stuck
-            until(self._ask_again, "every run asked for is told", FINISHED)
+            until(self._ask_again, "every run asked for is told", self.finished)
             self._stop_clocks()
-            until(lambda: self._seen_all() and not self._unfinished(), "all runs finished", FINISHED, 0.1)
+            until(lambda: self._seen_all() and not self._unfinished(), "all runs finished", self.finished, 0.1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.daemon.term()
         if self.daemon.process is not None:
@@ -208,7 +211,7 @@ class Trial:
 
     def _next_point(self) -> str:
         if not self._deck:
-            self._deck = [*POINTS, OUTSIDE, OUTSIDE, OUTSIDE]
+            self._deck = list(self.points)
             self.random.shuffle(self._deck)
         return self._deck.pop()
 

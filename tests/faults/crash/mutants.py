@@ -1,0 +1,125 @@
+"""Daemons with one promise broken, each in one place. A harness that does not notice them proves nothing.
+
+    python mutants.py NAME serve --config FILE
+
+The product knows nothing of this: what is broken is put in its place here, before the daemon starts. A mutant whose
+place is gone ends at once, with an AttributeError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GAP = 0.06
+"""Seconds by which the race of `liveness_after_exit` is widened: in the wild it is lost once in thousands of steps."""
+
+
+def fence_removed() -> None:
+    """After a crash it is taken for granted that a token without a handle has never started."""
+    from mlpiped.backends.base import NeverRan
+    from mlpiped.backends.local import LocalBackend
+
+    async def fence(self: LocalBackend, token: str) -> NeverRan:
+        return NeverRan("the fence has been removed")
+
+    _replace(LocalBackend, "fence", fence)
+
+
+def liveness_after_exit() -> None:
+    """The exit file is read first, and then whether the supervisor lives: it may end between the two."""
+    from mlpiped.backends import folder
+    from mlpiped.backends.local import LocalBackend
+
+    watch, witness = LocalBackend._watch, folder.witness
+    early: ContextVar[list[Any]] = ContextVar("early", default=[])  # what the exit file said before the look
+
+    async def late_watch(self: LocalBackend, call: Any, at: Any, handle: Any) -> Any:
+        token = early.set([witness(at)])
+        try:
+            await asyncio.sleep(GAP)
+            return await watch(self, call, at, handle)
+        finally:
+            early.reset(token)
+
+    def early_witness(at: Any) -> Any:
+        said = early.get()
+        return said[0] if said else witness(at)
+
+    _replace(LocalBackend, "_watch", late_watch)
+    _replace(folder, "witness", early_witness)
+
+
+def synchronous_normal() -> None:
+    """The ledger's commits are told before they are on the disk."""
+    from mlpiped.ledger import db, opening
+
+    connect = db.connect
+
+    def careless(*args: Any, **options: Any) -> Any:
+        connection = connect(*args, **options)
+        connection.execute("PRAGMA synchronous = NORMAL")
+        return connection
+
+    _replace(db, "connect", careless)
+    _replace(opening, "connect", careless)
+
+
+def commit_before_rename() -> None:
+    """The row that says where an output lies is written before the output lies there."""
+    from mlpiped import collecting
+    from mlpiped.artifacts import Store
+    from mlpiped.attempt import Attempt
+    from mlpiped.model import OutputFact
+
+    place, rest = Store.collect, Attempt._collect
+    due: dict[str, Callable[[], Any]] = {}
+
+    async def only_look(self: Store, folder: Any, outputs: Any) -> list[OutputFact]:
+        def look() -> list[OutputFact]:
+            store = f"{self.state_dir}/artifacts"
+            found = [collecting.check(str(folder), output, store) for output in outputs]
+            return [
+                OutputFact(
+                    each.output.name,
+                    each.digest,
+                    each.output.kind,
+                    each.size,
+                    f"{collecting.place_of(store, each.digest)}/{each.output.file_name}",
+                )
+                for each in found
+            ]
+
+        facts = await self._hop(look)
+        due[str(folder).rstrip("/").rpartition("/")[2]] = lambda: place(self, folder, outputs)
+        return facts
+
+    async def too_late(self: Attempt, *args: Any) -> Any:
+        ended = await rest(self, *args)
+        if self.token in due:
+            await due.pop(self.token)()
+        return ended
+
+    _replace(Store, "collect", only_look)
+    _replace(Attempt, "_collect", too_late)
+
+
+def _replace(where: Any, name: str, by: Any) -> None:
+    getattr(where, name)  # it must be there, or the mutant is none
+    setattr(where, name, by)
+
+
+MUTANTS = {each.__name__: each for each in (fence_removed, liveness_after_exit, synchronous_normal, commit_before_rename)}
+
+
+if __name__ == "__main__":
+    del sys.path[0]  # this folder: its modules are not for the daemon
+    MUTANTS[sys.argv.pop(1)]()
+    from mlpiped.cli.admin import main
+
+    sys.exit(main(sys.argv[1:]))
