@@ -16,6 +16,7 @@ TMPFILESDIR ?= /etc/tmpfiles.d
 # What `make install-service` writes lies below it: for packages, images and containers.
 DESTDIR ?=
 PYTEST_ARGS ?=
+SOAK_SECONDS ?= 600
 
 # The first Python that is new enough and can make a virtual environment.
 find_python = for p in $${PYTHON:-} python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -31,6 +32,7 @@ help:
 	@echo 'make demo     the main job, end to end, on real data'
 	@echo 'make test     every test'
 	@echo 'make check    format, lint, types, layers'
+	@echo 'make soak     daemons that die, for SOAK_SECONDS (600)'
 	@echo 'make bench    the benchmarks'
 	@echo 'make venv     the environment for development, in $(VENV)'
 	@echo 'make install  as root: $(PREFIX), commands in $(BINDIR), and the service; upgrades it too'
@@ -61,6 +63,9 @@ check: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev
+	@PYTHONPATH=tests:tests/faults $(BIN)/python -m crash.soak --seconds $(SOAK_SECONDS)
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m tests.bench.run

@@ -259,7 +259,7 @@ class Daemon:
             due = self.clock.monotonic() + HEARTBEAT
             await anyio.sleep(HEARTBEAT)
             self.lag = max(0.0, self.clock.monotonic() - due)
-            if interval is not None and self.lag < LAG_LIMIT and due - fed >= interval:
+            if interval is not None and self.lag < LAG_LIMIT and due - fed >= interval / FEEDS:
                 fed = due
                 await self.ledger.last_event()
                 notify_systemd.watchdog()

@@ -200,12 +200,20 @@ class Stage:
             about=About("0.1.0", os.getpid(), self.clock.now(), folder, self.socket, sqlite=(3, 53, 4)),
             job_folder=lambda token: folder / "jobs" / token,
             gc_plan=self._gc_plan,
+            gc=self._gc,
         )
         self.saved = False
 
     async def _gc_plan(self) -> dict[str, Any]:
         row = {"digest": "b3:aa", "kind": "file", "size": 10, "path": "/x", "used_at": self.now, "why": "old"}
-        return {"artifacts": [row], "bytes": 10}
+        return {"artifacts": [{**row, "seconds": 60.0}], **(await self._gc())}
+
+    async def _gc(self) -> dict[str, Any]:
+        parts = [
+            {"what": "runs", "count": 3, "bytes": 0, "seconds": 0.0},
+            {"what": "artifacts", "count": 1, "bytes": 10, "seconds": 60.0},
+        ]
+        return {"parts": parts, "bytes": 10, "seconds": 60.0, "faults": []}
 
     @property
     def now(self) -> int:

@@ -63,6 +63,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "placement": (3, ("placement",)),
     "one run": (4, ("run", "attempt", "facts")),
     "all runs": (5, ("scheduler", "dispatch")),
+    "retention": (5, ("keeper", "keeping")),
     "acts and questions": (6, ("actions", "inquiry")),
     "control": (6, ("control",)),
     "cli": (6, ("cli",)),

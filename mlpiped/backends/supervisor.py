@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     Say = Callable[..., None]
 
 LOST_CLAIM = 75
+WORDS = {"None": "null", "True": "true", "False": "false"}
 SIGCHLD = int(signal.SIGCHLD)
 WAKES = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})  # blocked, and waited for
 CANCELS = frozenset({signal.SIGTERM, signal.SIGINT})
@@ -81,11 +82,8 @@ def _write(path: str, content: bytes) -> None:
 
 def flat(record: Mapping[str, Any]) -> str:
     """JSON of a record of plain values, without `json`, of which a fork has to copy sixty pages to say as much."""
-    words = []
-    for name, value in record.items():
-        plain = "null" if value is None else "true" if value is True else "false" if value is False else repr(value)
-        words.append(f'"{name}": {_quote(value) if isinstance(value, str) else plain}')
-    return "{" + ", ".join(words) + "}"
+    words = [_quote(v) if isinstance(v, str) else WORDS.get(str(v)) or repr(v) for v in record.values()]
+    return "{" + ", ".join(f'"{name}": {word}' for name, word in zip(record, words, strict=True)) + "}"
 
 
 def _try(act: Callable[..., object], *facts: Any) -> None:
@@ -212,10 +210,7 @@ def _create(path: str, content: bytes) -> int:
 
 
 def testify(folder: str, end: Mapping[str, Any]) -> str:
-    """Make exit.json of the file that came with the claim; its content.
-
-    Its space was taken before the step started, so that a disk that the step has filled cannot silence it.
-    """
+    """Make exit.json of the file that came with the claim, in space that no step can have filled; its content."""
     text = flat(end)
     fd = os.open(folder + "/claim/exit.json", os.O_WRONLY | os.O_CLOEXEC)
     os.pwrite(fd, text.encode().ljust(WITNESS_SIZE), 0)
@@ -279,10 +274,7 @@ def _reap(main: int) -> tuple[int | None, bool]:
 
 
 def signal_all(number: int, main: int = 0) -> None:
-    """To the step's process group, and to what left the group (setsid) but not us, who adopt orphans.
-
-    `main` must not have been reaped (else: 0): only so is its number certain to be its group's.
-    """
+    """To the group of `main`, unless that was reaped (0) and its number may be another's, and to what left the group."""
     if main:
         _try(os.killpg, main, number)
     for pid, group, start in descendants(os.getpid()):
@@ -333,9 +325,9 @@ def _memory_group(token: str, limit: int) -> Any:
     from importlib.machinery import SourceFileLoader
 
     path = os.path.dirname(os.path.abspath(__file__)) + "/memory_group.py"
+    module = type(sys)("memory_group")
     if not os.path.exists(path):
         return None
-    module = type(sys)("memory_group")
     SourceFileLoader("memory_group", path).exec_module(module)
     return module.MemoryGroup.make(token, limit)
 
@@ -423,12 +415,12 @@ def serve(fd: int) -> None:
     gc.disable()
     gc.freeze()  # what is forked stays shared
     while packet := sock.recv(PACKET):
+        failure = None
         try:
-            pid, failure = os.fork(), None
+            if os.fork():
+                continue
         except OSError as error:
-            pid, failure = -1, error.strerror
-        if pid > 0:
-            continue
+            failure = error.strerror
         ask = _decode(packet.decode())[0]
         token = os.path.basename(ask["folder"])
 
@@ -439,26 +431,24 @@ def serve(fd: int) -> None:
             except OSError:
                 pass  # nobody listens: the folder says it all
 
-        if pid == 0:
-            _libc.signal(SIGCHLD, None)  # SIG_DFL
-            if time.monotonic() > ask["until"]:
-                os._exit(LOST_CLAIM)
-            os._exit(_attempt(ask["folder"], ask["order"], boot, say))
-        say("refused", json.dumps(failure))
+        if failure is not None:
+            say("refused", json.dumps(failure))
+            continue
+        _libc.signal(SIGCHLD, None)  # SIG_DFL
+        late = time.monotonic() > ask["until"]
+        os._exit(LOST_CLAIM if late else _attempt(ask["folder"], ask["order"], boot, say))
 
 
 def main() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = STEP_FILES if hard == resource.RLIM_INFINITY else min(STEP_FILES, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    if sys.argv[1:2] == ["--serve"]:
-        serve(int(sys.argv[2]))
+    mode, place = sys.argv[1:]
+    if mode == "--serve":
+        serve(int(place))
         return 0
-    if sys.argv[1:2] == ["--run"]:
-        signal.pthread_sigmask(signal.SIG_BLOCK, WAKES)
-        return _attempt(os.path.abspath(sys.argv[2]), None, boot_id(), lambda kind, fact: None)
-    sys.stderr.write("usage: supervisor.py --serve FD | --run FOLDER\n")
-    return 2
+    signal.pthread_sigmask(signal.SIG_BLOCK, WAKES)
+    return _attempt(os.path.abspath(place), None, boot_id(), lambda kind, fact: None)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,26 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", metavar="DIR", help="for the picture and the model")
     demo.set_defaults(call=_demo)
 
+    backup = verbs.add_parser(
+        "backup",
+        help="copy the ledger, while the daemon runs or while it does not",
+        description="Writes a consistent, checked copy of the ledger to FILE. A running daemon makes it and sends it; "
+        "who asks must be its own user, root or an operator. The bytes of artifacts are not in it.",
+    )
+    _add_config(backup)
+    backup.add_argument("file", type=Path, metavar="FILE", help="replaced when the copy is complete")
+    backup.set_defaults(call=_backup)
+
+    restore = verbs.add_parser(
+        "restore",
+        help="put a backup in the ledger's place",
+        description="Checks the backup FILE and puts a copy of it in the ledger's place; the present ledger is moved "
+        "aside. Refuses while a daemon runs on the state folder.",
+    )
+    _add_config(restore)
+    restore.add_argument("file", type=Path, metavar="FILE", help="what `mlpiped backup` wrote")
+    restore.set_defaults(call=_restore)
+
     completion = verbs.add_parser("completion", help="print the completion script of a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
     completion.set_defaults(call=_completion)
@@ -99,6 +119,20 @@ def _demo(args: argparse.Namespace) -> int:
     from mlpiped.cli import demo
 
     return demo.main(["--out", args.out] if args.out else [])
+
+
+def _backup(args: argparse.Namespace) -> int:
+    from mlpiped import config
+    from mlpiped.cli.backup import backup
+
+    return backup(config.load(config.find(args.config, os.environ)), args.file)
+
+
+def _restore(args: argparse.Namespace) -> int:
+    from mlpiped import config
+    from mlpiped.cli.backup import restore
+
+    return restore(config.load(config.find(args.config, os.environ)), args.file)
 
 
 def _completion(args: argparse.Namespace) -> int:

@@ -59,7 +59,7 @@ async def _ledger(service: Service) -> list[Finding]:
         return []
     faults = await service.ledger_faults()
     if faults:
-        hint = "stop the daemon, keep a copy of the state folder, and put your last backup of it in its place"
+        hint = "stop the daemon, keep a copy of the state folder, and bring back a backup with `mlpiped restore FILE`"
         return [Finding("ledger", "fail", f"is damaged: {faults[0]}", hint)]
     return [Finding("ledger", "ok", "its structure is whole")]
 

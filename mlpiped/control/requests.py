@@ -220,6 +220,7 @@ class LogsQuery(_Query):
 
 class WaitQuery(_Query):
     timeout: Span | None = Field(default=None, description="seconds or `30s`; then the run is given as it is")
+    brief: Flag = Field(default=False, description="of the steps only those that did not end well, and `counts`")
 
 
 class EventsQuery(_Query):

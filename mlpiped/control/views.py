@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,13 @@ def run_json(run: RunRow, steps: Sequence[StepRow]) -> RunJson:
         "finished_at": json_time(run.finished_at),
         "steps": [step_json(row) for row in steps],
     }
+
+
+def brief_json(run: RunRow, steps: Sequence[StepRow]) -> dict[str, Any]:
+    """For a person who waits: how many steps ended how (or are in which state), and those that did not end well."""
+    counts = Counter((row.outcome or row.state).value for row in steps)
+    bad = [row for row in steps if row.outcome is not None and not row.outcome.good]
+    return {**run_json(run, bad), "counts": dict(counts)}
 
 
 def all_steps(run: RunRow, rows: Sequence[StepRow], names: Sequence[str]) -> list[StepRow]:

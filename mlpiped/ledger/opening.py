@@ -12,15 +12,16 @@ import logging
 import os
 import struct
 import time
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlpiped.errors import LedgerBusy, LedgerError, LedgerTooNew
-from mlpiped.ledger.db import DatabaseError, connect, in_our_words, unreadable
+from mlpiped.ledger.db import DatabaseError, connect, in_our_words, one, unreadable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from mlpiped.ledger.db import Connection
 
@@ -59,6 +60,7 @@ def lock(state_dir: Path) -> int:
                 hint="stop that daemon, or give this one a state_dir of its own",
             ) from None
         note = os.open("pid", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644, dir_fd=fd)
+        give_to_owner(note, state_dir)
         os.write(note, b"%d\n" % os.getpid())
         os.close(note)
     except BaseException:
@@ -77,6 +79,13 @@ def _owner(state_dir: Path, fd: int) -> int | None:
         return int((state_dir / "pid").read_text())
     except (OSError, ValueError, IndexError):
         return None
+
+
+def give_to_owner(fd: int, state_dir: Path) -> None:
+    """What root makes in the state folder of another user must be that user's, or his daemon does not start again."""
+    owner = os.stat(state_dir)
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        os.fchown(fd, owner.st_uid, owner.st_gid)
 
 
 def warn_of_network(state_dir: Path) -> None:
@@ -199,10 +208,7 @@ def migrate(conn: Connection, scripts: Sequence[str], backup: Path | None) -> No
 # --- copies ---------------------------------------------------------------------------------------------------
 def copy(source: Path, dest: Path) -> None:
     """A consistent, checked, single-file copy of a ledger that may be written meanwhile. Replaces `dest` at once."""
-    partial = dest.with_name(f"{dest.name}.part")
-    partial.unlink(missing_ok=True)
-    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    try:
+    with _arriving(dest) as partial:
         reader, target = connect(source, readonly=True), connect(partial)
         try:
             reader.backup(target)
@@ -210,12 +216,47 @@ def copy(source: Path, dest: Path) -> None:
         finally:
             target.close()
             reader.close()
+
+
+def receive(chunks: Iterable[bytes], dest: Path) -> None:
+    """A copy that comes in pieces, checked as any other. Replaces `dest` at once."""
+    with _arriving(dest) as partial, partial.open("r+b") as file:
+        for chunk in chunks:
+            file.write(chunk)
+
+
+@contextmanager
+def _arriving(dest: Path) -> Iterator[Path]:
+    """A new file beside `dest`, which takes its place when it is a sound ledger, and durable."""
+    partial = dest.with_name(f"{dest.name}.part")
+    partial.unlink(missing_ok=True)
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        yield partial
         check(partial, len(migrations()))
         sync_file(partial)
         os.replace(partial, dest)
         sync_folder(dest.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class Contents(NamedTuple):
+    """What a copy holds. Times in µs."""
+
+    version: int
+    runs: int
+    until: int | None  # when the last thing happened that it knows of
+
+
+def contents(path: Path) -> Contents:
+    """Of a copy that was checked; never of a ledger that this process has open."""
+    conn = connect(path, readonly=True)
+    try:
+        version = int(conn.execute("PRAGMA user_version").fetchone()[0])
+        return Contents(version, one(conn, "count_all_runs")[0], one(conn, "newest_event")[0])
+    finally:
+        conn.close()
 
 
 def restore(state_dir: Path, source: Path) -> Path | None:
@@ -231,12 +272,15 @@ def restore(state_dir: Path, source: Path) -> Path | None:
             copy(source, state_dir / f"{NAME}.restored")
         except DatabaseError as error:
             raise in_our_words(error, source) from error
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        new = os.open(state_dir / f"{NAME}.restored", os.O_RDONLY)
+        give_to_owner(new, state_dir)
+        os.close(new)
+        place = _free_name(path.with_name(f"{NAME}.before-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"))
         for suffix in ("", "-wal", "-shm"):  # they belong together: a WAL left behind would be played onto the copy
             part = path.with_name(f"{NAME}{suffix}")
             if part.exists():
-                aside = aside or path.with_name(f"{NAME}.before-{stamp}")
-                os.rename(part, path.with_name(f"{NAME}.before-{stamp}{suffix}"))
+                aside = place
+                os.rename(part, place.with_name(f"{place.name}{suffix}"))
         os.rename(state_dir / f"{NAME}.restored", path)
         sync_folder(state_dir)
         return aside
@@ -244,6 +288,15 @@ def restore(state_dir: Path, source: Path) -> Path | None:
         raise LedgerError(f"the backup cannot be restored: `{source}`: {error.strerror}") from error
     finally:
         os.close(fd)
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or with a number behind it: what was put aside before stays too."""
+    found, n = path, 1
+    while any(found.with_name(f"{found.name}{suffix}").exists() for suffix in ("", "-wal", "-shm")):
+        n += 1
+        found = path.with_name(f"{path.name}.{n}")
+    return found
 
 
 def sync_file(path: Path) -> None:

@@ -46,12 +46,10 @@ class Machine:
     def __init__(self, base: Path, binds: Mapping[str, Path]) -> None:
         self.base = base
         self.binds = binds
-        self.folder = Path(tempfile.mkdtemp(prefix="mlpd-lab-"))
+        self.name = f"mlpd-lab-{os.urandom(6).hex()}"
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{self.name}-"))
         for name in ("upper", "work", "root"):
             (self.folder / name).mkdir()
-        self.upper = self.folder / "upper"
-        """What differs from `base`; to be written to only before the first boot."""
-        self.name = self.folder.name.replace("_", "-")
         self.console = self.folder / "console"
         self.process: subprocess.Popen[bytes] | None = None
         self.leader = 0
@@ -106,7 +104,7 @@ class Machine:
                     if (name, value) == ("READY", "1") and self.leader:
                         return
             if self.process.poll() is not None or time.monotonic() > until:
-                raise CannotBoot(f"the machine does not boot (status {self.process.poll()}):\n{self.tail()}")
+                raise CannotBoot(f"the machine does not boot: {self.tail().strip() or self.process.poll()}")
 
     def tail(self, size: int = 3000) -> str:
         return self.console.read_text(errors="replace")[-size:]

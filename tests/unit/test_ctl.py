@@ -61,12 +61,12 @@ async def test_exit_statuses_are_those_of_the_contract() -> None:
         table: list[tuple[int, str]] = [
             (0, "status"), (0, "pipelines"), (0, "schedules"), (0, "show digits"), (0, f"show {good}"), (0, "runs"),
             (0, "plan digits"), (0, f"why {good}/train"), (0, f"wait {good}"), (1, f"wait {bad}"), (0, "doctor"),
-            (1, f"wait {going} --timeout 50ms"), (0, f"metrics {good}"), (0, "compute"), (0, "gc --plan"),
+            (1, f"wait {going} --timeout 50ms"), (0, f"metrics {good}"), (0, "compute"), (0, "gc --plan"), (0, "gc"),
             (0, "reload"), (0, "pause digits"), (0, "resume digits"), (0, f"cancel {going}"), (0, f"retry {bad}"),
             (1, f"cancel {good}"), (1, f"retry {going}"), (0, "events"), (0, "completion bash"), (0, f"logs {good}"),
             (2, "show digts"), (2, "show 99"), (2, "run digts"), (2, "run digits -p rat=1"), (2, "run digits -p rate"),
             (2, "run digits --force trian"), (2, "why 1"), (2, f"why {good}/trian"), (2, "shwo"), (2, "runs --stat x"),
-            (2, "gc"), (2, f"logs {good}/trian"), (2, "get 1"), (2, f"get {good}/modl"), (2, "wait x"),
+            (2, "gc --pan"), (2, f"logs {good}/trian"), (2, "get 1"), (2, f"get {good}/modl"), (2, "wait x"),
             (2, f"wait {good} --timeout soon"), (2, "plan nowhere.py"), (2, "runs --since soon"), (2, ""),
             (2, "runs --tag x"), (2, "runs -n 0"), (2, "events -n x"), (2, f"logs {good} --attempt 1"),
         ]  # fmt: skip
@@ -195,7 +195,7 @@ async def test_every_verb_prints_one_json_document() -> None:
         run = await stage.whole()
         (stage.folder / "p.py").write_text("")
         lines = ["status", "pipelines", "schedules", "show digits", f"show {run}", "plan digits", "plan p.py", "runs",
-                 f"why {run}/train", f"wait {run}", f"metrics {run}", "compute", "gc --plan", "reload", "pause digits",
+                 f"why {run}/train", f"wait {run}", f"metrics {run}", "compute", "gc --plan", "gc", "reload", "pause digits",
                  "resume digits", "events", "doctor", "run digits", "submit p.py", f"get {run}/clean"]  # fmt: skip
         for line in lines:
             done = await stage.ctl(*line.split(), "--json")

@@ -29,7 +29,7 @@ BIG = {
     "stat_cache",
     "run_tags",
 }
-WHOLE = {"artifacts", "artifact_bytes"}  # garbage collection, on a connection of its own
+WHOLE = {"artifacts", "artifact_bytes", "count_all_runs"}  # for gc and backups, on a connection of their own
 
 
 def reads() -> list[str]:

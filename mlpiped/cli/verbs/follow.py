@@ -58,7 +58,8 @@ def _await(call: Call, run: str | int, timeout: float | None, known: bool) -> di
     while True:
         left = POLL if deadline is None else min(POLL, max(0.0, deadline - time.monotonic()))
         try:
-            answer: dict[str, Any] = call.client.get(path("runs", run, "wait", timeout=f"{left:.3f}"))
+            url = path("runs", run, "wait", timeout=f"{left:.3f}", brief=not call.as_json)
+            answer: dict[str, Any] = call.client.get(url)
         except Unreachable as error:
             if not known or (deadline is not None and time.monotonic() >= deadline):
                 raise
@@ -74,10 +75,7 @@ def _await(call: Call, run: str | int, timeout: float | None, known: bool) -> di
 def _conclude(call: Call, run: dict[str, Any]) -> None:
     took = lasting(run["started_at"], run["finished_at"], time.time())
     outcome = call.screen.paint(run["outcome"], run["outcome"])
-    counts: dict[str, int] = {}
-    for step in run["steps"]:
-        counts[step["outcome"]] = counts.get(step["outcome"], 0) + 1
-    text = ", ".join(f"{n} {word.replace('_', ' ')}" for word, n in counts.items())
+    text = ", ".join(f"{n} {word.replace('_', ' ')}" for word, n in run["counts"].items())
     call.say(f"run {run['id']} {outcome} in {took}: {text or 'no steps'}")
     for step in run["steps"]:
         if step["outcome"] in ("failed", "timed_out", "lost"):

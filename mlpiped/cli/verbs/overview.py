@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from mlpiped.cli.render import Cell, ago, counted, cut, lasting, shown, size
-from mlpiped.errors import UsageError
+from mlpiped.errors import Unreachable
 from mlpiped.protocol import path
 
 if TYPE_CHECKING:
@@ -155,32 +155,53 @@ def compute(call: Call) -> int:
 
 
 def gc(call: Call) -> int:
-    if not call.args.plan:
-        raise UsageError("`gc` removes nothing yet", hint="`mlpipectl gc --plan` says what could go")
-    answer = call.client.get(path("gc"))
+    """1 when a part of it failed."""
+    plan = call.args.plan
+    answer = call.client.get(path("gc"), timeout=300) if plan else call.client.post(path("gc"), timeout=None)
+    status = 1 if answer["faults"] else 0
     if call.as_json:
-        return call.document(answer)
-    now = time.time()
-    rows = [
-        [cut(a["digest"], 20), a["kind"], size(a["size"]), ago(a["used_at"], now), a["why"]]
-        for a in answer["artifacts"]
+        call.document(answer)
+        return status
+    if plan and answer["artifacts"]:
+        now = time.time()
+        rows = [
+            [cut(a["digest"], 20), a["kind"], size(a["size"]), ago(a["used_at"], now), _took(a["seconds"]), a["why"]]
+            for a in answer["artifacts"]
+        ]
+        call.say(call.screen.table(["ARTIFACT", "KIND", "SIZE", "USED", "TOOK", "WHY"], rows) + "\n")
+    parts = [
+        [part["what"], part["count"], size(part["bytes"]) if part["bytes"] else None, _took(part["seconds"])]
+        for part in answer["parts"]
+        if part["count"]
     ]
-    call.say(call.screen.table(["ARTIFACT", "KIND", "SIZE", "USED", "WHY"], rows))
-    call.note(f"{counted(len(rows), 'artifact')}, {size(answer['bytes'])}; nothing was removed")
-    return 0
+    if parts:
+        call.say(call.screen.table(["WHAT", "COUNT", "SIZE", "TOOK"], parts))
+    for fault in answer["faults"]:
+        call.note(f"failed: {shown(fault)}")
+    cost = f", which took {_took(answer['seconds'])} to make" if answer["seconds"] else ""
+    call.note(f"{size(answer['bytes'])}{cost}; nothing was removed" if plan else f"{size(answer['bytes'])} freed{cost}")
+    return status
+
+
+def _took(seconds: float) -> str | None:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s" if seconds else None
 
 
 def doctor(call: Call) -> int:
-    answer = call.client.get(path("doctor"), timeout=300)
+    try:
+        answer = call.client.get(path("doctor"), timeout=300)
+    except Unreachable as error:
+        hint = f"{error.hint}; " if error.hint else ""
+        raise Unreachable(error.message, hint=f"{hint}`mlpiped check` looks at config and plugins without it") from None
     status = 1 if answer["level"] == "fail" else 0
     if call.as_json:
         call.document(answer)
         return status
     for check in answer["checks"]:
         level = call.screen.paint(f"{check['level']:<4}", check["level"])
-        call.say(f"{level}  {shown(check['name']):<10}  {shown(check['message'])}")
+        call.say(f"{level}  {shown(check['name']):<11}  {shown(check['message'])}")
         if check["hint"]:
-            call.say(f"{'':<18}hint: {shown(check['hint'])}")
+            call.say(f"{'':<19}hint: {shown(check['hint'])}")
     return status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 import tarfile
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mlpiped.model import OutputFact
 
 CHUNK = 1 << 20
+SPARE = 64 << 20  # bytes that a copy must leave free: the ledger needs them more
 _BLOCK = 512  # bytes, of a tar
 
 
@@ -67,6 +69,31 @@ async def output(ask: Ask) -> web.StreamResponse:
         hint = f"`mlpipectl run {run.pipeline} --force {step.name}` makes it again"
         raise Conflict(f"the bytes of `{fact.name}` of run {run.id} are gone from the store", hint=hint)
     return await (_send_file if fact.kind == "file" else _send_tar)(ask, path, fact)
+
+
+async def backup(ask: Ask) -> web.StreamResponse:
+    """Made beside the ledger, by the only process that has it open, and sent: the caller need not reach the folder."""
+    service = ask.service
+    copy = service.about.state_dir / "incoming" / f"{secrets.token_hex(8)}.backup"
+
+    def room() -> int:
+        copy.parent.mkdir(exist_ok=True)
+        disk = os.statvfs(copy.parent)
+        return disk.f_bavail * disk.f_frsize - os.stat(service.ledger.path).st_size - SPARE
+
+    if await anyio.to_thread.run_sync(room) < 0:
+        hint = "free space on that disk, or stop the daemon: a copy is then made where you want it"
+        raise Conflict(f"there is no room for a copy of the ledger in `{copy.parent}`", hint=hint)
+    try:
+        await service.ledger.backup(copy)
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        response.content_length = (await anyio.to_thread.run_sync(os.lstat, copy)).st_size
+        await response.prepare(ask.request)
+        async for data in _bytes(copy, response.content_length):
+            await _write(response, data)
+    finally:
+        copy.unlink(missing_ok=True)
+    return response
 
 
 def _there(path: Path, kind: str) -> bool:

@@ -8,7 +8,7 @@ import anyio
 
 from mlpiped.control.answers import Stream, event_stream
 from mlpiped.control.log_files import LogReader
-from mlpiped.control.views import event_json, run_json
+from mlpiped.control.views import brief_json, event_json, run_json
 from mlpiped.errors import UsageError
 from mlpiped.model import RunState
 
@@ -42,7 +42,8 @@ async def wait(ask: Ask) -> Any:
                         break
                     tasks.cancel_scope.cancel()
     row = await service.ledger.run(row.id) or row
-    return run_json(row, await service.lookup.steps(row))
+    steps = await service.lookup.steps(row)
+    return brief_json(row, steps) if query.brief else run_json(row, steps)
 
 
 # --- events ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,96 @@
+"""500 crash-injected runs: 0 lost, 0 duplicated, 0 stuck. And the harness that says so is not blind.
+
+A crash-injected run is a run that was durable and not finished at the moment of at least one death of its daemon, by
+SIGKILL at a named crash point or from outside. A death counts for each run that was alive at it, and each run counts
+once, however many deaths it saw. What is required of every run, crash-injected or not, is in `crash/judge.py`.
+
+MLPIPED_CRASH_RUNS and MLPIPED_POWER_CUTS say how many. In CI (`CI` is set) a machine that cannot have a power cut fails
+the test instead of skipping it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from crash import mutants, power
+from crash.judge import Verdict
+from crash.trial import OUTSIDE, Trial
+
+from mlpiped.crash import POINTS
+
+RUNS = int(os.environ.get("MLPIPED_CRASH_RUNS", "500"))
+CUTS = int(os.environ.get("MLPIPED_POWER_CUTS", "12"))
+LANES = 2  # daemons at a time
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def disk() -> None:
+    if (why := power.missing()) is not None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
+
+
+def soak(seed: int, runs: int) -> subprocess.Popen[str]:
+    """A process of its own for each lane: a daemon's end must not wait for another's start."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [sys.executable, "-m", "crash.soak", "--runs", str(runs), "--seed", str(seed), "--no-power", "--json"]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 + 3 * RUNS)
+def test_no_run_is_lost_duplicated_or_stuck_however_often_the_daemon_dies(capsys: pytest.CaptureFixture[str]) -> None:
+    total = Verdict([])
+    for lane in [soak(seed, -(-RUNS // LANES)) for seed in range(1000, 1000 + LANES)]:
+        answer, _ = lane.communicate()
+        found = json.loads(answer)
+        total += Verdict(**{**found, "deaths": Counter(found["deaths"])})
+    with capsys.disabled():
+        print(f"\n{total}")
+    assert not total.violations, str(total)
+    assert total.injected >= RUNS
+    if RUNS >= 200:
+        assert set(POINTS) | {OUTSIDE} <= total.deaths.keys(), "a crash point that was never hit proves nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 + 20 * CUTS)
+@pytest.mark.usefixtures("disk")
+def test_B4_what_was_acknowledged_survives_a_power_cut_and_all_work_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with Trial(2000, power=True) as trial:
+        verdict = trial.go(deaths=CUTS)
+        with capsys.disabled():
+            facts = len(trial.evidence.events) + len(trial.evidence.told)
+            print(f"\n{trial.evidence.power_cuts} power cuts, {facts} acknowledged facts; {verdict}")
+        assert not verdict.violations, f"{verdict}\n{trial.daemon.tail()}"
+        assert trial.evidence.power_cuts >= CUTS
+
+
+WEAK = {
+    "fence_removed": (("after_submit", "after_handle"), "duplicated|never_ran and has left"),
+    "liveness_after_exit": ((OUTSIDE, "after_fire", "before_outcome"), r"recorded as lost and has left \['start', 'end'\]"),
+    "synchronous_normal": ((OUTSIDE, "after_intent", "after_commit"), "no intent of it|no such run|is not in the ledger"),
+    "commit_before_rename": (("after_commit",), "cannot be read|changed in the store"),
+}
+"""Mutant -> where it is weak (so that it is found in seconds, and not in minutes), and what it must be accused of."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("mutant", mutants.MUTANTS)
+def test_a_daemon_with_one_promise_broken_is_found_out(mutant: str, request: pytest.FixtureRequest) -> None:
+    points, accused = WEAK[mutant]
+    cut = mutant == "synchronous_normal"
+    if cut:
+        request.getfixturevalue("disk")
+    program = (sys.executable, mutants.__file__, mutant)
+    with Trial(3000, program=program, power=cut, points=points, finished=15) as trial:
+        verdict = trial.go(deaths=5)
+        assert any(re.search(accused, each) for each in verdict.violations), f"`{mutant}` was not found out: {verdict}"
