@@ -206,11 +206,14 @@ class Daemon:
                 plugins=tuple(settings.daemon.plugins),
                 datastores=self.world.datastores,
                 sqlite=sqlite_version,
+                python=str(settings.daemon.python or sys.executable),
+                watch={name: each.watch for name, each in settings.datastores.items()},
             ),
             job_folder=lambda token: settings.daemon.state_dir / "jobs" / token,
             gc_plan=self.keeper.plan,
             gc=self.keeper.clean,
             ledger_faults=self.ledger.faults,
+            orphans=self.keeper.orphans,
             loop_lag=lambda: self.lag,
         )
         await ControlServer(settings.control.socket, self.service).start(self.server)

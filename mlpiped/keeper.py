@@ -51,6 +51,7 @@ TICK = 0.1  # seconds: no file system that holds a state folder notes times more
 STAT_ROWS = 50_000  # of the stat cache, looked at in one pass
 STAT_TIME = 60.0  # seconds for all of that
 STAT_AGE = 30 * 86_400.0  # seconds since it was hashed
+JUST_NOW = 60.0  # seconds after its end in which a job's last processes may still go
 SHOWN = 1000  # artifacts that are listed one by one
 
 
@@ -156,6 +157,13 @@ class Keeper:
             ("runs", runs),
         )
         return {**_answer(parts, faults), "artifacts": listed}
+
+    async def orphans(self) -> dict[str, list[int]]:
+        """Token -> pids of jobs on this host that run though the ledger does not know them, or says that they ended."""
+        running: dict[str, list[int]] = await self._hop(lambda: keeping.processes(self.jobs))
+        async with self.ledger.survey() as survey:
+            alive = await survey.live_tokens(list(running), self._before(JUST_NOW))
+        return {token: pids for token, pids in running.items() if token not in alive}
 
     async def _all(self, *steps: tuple[str, Callable[[], Awaitable[Part]]]) -> tuple[list[Part], list[str]]:
         parts, faults = [], []

@@ -90,6 +90,19 @@ def _size(path: str) -> int:
     return 0
 
 
+def processes(jobs_dir: Path) -> dict[str, list[int]]:
+    """Token -> pids of the processes that were started as a job of this folder and run now."""
+    found: dict[str, list[int]] = {}
+    mark = re.compile(rb"(?:^|\0)MLPIPED_METRICS=" + re.escape(os.fsencode(jobs_dir)) + rb"/([^/\0]+)/")
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        with suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+            if match := mark.search(file.read()):
+                found.setdefault(os.fsdecode(match[1]), []).append(int(name))
+    return {token: sorted(pids) for token, pids in found.items()}
+
+
 # --- code -----------------------------------------------------------------------------------------------------------
 def old_code(store: Path, used: Collection[str], horizon: float) -> list[str]:
     """`<hh>/<rest>` of snapshots that are not in `used` and were last run from before `horizon`; drafts too."""

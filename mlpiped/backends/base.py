@@ -4,16 +4,18 @@ Backends know nothing of runs or of the ledger.
 
 The job folder, the same on every kind of machine (`FOLDER_*`), named by the attempt's token:
 
-    job.json        what to run (0600: it may hold secrets); the side that executes removes it after the start
+    job.json        what to run (0600: it may hold secrets), where it has to travel as a file: the local backend does so
+                    above 100 kB only. The side that executes removes it after the start
     claim/          who executes this token, or the fence: made by one rename, which only one side can win
-      lock          held (flock) by the supervisor for as long as it lives
-      handle.json   {"v": 1, "pid": …, "start": …, "boot": "…"}; in a fence {"v": 1, "fenced": true}
+      handle.json   {"v": 1, "pid": …, "start": …, "boot": "…"}; in a fence {"v": 1, "fenced": true}. It is held (flock)
+                    by the supervisor for as long as that lives
+      exit.json     until the end: the space that the witness will need
     stdout stderr   what the step printed, appended by the step itself
-    out/<name>/…    what the step makes: its path for the output `name` is out/<name>/<file_name>
+    out/<name>/…    what the step makes, if anything: its path for the output `name` is out/<name>/<file_name>
     work/           its working directory (a copy of the code snapshot, or empty)
-    scratch/        thrown away
+    scratch/        thrown away; there with a code snapshot only: without one `work/` serves as both
     metrics.jsonl   one JSON line a metric
-    params.json     the parameters that the step uses
+    params.json     the parameters that the step uses; missing without any ($MLPIPED_PARAMS is always a JSON file)
     exit.json       the witness: {"v": 1, "code": int|null, "signal": int|null, "timed_out": bool, "cancelled": bool,
                     "error": str|null, "started": s, "ended": s, "cpu": s, "max_rss": bytes}, by rename
 
@@ -185,7 +187,10 @@ class Backend(Protocol):
         ...
 
     async def discard(self, token: str, *, keep_logs: bool) -> None:
-        """Remove work/, scratch/ and out/ (and, without `keep_logs`, the rest) of a job that has ended."""
+        """Remove work/, scratch/ and out/ (and, without `keep_logs`, the rest) of a job that has ended.
+
+        It may return before they are gone. `health` tells what cannot be removed.
+        """
 
     async def health(self) -> str | None:
         """None when well, else a sentence."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import anyio
-import anyio.lowlevel
 
 from mlpiped.backends.base import Capacity, Exited, Handle, Job, Lost, NeverRan, Outcome
 from mlpiped.errors import BackendUnavailable
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
-    from pathlib import Path
 
 World = dict[str, list[Any] | None]  # token -> [when it ends, how, what says that this changed]; None: the fence
 
@@ -29,17 +26,15 @@ class FakeBackend:
         self.unavailable_for = 0  # so many calls are refused
 
     async def _call(self) -> None:
-        await anyio.lowlevel.checkpoint()
+        await anyio.sleep(0)
         if self.unavailable_for > 0:
             self.unavailable_for -= 1
             raise BackendUnavailable(f"`{self.name}` does not answer")
 
     async def submit(self, job: Job) -> Handle:
         ends: list[tuple[float, Outcome]] = [(self.run_for, Exited(self.exit_code))]
-        if job.timeout is not None:
-            ends.append((job.timeout, Exited(None, signal=15, timed_out=True)))
-        if self.lose_after is not None:
-            ends.append((self.lose_after, Lost("its machine died")))
+        ends += [(job.timeout, Exited(None, signal=15, timed_out=True))] if job.timeout is not None else []
+        ends += [(self.lose_after, Lost("its machine died"))] if self.lose_after is not None else []
         after, outcome = min(ends, key=lambda end: end[0])
         await self._call()
         if self.world.setdefault(job.token, [anyio.current_time() + after, outcome, anyio.Event()]) is None:

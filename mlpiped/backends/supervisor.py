@@ -6,10 +6,9 @@ Standard library only, and nothing of mlpiped: it runs as `python -I -S supervis
                    fraction of a millisecond, a new interpreter thirty.
     --run FOLDER   one job, supervised by this very process. Exit status 75: somebody else had the token.
 
-A packet is {"folder": …, "order": …, "until": …}. The order is what job.json would hold, and is in no file so; it may
-name what the folder lacks: "make" (folders, parents first) and "params" (the text of params.json). With null the folder
-is complete and has a job.json. After `until` (monotonic seconds) nobody waits for it any more, and the folder with the
-claim in it may have been removed: it is not carried out.
+A packet is {"folder": …, "order": …, "until": …}. The order is what job.json would hold, so that it is in no file; "make"
+(folders, parents first) and "params" (the text of params.json) name what the folder lacks. With null the folder has a
+job.json. After `until` (monotonic seconds) the folder and its claim may have been removed: it is not carried out.
 
 A supervisor needs nobody: it enforces the timeout, carries out SIGTERM as a cancellation, ends everything that the step
 started, and writes exit.json, whether or not there is a daemon. What it says on the socket are hints.
@@ -73,11 +72,8 @@ def _read(path: str) -> bytes:
 
 
 def _write(path: str, content: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, content)
-    finally:
-        os.close(fd)
+    with open(path, "wb", buffering=0) as file:
+        file.write(content)
 
 
 def flat(record: Mapping[str, Any]) -> str:
@@ -160,11 +156,10 @@ def claim(
 ) -> int | None:
     """Put `record` into the claim: the descriptor of its handle.json, locked; None when somebody else was first.
 
-    One rename onto a folder that is not empty once it is there: only one can win, and the winner's handle.json is
-    complete and locked the instant it can be seen. On the disk is, at the return, the claim; what its handle.json says
-    is of no use after a power cut anyway. `files` come into the claim with it, and the job's folder and what is to
-    `make` in it are there before: a full disk costs no attempt. Each mkdir is the same for all who build for this
-    token, so a folder that somebody left half built is as good as none.
+    One rename onto a folder that is not empty once it is there: only one can win, whose handle.json is complete and
+    locked the instant it can be seen. At the return the claim is on the disk; what its handle.json says is of no use
+    after a power cut. `files` come with it, and what is to `make` is there before: a full disk costs no attempt. Each
+    mkdir is the same for all who build for this token: a folder that was left half built is as good as none.
     """
     if os.access(folder + "/claim", os.F_OK):
         return None
@@ -274,7 +269,7 @@ def _reap(main: int) -> tuple[int | None, bool]:
 
 
 def signal_all(number: int, main: int = 0) -> None:
-    """To the group of `main`, unless that was reaped (0) and its number may be another's, and to what left the group."""
+    """To the group of `main` (0: it was reaped, its number may be another's by now), and to what left the group."""
     if main:
         _try(os.killpg, main, number)
     for pid, group, start in descendants(os.getpid()):
@@ -359,8 +354,8 @@ def supervise(folder: str, order: dict[str, Any] | None, boot: str, say: Say) ->
     pid = os.getpid()
     if os.getsid(0) != pid:
         os.setsid()
-    _libc.prctl(PR_SET_NAME, b"mlpiped-step", 0, 0, 0)
-    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for option, value in ((PR_SET_NAME, b"mlpiped-step"), (PR_SET_CHILD_SUBREAPER, 1)):
+        _libc.prctl(option, value, 0, 0, 0)
     record = {"v": 1, "pid": pid, "start": start_time(pid), "boot": boot}
     files = {"exit.json": b" " * WITNESS_SIZE}
     params = order.get("params") if order else None
@@ -404,7 +399,7 @@ def _attempt(folder: str, order: dict[str, Any] | None, boot: str, say: Say) -> 
         return 70
 
 
-def serve(fd: int) -> None:
+def serve(fd: int) -> int:
     os.set_inheritable(fd, False)
     sock = socket.socket(fileno=fd)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, HINT_WAIT)
@@ -437,6 +432,7 @@ def serve(fd: int) -> None:
         _libc.signal(SIGCHLD, None)  # SIG_DFL
         late = time.monotonic() > ask["until"]
         os._exit(LOST_CLAIM if late else _attempt(ask["folder"], ask["order"], boot, say))
+    return 0
 
 
 def main() -> int:
@@ -445,8 +441,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     mode, place = sys.argv[1:]
     if mode == "--serve":
-        serve(int(place))
-        return 0
+        return serve(int(place))
     signal.pthread_sigmask(signal.SIG_BLOCK, WAKES)
     return _attempt(os.path.abspath(place), None, boot_id(), lambda kind, fact: None)
 

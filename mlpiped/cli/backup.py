@@ -1,7 +1,7 @@
 """`mlpiped backup` and `mlpiped restore`: the ledger, whole and checked, out of the state folder and into it.
 
-Only the process that owns the state folder opens the ledger: a daemon that runs makes the copy and sends it, and without
-one we are the owner for as long as it takes. So no second process ever takes part in what SQLite writes.
+Only the process that owns the state folder opens the ledger: a daemon that runs makes the copy and sends it, and
+without one we are the owner for as long as it takes. So no second process ever takes part in what SQLite writes.
 """
 
 from __future__ import annotations
@@ -100,12 +100,8 @@ def restore(settings: Settings, file: Path) -> int:
         raise _failed("the backup cannot be restored", error, source) from None
     if aside is not None:
         print(printable(f"the ledger that was there is now `{aside}`"))
-    until = json_time(held.until)
-    print(
-        printable(
-            f"restored {held.runs} runs" + (f"; what happened after {until} is not in the ledger" if until else "")
-        )
-    )
+    until = f"; what happened after {json_time(held.until)} is not in the ledger" if held.until else ""
+    print(printable(f"restored {held.runs} runs{until}"))
     print("what has run since may run again; `mlpipectl doctor` names steps that still run and are not known any more")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -116,6 +117,8 @@ class About:
     plugins: tuple[Path, ...] = ()
     datastores: Mapping[str, Path] = field(default_factory=dict)
     sqlite: tuple[int, ...] = ()  # version of the library that the ledger uses
+    python: str = sys.executable  # the interpreter of steps
+    watch: Mapping[str, str] = field(default_factory=dict)  # datastore -> auto, inotify or poll
 
 
 @dataclass(slots=True)
@@ -136,6 +139,7 @@ class Service:
     gc_plan: Callable[[], Awaitable[dict[str, Any]]]
     gc: Callable[[], Awaitable[dict[str, Any]]]
     ledger_faults: Callable[[], Awaitable[Sequence[str]]] | None = None  # PRAGMA quick_check: [] when it is well
+    orphans: Callable[[], Awaitable[Mapping[str, Sequence[int]]]] | None = None  # token -> pids that nobody waits for
     loop_lag: Callable[[], float] = lambda: 0.0  # seconds
     closing: anyio.Event = field(default_factory=anyio.Event)
     lookup: Lookup = field(init=False)

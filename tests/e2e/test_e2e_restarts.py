@@ -213,3 +213,37 @@ def test_a_ledger_that_cannot_be_read_stops_the_start_and_is_left_as_it_is(own: 
     assert done.returncode == 78
     assert "ledger" in done.stderr + done.stdout
     assert ledger.read_bytes().startswith(b"this is no ledger")
+
+
+def test_a_run_that_was_cancelled_stays_so_after_kill_9(own: Daemon) -> None:
+    effects, allowed = chain(own, "stopped", 3)
+    number = own.run("stopped")
+    until(lambda: lines(effects), "the first step has started")
+    assert own.ctl("cancel", str(number)).returncode == 0
+    own.kill9()
+    allow(allowed, 3)
+    own.start()
+    run = own.end(number)
+    assert run["outcome"] == "cancelled"
+    assert set(steps(run).values()) == {"cancelled"}
+    assert not any(line.startswith(("s0_1", "s0_2")) for line in lines(effects))
+
+
+def test_the_pause_before_a_retry_goes_on_over_a_restart(own: Daemon) -> None:
+    effects = own.root / "late-effects"
+    own.install(
+        "late",
+        f"""
+command = 'echo $MLPIPED_ATTEMPT $(date +%s%N) >> {effects}; [ $MLPIPED_ATTEMPT = 2 ]'
+pipeline = Pipeline("late", steps=[CommandStep(command, name="s", retry=Retry(attempts=2, delay="4s"))])
+""",
+    )
+    number = own.run("late")
+    until(lambda: "tried again in" in (own.json("why", f"{number}/s")["waiting"] or ""), "it waits for its retry")
+    own.kill9()
+    own.start()
+    run = own.end(number)
+    assert run["outcome"] == "succeeded"
+    (first, began), (second, again) = (line.split() for line in lines(effects))
+    assert (first, second) == ("1", "2")
+    assert int(again) - int(began) >= 4_000_000_000

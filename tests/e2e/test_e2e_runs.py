@@ -266,6 +266,20 @@ pipeline = Pipeline("transfer", steps=[DataTransferStep(source, target, name="ca
     assert (daemon.lab / "transfer/to/there.txt").read_text() == "cargo\n"
 
 
+def test_what_a_reused_step_made_is_published_for_each_run(daemon: Daemon) -> None:
+    daemon.install(
+        "published",
+        """
+report = PipelineData("report", "lab").publish("published/{run_id}.txt")
+pipeline = Pipeline("published", steps=[CommandStep(["sh", "-c", "echo made > $0", report], outputs=[report])])
+""",
+    )
+    first, second = daemon.go("published"), daemon.go("published")
+    assert set(steps(second).values()) == {"reused"}
+    for run in (first, second):
+        assert (daemon.lab / f"published/{run['id']}.txt").read_text() == "made\n"
+
+
 def test_force_runs_again_and_a_target_leaves_the_rest_out(daemon: Daemon) -> None:
     two_steps(daemon, "choosy")
     daemon.go("choosy")

@@ -195,8 +195,8 @@ async def test_every_verb_prints_one_json_document() -> None:
         run = await stage.whole()
         (stage.folder / "p.py").write_text("")
         lines = ["status", "pipelines", "schedules", "show digits", f"show {run}", "plan digits", "plan p.py", "runs",
-                 f"why {run}/train", f"wait {run}", f"metrics {run}", "compute", "gc --plan", "gc", "reload", "pause digits",
-                 "resume digits", "events", "doctor", "run digits", "submit p.py", f"get {run}/clean"]  # fmt: skip
+                 f"why {run}/train", f"wait {run}", f"metrics {run}", "compute", "gc --plan", "gc", "reload",
+                 "pause digits", "resume digits", "events", "doctor", "run digits", "submit p.py", f"get {run}/clean"]  # fmt: skip
         for line in lines:
             done = await stage.ctl(*line.split(), "--json")
             assert done.code == 0, done
