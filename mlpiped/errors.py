@@ -107,6 +107,8 @@ class Fault(NamedTuple):
 class FaultsError(MlpipedError):
     """a file has faults"""
 
+    http_status = 422
+
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)
         super().__init__("\n".join(str(fault) for fault in self.faults))

@@ -322,6 +322,13 @@ class Stage:
             async with session.request(method, f"http://mlpiped{path}", json=body, headers=headers) as answer:
                 return answer.status, await answer.json(content_type=None)
 
+    async def download(self, method: str, path: str, body: Any = None) -> bytes:
+        """An answer that is no document."""
+        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(self.socket))) as session:
+            async with session.request(method, f"http://mlpiped{path}", json=body) as answer:
+                assert answer.status == 200, await answer.text()
+                return await answer.read()
+
     async def get(self, path: str) -> Any:
         status, document = await self.ask("GET", path)
         assert status == 200, document

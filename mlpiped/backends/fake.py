@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from mlpiped.backends.base import Capacity, Exited, Handle, Job, Lost, NeverRan, Outcome
 from mlpiped.errors import BackendUnavailable
@@ -26,7 +27,7 @@ class FakeBackend:
         self.unavailable_for = 0  # so many calls are refused
 
     async def _call(self) -> None:
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         if self.unavailable_for > 0:
             self.unavailable_for -= 1
             raise BackendUnavailable(f"`{self.name}` does not answer")

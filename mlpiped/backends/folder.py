@@ -177,7 +177,7 @@ def _claim_record(folder: Place) -> dict[str, Any] | None:
 def fence(folder: Place) -> NeverRan | Handle:
     """Make the claim ourselves, so that no supervisor can; or the handle of the one that was first."""
     new = not os.path.exists(folder)
-    lock = claim(os.fspath(folder), FENCED)  # makes the folder too
+    lock = claim(os.fspath(folder), FENCED, make=())  # makes the folder too
     if lock is not None:
         os.close(lock)
     if new:

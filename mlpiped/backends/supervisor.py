@@ -6,7 +6,7 @@ Standard library only, and nothing of mlpiped: it runs as `python -I -S supervis
                    fraction of a millisecond, a new interpreter thirty.
     --run FOLDER   one job, supervised by this very process. Exit status 75: somebody else had the token.
 
-A packet is {"folder": …, "order": …, "until": …}. The order is what job.json would hold, so that it is in no file; "make"
+A packet is {"folder": …, "order": …, "until": …}. The order is what job.json would hold, and so in no file; "make"
 (folders, parents first) and "params" (the text of params.json) name what the folder lacks. With null the folder has a
 job.json. After `until` (monotonic seconds) the folder and its claim may have been removed: it is not carried out.
 
@@ -152,14 +152,14 @@ def sync_folder(path: str) -> None:
 
 
 def claim(
-    folder: str, record: Mapping[str, Any], files: Mapping[str, bytes] | None = None, make: Sequence[str] = ()
+    folder: str, record: Mapping[str, Any], files: Mapping[str, bytes] | None = None, make: Sequence[str] | None = None
 ) -> int | None:
     """Put `record` into the claim: the descriptor of its handle.json, locked; None when somebody else was first.
 
     One rename onto a folder that is not empty once it is there: only one can win, whose handle.json is complete and
     locked the instant it can be seen. At the return the claim is on the disk; what its handle.json says is of no use
-    after a power cut. `files` come with it, and what is to `make` is there before: a full disk costs no attempt. Each
-    mkdir is the same for all who build for this token: a folder that was left half built is as good as none.
+    after a power cut. `files` come with it, and the folder and what is to `make` in it before: a full disk costs no
+    attempt. Each mkdir is the same for all who build for this token: a half-built folder is as good as none.
     """
     if os.access(folder + "/claim", os.F_OK):
         return None
@@ -167,7 +167,7 @@ def claim(
     made: list[str] = []
     lock = None
     try:
-        for path in (folder, *(f"{folder}/{name}" for name in make), private):
+        for path in (*([] if make is None else [folder]), *(f"{folder}/{name}" for name in make or ()), private):
             try:
                 os.mkdir(path, 0o755)
                 made.append(path)
@@ -361,7 +361,7 @@ def supervise(folder: str, order: dict[str, Any] | None, boot: str, say: Say) ->
     params = order.get("params") if order else None
     if params is not None:
         files["params.json"] = params.encode()
-    lock = claim(folder, record, files, order.get("make", ()) if order else ())
+    lock = claim(folder, record, files, order.get("make", ()) if order else None)
     if lock is None:
         say("lost_claim", "null")
         return LOST_CLAIM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from difflib import get_close_matches
@@ -67,12 +68,13 @@ def _shown(action: argparse.Action) -> str:
 
 def guarded(call: Callable[[], int]) -> int:
     """Runs a program's body and turns whatever it raises into a sentence on stderr and an exit status."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # `>&-`
     try:
         status = call()
         print(end="", flush=True)  # now, while what it raises can still be told; stdout may be closed
         return status
     except BrokenPipeError:  # the reader (`head`, a pager) has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
         return 0
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:
         first = _first(error)
@@ -83,11 +85,23 @@ def guarded(call: Callable[[], int]) -> int:
         if isinstance(first, MlpipedError):
             tell(first)
             return first.exit_code
+        if isinstance(first, OSError) and first.errno in _UNWRITABLE and first.filename is None:
+            _let_go_of_stdout()
+            complain(f"cannot write what was asked for to stdout: {(first.strerror or '').lower()}")
+            return 1
         complain(
             f"unexpected fault: {type(first).__name__}: {' '.join(str(first).split())}",
             "run it again with MLPIPED_DEBUG=1 to see where, and report it",
         )
         return UNEXPECTED
+
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def _let_go_of_stdout() -> None:
+    """What is left to be written would raise again at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _first(error: BaseException) -> BaseException:

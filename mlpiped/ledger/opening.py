@@ -118,10 +118,13 @@ def prepare(path: Path, scripts: Sequence[str]) -> None:
             _refuse_if_used(path)
             _create(path, scripts)
         version = check(path, len(scripts))
-        if version < len(scripts):
+        with path.open("rb") as file:
+            with_log = file.read(20)[18:] == b"\2\2"
+        if version < len(scripts) or not with_log:
             conn = connect(path)
             try:
                 migrate(conn, scripts, path.with_name(f"{path.name}.v{version}"))
+                conn.execute("PRAGMA journal_mode = WAL").fetchall()  # a backup is a single file, and has none
             finally:
                 conn.close()
     except DatabaseError as error:

@@ -350,6 +350,80 @@ async def test_L2_a_secret_is_in_no_file_and_no_command_line_once_the_step_runs(
     await backend.wait(handle)
 
 
+async def test_an_order_is_on_the_disk_only_when_it_is_too_long_for_a_packet_and_then_until_the_start(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write = folders._write
+
+    def seen(path: Any, content: str, mode: int) -> None:
+        written.append(content)
+        write(path, content, mode)
+
+    monkeypatch.setattr(folders, "_write", seen)
+    for token, secret in (("short", "canary"), ("long", "canary" * 20_000)):
+        outcome = await backend.wait(await backend.submit(shell(token, 'exit "${#KEY}"', env={"KEY": secret})))
+        assert isinstance(outcome, Exited) and outcome.code == len(secret) % 256
+        assert any("canary" in content for content in written) == (token == "long")
+        assert not (backend.jobs_dir / token / "job.json").exists()
+
+
+async def test_A2_a_folder_that_was_left_half_built_is_finished_by_the_next_submit_or_fenced(
+    backend: LocalBackend,
+) -> None:
+    for token in ("again", "never"):
+        (backend.jobs_dir / token / "work").mkdir(parents=True)
+        (backend.jobs_dir / token / "claim.0123").mkdir()
+    outcome = await backend.wait(await backend.submit(shell("again", "exit 6", parameters={"a": 1})))
+    assert isinstance(outcome, Exited) and outcome.code == 6
+    assert json.loads((backend.jobs_dir / "again/params.json").read_text()) == {"a": 1}
+    assert isinstance(await backend.fence("never"), NeverRan)
+    with pytest.raises(BackendUnavailable):
+        await backend.submit(shell("never", "true"))
+
+
+async def test_an_order_that_lay_too_long_is_not_carried_out(backend: LocalBackend, tmp_path: Path) -> None:
+    zygote = await backend._launcher.zygote()
+    order = {"token": "late", "argv": ["touch", str(tmp_path / "ran")], "env": {}, "make": ["work"], "params": None}
+    for token, until in (("late", 0.0), ("good", 1e12)):  # the second one tells that the first one's turn is over
+        packet = {"folder": str(backend.jobs_dir / token), "until": until, "order": {**order, "token": token}}
+        with backend._launcher.listen(token) as call:
+            zygote.sock.send(json.dumps(packet).encode())
+            with anyio.move_on_after(0.5 if token == "late" else 20):
+                await call.event.wait()
+            assert (call.said is None) == (token == "late")
+    assert not (backend.jobs_dir / "late").exists()
+
+
+async def test_a_step_without_parameters_reads_none_and_its_folder_holds_only_what_it_needs(
+    backend: LocalBackend,
+) -> None:
+    handle = await backend.submit(shell("one", 'test "$MLPIPED_SCRATCH" = "$PWD" && cat "$MLPIPED_PARAMS"'))
+    outcome = await backend.wait(handle)
+    assert isinstance(outcome, Exited) and outcome.code == 0
+    folder = backend.jobs_dir / "one"
+    assert (folder / "stdout").read_bytes() == b"{}"
+    await gone(handle["pid"])
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert names == {"claim", "claim/handle.json", "exit.json", "stdout", "stderr", "work"}
+
+
+async def test_what_cannot_be_removed_is_told_by_health_until_a_removal_goes_well(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(folder: str, *, keep_logs: bool) -> None:
+        raise OSError(errno.EIO, "Input/output error", folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "discard", broken)
+        await backend.discard("one", keep_logs=True)
+        await backend.removed()
+    assert "Input/output error" in (await backend.health() or "")
+    await backend.discard("one", keep_logs=True)
+    await backend.removed()
+    assert await backend.health() is None
+
+
 async def test_a_thousand_waits_cost_one_descriptor_each_and_no_time(backend: LocalBackend, tmp_path: Path) -> None:
     handle = await backend.submit(shell("one", UNTIL_GO))
     outcomes = []

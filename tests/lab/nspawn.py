@@ -1,7 +1,7 @@
 """A machine with a real systemd: a throw-away overlay of the root folder, booted by systemd-nspawn, without a network.
 
-All of it hangs on one process: its mounts are in a mount namespace of its own, so whatever ends us leaves no mount, no
-process and no machine behind; `close` also removes the folder with what the machine had written, and its control groups.
+All of it hangs on one process: its mounts are in a mount namespace of its own, so whatever ends us leaves no mount and
+no process behind; `close` also removes the folder with what the machine had written, and its control groups.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import TypeVar
-
-    T = TypeVar("T")
+    from collections.abc import Mapping
 
 BOOT, HALT = 90.0, 45.0  # seconds
 REBOOTED = 133  # nspawn's exit status when the machine inside asked for a reboot, and --keep-unit is given
@@ -33,6 +30,7 @@ mount -t overlay overlay -o lowerdir="$1",upperdir="$2/upper",workdir="$2/work" 
 shift; cd /
 exec systemd-nspawn --directory="$1/root" "${@:2}"
 """
+ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/root"}
 GROUPS = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")
 
 
@@ -169,10 +167,9 @@ class Machine:
         return ["nsenter", f"--target={self.leader}", "--all", "--", *(str(word) for word in argv)]
 
     def run(self, *argv: object, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        env = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/root"}
         done = subprocess.run(
             self.enter(*argv),
-            env=env,
+            env=ENV,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

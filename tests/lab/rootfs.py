@@ -136,4 +136,5 @@ def _alone() -> Iterator[None]:
 def _do(command: list[str], env: dict[str, str] | None = None) -> None:
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:4])}… ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
+        said = (done.stdout + done.stderr)[-2000:]
+        raise RuntimeError(f"{' '.join(command[:4])}… ended with {done.returncode}:\n{said}")

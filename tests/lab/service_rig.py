@@ -17,8 +17,19 @@ if TYPE_CHECKING:
 
 UNIT = "mlpiped.service"
 WATCHDOG = 6  # seconds
-DROP_IN = f"""\
+# A host that has rebooted has another boot id. nspawn gives its machines one too, by a mount in /proc/sys that the unit's
+# own mounts there hide: so it is put where the service sees it.
+BOOT_ID = """\
 [Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'cat /proc/sys/kernel/random/boot_id > /run/boot-id'
+"""
+DROP_IN = f"""\
+[Unit]
+Requires=boot-id.service
+After=boot-id.service
+[Service]
+BindReadOnlyPaths=/run/boot-id:/proc/sys/kernel/random/boot_id
 WatchdogSec={WATCHDOG}
 ReadWritePaths=/srv/lab
 LoadCredential=key:/etc/hostname
@@ -56,6 +67,7 @@ class Service:
         drop_in = self.machine.root / "etc/systemd/system/mlpiped.service.d/lab.conf"
         drop_in.parent.mkdir()
         drop_in.write_text(DROP_IN)
+        (drop_in.parents[1] / "boot-id.service").write_text(BOOT_ID)
         self.machine.run("systemctl", "daemon-reload")
         self.start()
 
@@ -199,5 +211,3 @@ pipeline = Pipeline("{name}", steps=steps)
             said = self.service.ctl("logs", f"{self.run}/{step}").splitlines()
             count = len(said) - 1
             assert said == [*(f"line {n}" for n in range(1, count + 1)), f"last {count}"], (step, said[:3], said[-3:])
-
-

@@ -196,7 +196,8 @@ async def test_every_verb_prints_one_json_document() -> None:
         (stage.folder / "p.py").write_text("")
         lines = ["status", "pipelines", "schedules", "show digits", f"show {run}", "plan digits", "plan p.py", "runs",
                  f"why {run}/train", f"wait {run}", f"metrics {run}", "compute", "gc --plan", "gc", "reload",
-                 "pause digits", "resume digits", "events", "doctor", "run digits", "submit p.py", f"get {run}/clean"]  # fmt: skip
+                 "pause digits", "resume digits", "events", "doctor", "run digits", "submit p.py",
+                 f"get {run}/clean"]  # fmt: skip
         for line in lines:
             done = await stage.ctl(*line.split(), "--json")
             assert done.code == 0, done
@@ -639,3 +640,13 @@ async def test_status_says_that_the_disk_of_the_ledger_is_full() -> None:
         assert "the disk of the ledger is full: nothing new is dispatched\nhint: free space" in done.out
         assert json.loads((await stage.ctl("status", "--json")).out)["daemon"]["disk_full"] is True
         stage.ledger._writer.full = False
+
+
+async def test_stdout_that_is_full_or_closed_is_told_in_a_sentence() -> None:
+    async with staged() as stage:
+        for redirect, code, said in ((">/dev/full", 1, "error: cannot write what was asked for to stdout: no space"),
+                                     (">&-", 0, "")):  # fmt: skip
+            done = await anyio.run_process(["/bin/sh", "-c", f"{CTL} status {redirect}"], env=stage.env(), check=False)
+            assert done.returncode == code
+            err = done.stderr.decode()
+            assert said in err and "Traceback" not in err and "unexpected" not in err and "ignored" not in err

@@ -49,7 +49,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 def test_it_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
     alone = tmp_path / "copied.py"
     alone.write_bytes(Path(supervisor.__file__).read_bytes())
-    folder = job_folder(tmp_path, "sh", "-c", "echo done")
+    folder = job_folder(tmp_path, "sh", "-c", "echo done", memory=1 << 30)
     assert subprocess.run([sys.executable, "-I", "-S", str(alone), "--run", str(folder)], cwd="/").returncode == 0
     assert folders.witness(folder) == Exited(**{**vars_of(folders.witness(folder)), "code": 0})
     assert (folder / "stdout").read_bytes() == b"done\n"

@@ -46,7 +46,7 @@ def main() -> int:
         if verdict.violations:
             break
     if asked.json:
-        print(json.dumps(dataclasses.asdict(total)))
+        print(json.dumps({each.name: getattr(total, each.name) for each in dataclasses.fields(total)}))
     else:
         print(f"in all, {rounds} rounds: {total}")
     return 1 if total.violations else 0

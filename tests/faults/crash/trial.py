@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from crash.power import Disk
 
 OUTSIDE = "from outside"
-ALIVE = 14
+ALIVE = 24
 """So many runs that were asked for are kept going at a time."""
 
 FINISHED = 90.0  # seconds for all that was asked for, once nobody dies any more
@@ -51,7 +51,7 @@ class Trial:
         program: Sequence[str | Path] | None = None,
         power: bool = False,
         clocks: bool = True,
-        slots: int = 8,
+        slots: int = 12,
         points: Sequence[str] = (*POINTS, OUTSIDE, OUTSIDE, OUTSIDE),
         finished: float = FINISHED,
     ) -> None:
@@ -122,20 +122,22 @@ class Trial:
         self.evidence.clocks_from = now_us()
         self._die(OUTSIDE)
 
-    def life(self, point: str | None = None, count: int | None = None, patience: float | None = None) -> None:
-        """Start the daemon, armed or not; ask for work; it dies."""
+    def life(
+        self, point: str | None = None, count: int | None = None, patience: float | None = None, files: int | None = None
+    ) -> None:
+        """Start the daemon, armed or not; ask for work, let so many files arrive; it dies."""
         point = point or self._next_point()
         patience = self.random.uniform(0.05, 1.2) if patience is None else patience
         self.daemon.env.pop("MLPIPED_CRASH_AT", None)
         if point != OUTSIDE:
-            often = 12 if point in ("in_commit", "committed") else 4
+            often = 60 if point in ("in_commit", "committed") else 12
             self.daemon.env["MLPIPED_CRASH_AT"] = f"{point}:{count or self.random.randint(1, often)}"
             patience = max(patience, 1.0)
         if not self.start():
             self._died(point)
             return
         with self._listening():
-            self.feed()
+            self.feed(self.random.randint(0, 3) if files is None else files)
             until_then = time.monotonic() + patience
             process = self.daemon.process
             assert process is not None
@@ -216,8 +218,12 @@ class Trial:
         return self._deck.pop()
 
     # --- work ---------------------------------------------------------------------------------------------------------
-    def feed(self) -> None:
-        """Ask for as many new runs as others have finished, and let a file or two arrive."""
+    def feed(self, files: int) -> None:
+        """Let files arrive, and ask for as many new runs as others have finished."""
+        for _ in range(files):
+            name = f"{self.name}-{len(self.evidence.arrived)}.txt"
+            self.evidence.arrived.append(name)
+            self.scenario.drop(name)
         done = self.scenario.done()
         self._open = {seed for seed in self._open if (self.evidence.asked[seed], seed) not in done}
         for _ in range(ALIVE - len(self._open)):
@@ -228,10 +234,6 @@ class Trial:
         for seed in sorted(self._open - self.evidence.told.keys()):
             if not self._ask(seed):
                 return
-        for _ in range(self.random.randint(0, 3)):
-            name = f"{self.name}-{len(self.evidence.arrived)}.txt"
-            self.evidence.arrived.append(name)
-            self.scenario.drop(name)
 
     def _ask(self, seed: str) -> bool:
         """The daemon may die before, while or after it does what it is asked: the same key is used again then."""
