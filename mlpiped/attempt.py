@@ -110,7 +110,7 @@ class Attempt:
         try:
             handle = await self.backend.submit(job)
         except InvalidJob as fault:
-            return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.FAILED, final=True)
+            return Ended(StepOutcome.FAILED, _with_hint(fault), AttemptEnd.FAILED, final=True)
         except BackendUnavailable as fault:
             return await self._found_or_fenced(fault.message)
         crash.point("after_submit")
@@ -226,20 +226,21 @@ class Attempt:
         crash.point("after_commit")
         return Ended(StepOutcome.SUCCEEDED, "", AttemptEnd.COMMITTED, 0, outputs, usage=usage)
 
-    async def record(self, ended: Ended, again: str | None) -> None:
-        """Make the end durable: the attempt's, and the step's unless it is run `again` (a sentence)."""
+    async def record(self, ended: Ended, ran_because: str, *, again: bool) -> None:
+        """Make the end durable: the attempt's, and the step's unless it is run `again`."""
         if ended.end in (AttemptEnd.COMMITTED, AttemptEnd.SUPERSEDED):
             return  # `commit_result` was the one transaction
         crash.point("before_end")
         now = self.clock.now()
         ops: list[moves.Op[Any]] = []
         if self.begun:
-            to = None if again is None else StepState.QUEUED
+            to = StepState.QUEUED if again else None
             usage = json.dumps(ended.usage)
-            ops.append(moves.attempt_ended(self.token, ended.end, to, again, ended.exit_code, ended.why, usage, now))
-        if again is None and ended.outcome is not None:
+            ops.append(moves.attempt_ended(self.token, ended.end, to, None, ended.exit_code, ended.why, usage, now))
+        if not again and ended.outcome is not None:
             run_id, code = self.run_row.id, ended.exit_code
-            ops.append(moves.finish_step(run_id, self.index, ended.outcome, ended.why, now, exit_code=code))
+            why = ended.why if ended.outcome is StepOutcome.CANCELLED else f"{ended.why} (it ran: {ran_because})"
+            ops.append(moves.finish_step(run_id, self.index, ended.outcome, why, now, exit_code=code))
         if ops:
             await self.world.ledger.write(*ops)
 
@@ -322,6 +323,10 @@ def _parts(argument: Arg, facts: StepFacts) -> tuple[Part, ...]:
             case "output":
                 found.append(Part("output", part.port))
     return tuple(found)
+
+
+def _with_hint(fault: MlpipedError) -> str:
+    return fault.message if fault.hint is None else f"{fault.message}; {fault.hint}"
 
 
 def _text(value: object) -> str:

@@ -86,8 +86,9 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
     now = scheduler.clock.now()
     if t.state is StepState.QUEUED:
         if t.not_before is not None:
-            return f"tried again in {max(0, t.not_before - now) / 1e6:.0f} s: {t.why}"
-        return scheduler.dispatch.why_waiting(run_id, index) or f"about to start: {t.why}"
+            return f"tried again in {max(0, t.not_before - now) / 1e6:.0f} s: {t.again}"
+        waits = scheduler.dispatch.why_waiting(run_id, index) or "about to start"
+        return f"{waits}; run again: {t.again}" if t.again else waits
     if t.attempt is not None and t.attempt.held is not None:
         return f"held: {t.attempt.held}"
     word = "runs" if t.state is StepState.RUNNING else "starts"

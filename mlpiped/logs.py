@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 
+from mlpiped import journal
+
 if TYPE_CHECKING:
     from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor, WrappedLogger
 
@@ -36,8 +38,8 @@ _QUIET = ("asyncssh", "apscheduler", "aiosqlite", "watchfiles", "aiohttp.access"
 def setup(log: LogFormat, *, stream: TextIO | None = None, level: int | None = None) -> None:
     """Sends all logs of this process to `stream` (stderr) as `log` says. May be called again.
 
-    `journal` is `json` with the priority in front as journald reads it from a service's stderr. The level is INFO,
-    or DEBUG when `$MLPIPED_DEBUG` is set.
+    `journal` is `json` with the priority in front as journald reads it from a service's stderr; where stderr does go to
+    journald, it also gets each field by itself. The level is INFO, or DEBUG when `$MLPIPED_DEBUG` is set.
     """
     out = stream or sys.stderr
     if level is None:
@@ -52,7 +54,8 @@ def setup(log: LogFormat, *, stream: TextIO | None = None, level: int | None = N
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_ending(log, out)],
         use_get_message=True,
     )
-    handler = logging.StreamHandler(out)
+    native = log == "journal" and journal.reads(out)
+    handler: logging.Handler = journal.JournalHandler(out) if native else logging.StreamHandler(out)
     handler.setFormatter(formatter)
     logging.raiseExceptions = False  # a closed stderr is no reason for a traceback on it
     root = logging.getLogger()

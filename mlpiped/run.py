@@ -73,7 +73,8 @@ class Try:
 
     state: StepState = StepState.QUEUED
     since: int = 0  # µs: in this state
-    why: str = ""
+    why: str = ""  # it has to run
+    again: str = ""  # it has to run once more
     compute: str | None = None
     tokens: int = 0
     failures: int = 0  # attempts that were the code's fault
@@ -223,7 +224,7 @@ class Execution:
         new = []
         for d in decisions:
             t = self.tries.setdefault(d.index, Try(since=now))
-            t.why = d.why if not t.tokens else t.why
+            t.why = t.why or d.why
             if d.index not in self._recorded:
                 new.append(StepRow(d.index, self.graph.steps[d.index].name, StepState.QUEUED, None, d.why, key=d.key))
                 self._recorded.add(d.index)
@@ -285,7 +286,7 @@ class Execution:
         t = self.tries[index]
         t.attempt = None
         ended, again, pause = self._verdict(index, t, ended)
-        await attempt.record(ended, again)
+        await attempt.record(ended, t.why, again=again is not None)
         if again is None:
             assert ended.outcome is not None
             del self.tries[index]
@@ -295,7 +296,7 @@ class Execution:
             self._wake.set()
             await attempt.tidy(ended)
             return
-        t.state, t.why, t.since = StepState.QUEUED, again, self.clock.now()
+        t.state, t.again, t.since = StepState.QUEUED, again, self.clock.now()
         t.not_before = t.since + int(pause * 1e6) if pause else None
         self.dispatcher.settled(self.id, index)
         await self._pause(index)
@@ -386,6 +387,7 @@ class Execution:
                 if attempt.end is None:
                     live.append(attempt)
                 elif attempt.end in (AttemptEnd.FAILED, AttemptEnd.TIMED_OUT) and attempt.ended_at is not None:
+                    t.again = attempt.reason or ""
                     t.not_before = attempt.ended_at + int(self._retry_pause(row.idx, t) * 1e6)
         self.plan.ready()  # handed out below, less those that run already
         running = {attempt.idx for attempt in live}

@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "model": (1, ("model",)),
     "spec": (1, ("spec",)),
     "sdk": (1, ("", "sdk")),
-    "systemd": (1, ("notify_systemd",)),
+    "systemd": (1, ("journal", "notify_systemd")),
     "config": (2, ("config", "config_faults", "config_find", "config_lines", "config_values")),
     "logs": (2, ("logs",)),
     "decisions": (2, ("keys", "resolve")),

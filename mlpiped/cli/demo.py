@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mlpiped.cli.demo_chart import Point, draw
 from mlpiped.cli.demo_scene import BATCHES, Broken, Scene
 from mlpiped.cli.front import Parser, guarded
-from mlpiped.errors import MlpipedError
+from mlpiped.errors import MlpipedError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -298,9 +298,13 @@ def _demo(out: Path) -> int:
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise MlpipedError(f"the demo needs {' and '.join(missing)}", hint="run `pip install 'mlpiped[demo]'`")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (PICTURE, MODEL, REPORT):  # those of the last time; nothing else in the folder is ours
-        (out / name).unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (PICTURE, MODEL, REPORT):  # those of the last time; nothing else in the folder is ours
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        reason = (error.strerror or "").lower()
+        raise UsageError(f"cannot write to `{out}`: {reason}", hint="name another folder with --out") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a `finally` sees the end of either kind
     tell, scene = Teller(), Scene()
     try:

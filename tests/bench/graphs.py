@@ -71,6 +71,14 @@ pipeline = Pipeline("{name}", steps=steps)
 """
 
 
+def nightly(name: str, count: int) -> str:
+    """`count` steps that do nothing, each in its own way, and are reused from the second run on."""
+    return f"""{HEAD}
+steps = [CommandStep(["true", str(i)], name=f"s{{i}}") for i in range({count})]
+pipeline = Pipeline("{name}", steps=steps)
+"""
+
+
 def stamp(name: str, effects: Path, trigger: str = "") -> str:
     """One step that appends the time at which it started, in nanoseconds, to `effects`."""
     return f"""{HEAD}

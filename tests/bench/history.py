@@ -11,15 +11,26 @@ if TYPE_CHECKING:
 NUMBERED = "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < :count)"
 
 
-def grow(ledger: Path, count: int) -> str:
-    """Copy the newest run, its steps, attempts and events `count` times; says what lies there then."""
+def grow(ledger: Path, count: int, source: int | None = None, days: float = 0.0) -> str:
+    """Copy a run (the newest, or `source`), its steps, attempts and events `count` times; says what lies there then.
+
+    The copies are spread over the last `days`, the oldest first.
+    """
     connection = sqlite3.connect(ledger)
     with connection:
         connection.execute("PRAGMA foreign_keys = ON")
         (last,) = connection.execute("SELECT max(id) FROM runs").fetchone()
-        names = {"last": last, "count": count}
+        names = {"last": last, "count": count, "source": last if source is None else source, "age": days * 86_400e6}
+        back = "CAST(:age * (:count - n.n) / :count AS INTEGER)"
         for table, key, fresh in (
-            ("runs", "id", {"id": ":last + n.n"}),
+            (
+                "runs",
+                "id",
+                {
+                    "id": ":last + n.n",
+                    **{at: f"t.{at} - {back}" for at in ("created_at", "started_at", "finished_at")},
+                },
+            ),
             ("steps", "run_id", {"run_id": ":last + n.n"}),
             ("attempts", "run_id", {"id": "NULL", "run_id": ":last + n.n", "token": "t.token || '-' || n.n"}),
             ("events", "run_id", {"id": "NULL", "run_id": ":last + n.n"}),
@@ -28,7 +39,7 @@ def grow(ledger: Path, count: int) -> str:
             listed = ", ".join(f'"{column}"' for column in columns)
             values = ", ".join(fresh.get(column, f't."{column}"') for column in columns)
             connection.execute(
-                f"{NUMBERED} INSERT INTO {table} ({listed}) SELECT {values} FROM n, {table} t WHERE t.{key} = :last",
+                f"{NUMBERED} INSERT INTO {table} ({listed}) SELECT {values} FROM n, {table} t WHERE t.{key} = :source",
                 names,
             )
     sizes = [

@@ -129,6 +129,60 @@ def status() -> Iterator[Figure]:
     yield Figure("start to serving, 100,000 runs", opened, "s")
 
 
+def million() -> Iterator[Figure]:
+    """The same with 1,000,000 steps of two years, and what retention of it costs those who ask meanwhile."""
+    with Daemon(extra='[retention]\nruns = "forever"\nlogs = "forever"') as daemon:
+        daemon.plugin("ten", graphs.nightly("ten", 10))
+        until(lambda: daemon.version("ten"), "`ten` loaded")
+        ran, reused = daemon.go("ten")["id"], daemon.go("ten")["id"]
+        daemon.term()
+        grow(daemon.state / "ledger.sqlite3", 20_000, ran, days=730)
+        rows = grow(daemon.state / "ledger.sqlite3", 80_000, reused, days=730)
+        size = (daemon.state / "ledger.sqlite3").stat().st_size / 1e9
+        opened = gauges.wall(lambda: daemon.start(timeout=120))
+        until(lambda: daemon.version("ten"), "`ten` loaded")
+
+        def ask(*words: str, turns: int = 9) -> float:
+            command = [BIN / "mlpipectl", *words]
+            return statistics.median(gauges.command(command, env=daemon.env) for _ in range(turns)) * 1000
+
+        note = f"{rows}; {size:.2f} GB"
+        yield Figure("mlpipectl status, 1,000,000 steps", ask("status"), "ms", 100, note=note)
+        yield Figure("mlpipectl runs, 1,000,000 steps", ask("runs"), "ms", 200)
+        yield Figure("mlpipectl runs --outcome failed", ask("runs", "--outcome", "failed"), "ms", 200)
+        yield Figure("mlpipectl pipelines, 1,000,000 steps", ask("pipelines"), "ms", 200)
+        yield Figure("start to serving, 1,000,000 steps", opened, "s")
+        yield Figure("mlpiped backup, 1,000,000 steps", _backup(daemon), "s")
+        daemon.term()
+        daemon.config.write_text(daemon.config.read_text().replace('runs = "forever"', 'runs = "700d"'))
+        daemon.start(timeout=120)
+        yield from _retire(daemon)
+
+
+def _backup(daemon: Daemon) -> float:
+    words = [BIN / "mlpiped", "backup", "--config", daemon.config, daemon.root / "copy"]
+    return gauges.command(words, env=daemon.env)
+
+
+def _retire(daemon: Daemon) -> Iterator[Figure]:
+    """Runs a month past their time go while somebody asks for the status again and again, and starts runs."""
+    before = daemon.json("runs", "-n", 1)["runs"][0]["id"]
+    asked, started = [], []
+    command = [BIN / "mlpipectl", "gc"]
+    began = time.perf_counter()
+    with subprocess.Popen(command, env=daemon.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as gc:
+        while gc.poll() is None:
+            asked.append(gauges.command([BIN / "mlpipectl", "status"], env=daemon.env) * 1000)
+            started.append(gauges.command([BIN / "mlpipectl", "run", "ten"], env=daemon.env) * 1000)
+        out = gc.stdout.read().decode() if gc.stdout else ""
+    took = time.perf_counter() - began
+    gone = next((line.split()[1] for line in out.splitlines() if line.startswith("runs ")), "no")
+    yield Figure("gc of a month of it", took, "s", note=f"{gone} runs gone, {before} before")
+    yield Figure("status meanwhile, worst", max(asked), "ms", 250)
+    note = f"of {len(started)}, median {statistics.median(started):.0f}"
+    yield Figure("run meanwhile, worst", max(started), "ms", note=note)
+
+
 def imports() -> Iterator[Figure]:
     """`import mlpiped` with every name of the SDK, in a fresh interpreter."""
     code = (

@@ -75,8 +75,14 @@ def test_B4_what_was_acknowledged_survives_a_power_cut_and_all_work_is_done(caps
 
 WEAK = {
     "fence_removed": (("after_submit", "after_handle"), "duplicated|never_ran and has left"),
-    "liveness_after_exit": ((OUTSIDE, "after_fire", "before_outcome"), r"recorded as lost and has left \['start', 'end'\]"),
-    "synchronous_normal": ((OUTSIDE, "after_intent", "after_commit"), "no intent of it|no such run|is not in the ledger"),
+    "liveness_after_exit": (
+        (OUTSIDE, "after_fire", "before_outcome"),
+        r"recorded as lost and has left \['start', 'end'\]",
+    ),
+    "synchronous_normal": (
+        (OUTSIDE, "after_intent", "after_commit"),
+        "no intent of it|no such run|is not in the ledger",
+    ),
     "commit_before_rename": (("after_commit",), "cannot be read|changed in the store"),
 }
 """Mutant -> where it is weak (so that it is found in seconds, and not in minutes), and what it must be accused of."""

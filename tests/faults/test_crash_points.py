@@ -43,7 +43,7 @@ IDS = {
 @pytest.fixture(scope="module")
 def trial() -> Iterator[Trial]:
     """One state folder for all points: what the earlier ones left must stay true through the later ones."""
-    with Trial(4000, clocks=False) as trial:
+    with Trial(4000, clocks=False, alive=4) as trial:
         trial.begin()
         yield trial
 
@@ -122,7 +122,9 @@ class Host:
 @pytest.fixture
 def host() -> Iterator[Host]:
     if os.geteuid() != 0 or shutil.which("unshare") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("another boot id needs root: it is a mount over the kernel's")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "another boot id needs root: it is a mount over the kernel's"
+        )
     host = Host()
     try:
         host.daemon.start()

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 UNIT = "mlpiped.service"
 WATCHDOG = 6  # seconds
-# A host that has rebooted has another boot id. nspawn gives its machines one too, by a mount in /proc/sys that the unit's
-# own mounts there hide: so it is put where the service sees it.
+# A host that has rebooted has another boot id. nspawn gives its machines one too, by a mount in /proc/sys that the
+# unit's own mounts there hide: so it is put where the service sees it.
 BOOT_ID = """\
 [Service]
 Type=oneshot
+RemainAfterExit=yes
 ExecStart=/bin/sh -c 'cat /proc/sys/kernel/random/boot_id > /run/boot-id'
 """
 DROP_IN = f"""\
@@ -114,9 +115,11 @@ class Service:
 
         until(look, "the service is active again", timeout, pause=0.1)
 
-    def journal(self) -> list[dict[str, Any]]:
-        """What the service and systemd have said about it since the machine was made; oldest first."""
-        said = self.machine.run("journalctl", "-o", "json", "--unit", UNIT, "--no-pager").stdout
+    def journal(self, *fields: str) -> list[dict[str, Any]]:
+        """What the service and systemd have said about it since the machine was made; oldest first. Or: what has all
+        of these fields."""
+        what = fields or ("--unit", UNIT)
+        said = self.machine.run("journalctl", "-o", "json", "--no-pager", *what).stdout
         return [json.loads(line) for line in said.splitlines()]
 
     # --- what people do ---------------------------------------------------------------------------------------------

@@ -307,3 +307,12 @@ def test_check_warns_of_operators_whom_the_socket_keeps_out(
     assert admin.main(["check", "--config", str(home / "mlpiped.toml")]) == 0
     err = capsys.readouterr().err
     assert warning in err if warning else "reach the socket" not in err
+
+
+@pytest.mark.parametrize("folder", ["/proc/none", "/etc/passwd"])
+def test_demo_says_which_folder_it_cannot_write_to(
+    folder: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlpiped.cli.demo.NEEDS", {})
+    assert admin.main(["demo", "--out", folder]) == 2
+    assert f"error: cannot write to `{folder}`: " in capsys.readouterr().err

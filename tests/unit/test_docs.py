@@ -96,7 +96,7 @@ CALLED = re.compile(r"(?:^|[\s;&|])(mlpiped|mlpipectl) +((?:--?\S+ +)*)([a-z]+)\
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_every_verb_that_is_named_exists(page: Path) -> None:
     text = page.read_text()
-    codes = fenced(page, "sh") + re.findall(r"`((?:mlpiped|mlpipectl) [^`\n]+)`", FENCE.sub("", text))
+    codes = fenced(page, "sh", "console") + re.findall(r"`((?:mlpiped|mlpipectl) [^`\n]+)`", FENCE.sub("", text))
     named = [found for code in codes for found in CALLED.findall(re.sub(r"\s#.*|(?:systemctl|journalctl).*", "", code))]
     unknown = [f"{program} {verb}" for program, _, verb in named if verb not in VERBS[program]]
     assert unknown == []

@@ -23,7 +23,7 @@ from mlpiped.config import Retention
 from mlpiped.fingerprint import Fingerprinter
 from mlpiped.keeper import Keeper
 from mlpiped.ledger import Ledger, StatRow, StepRow, moves
-from mlpiped.model import OutputFact, RunOutcome, StepOutcome
+from mlpiped.model import OutputFact, RunOutcome, StepOutcome, StepState
 from mlpiped.retention import JobFolder, Span, leapt, spent_jobs
 
 pytestmark = pytest.mark.anyio
@@ -164,7 +164,7 @@ async def test_nothing_goes_that_is_to_be_kept_for_ever(scene: Scene) -> None:
 async def test_a_large_run_goes_in_bites_that_never_hold_the_writer_long(scene: Scene) -> None:
     at = scene.at(OLD)
     [run] = await scene.ledger.write(opening(event("wide"), now=at))
-    rows = [StepRow(i, f"s{i}", outcome=StepOutcome.SKIPPED) for i in range(20_000)]
+    rows = [StepRow(i, f"s{i}", StepState.FINISHED, StepOutcome.SKIPPED) for i in range(20_000)]
     await scene.ledger.write(moves.start_run(run, at), moves.add_steps(run, rows, at))
     await scene.ledger.write(moves.finish_run(run, RunOutcome.SUCCEEDED, at))
     await scene.run(0, pipeline="wide")
@@ -276,7 +276,7 @@ async def test_what_is_collected_again_while_gc_runs_stays(scene: Scene) -> None
 
 
 async def test_store_entries_that_nobody_refers_to_go_after_a_week(scene: Scene) -> None:
-    run = await scene.run(30, made="kept")
+    run = await scene.run(20, made="kept")
     stray = await scene.artifact("lost", "stray", scene.at(8))
     young = await scene.artifact("young", "young", scene.at(6))
     assert (await scene.keeper.plan())["bytes"] == len("stray")
@@ -385,7 +385,7 @@ async def test_what_goes_wrong_with_one_part_is_told_and_the_others_go_on(
 
 
 async def test_a_plan_removes_nothing(scene: Scene) -> None:
-    run = await scene.run(OLD, made="x")
+    run = await scene.run(OLD, made="xx")
     await scene.run(0)
     stray = await scene.artifact("lost", "stray", scene.at(8))
     code = snapshot(scene, "b" * 64, OLD)

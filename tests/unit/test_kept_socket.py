@@ -1,4 +1,4 @@
-"""The control socket over a restart below systemd: kept by it, taken up by the next daemon, and nobody is turned away."""
+"""The control socket over a restart below systemd: kept by it, taken up by the next daemon; nobody is turned away."""
 
 from __future__ import annotations
 

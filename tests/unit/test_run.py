@@ -109,7 +109,11 @@ async def test_what_comes_after_a_failure_is_skipped_and_the_rest_runs(lab: Lab)
     execution = await lab.open({"name": "a"}, {"name": "b", "after": ["a"]}, {"name": "c", "salt": "c"})
     assert await execution.run() is RunOutcome.FAILED
     rows = {row.name: row for row in await lab.ledger.steps(execution.id)}
-    assert (rows["a"].outcome, rows["a"].why, rows["a"].exit_code) == (StepOutcome.FAILED, "exited with status 3", 3)
+    assert (rows["a"].outcome, rows["a"].why, rows["a"].exit_code) == (
+        StepOutcome.FAILED,
+        "exited with status 3 (it ran: has not succeeded before)",
+        3,
+    )
     assert (rows["b"].outcome, rows["b"].why) == (StepOutcome.SKIPPED, "`a` failed")
     assert rows["c"].attempts == 1
 
@@ -337,3 +341,16 @@ async def test_an_unknown_datastore_fails_the_step_with_a_sentence(lab: Lab) -> 
     execution = await lab.open(step)
     assert await execution.run() is RunOutcome.FAILED
     assert "no datastore named `gone` in the config" in (await lab.step(execution)).why
+
+
+async def test_why_a_step_ran_is_still_known_after_it_was_tried_again(lab: Lab) -> None:
+    class OnceFailing(FakeBackend):
+        async def submit(self, job: Job) -> Handle:
+            self.exit_code = 1 if job.env["MLPIPED_ATTEMPT"] == "1" else 0
+            return await super().submit(job)
+
+    lab.backend = OnceFailing()
+    execution = await lab.open({"name": "a", "retry": {"attempts": 2, "delay": 0}})
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert (await lab.step(execution)).why == "has not succeeded before"
+    assert [a.reason for a in await lab.ledger.attempts(execution.id, 0)] == ["exited with status 1", None]

@@ -192,7 +192,9 @@ class _Case:
             return
         period = round(PERIOD * 1e6)
         for pipeline in TICKING:
-            rows = self.connection.execute("SELECT * FROM fires WHERE pipeline = ? AND dedupe LIKE 'cron:%'", (pipeline,))
+            rows = self.connection.execute(
+                "SELECT * FROM fires WHERE pipeline = ? AND dedupe LIKE 'cron:%'", (pipeline,)
+            )
             fires = {int(row["dedupe"].rpartition(":")[2]): row for row in rows}
             times = sorted(fires)
             if not times:

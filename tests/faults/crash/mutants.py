@@ -114,7 +114,9 @@ def _replace(where: Any, name: str, by: Any) -> None:
     setattr(where, name, by)
 
 
-MUTANTS = {each.__name__: each for each in (fence_removed, liveness_after_exit, synchronous_normal, commit_before_rename)}
+MUTANTS = {
+    each.__name__: each for each in (fence_removed, liveness_after_exit, synchronous_normal, commit_before_rename)
+}
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Trial:
         power: bool = False,
         clocks: bool = True,
         slots: int = 12,
+        alive: int = ALIVE,
         points: Sequence[str] = (*POINTS, OUTSIDE, OUTSIDE, OUTSIDE),
         finished: float = FINISHED,
     ) -> None:
@@ -62,7 +63,7 @@ class Trial:
             self.daemon.program = program
         self.evidence = Evidence()
         self.disk: Disk | None = None
-        self.points, self.finished = points, finished
+        self.alive, self.points, self.finished = alive, points, finished
         self._deck: list[str] = []
         self._asked = 0
         self._open: set[str] = set()  # seeds of runs that have not been seen to end
@@ -123,7 +124,11 @@ class Trial:
         self._die(OUTSIDE)
 
     def life(
-        self, point: str | None = None, count: int | None = None, patience: float | None = None, files: int | None = None
+        self,
+        point: str | None = None,
+        count: int | None = None,
+        patience: float | None = None,
+        files: int | None = None,
     ) -> None:
         """Start the daemon, armed or not; ask for work, let so many files arrive; it dies."""
         point = point or self._next_point()
@@ -226,7 +231,7 @@ class Trial:
             self.scenario.drop(name)
         done = self.scenario.done()
         self._open = {seed for seed in self._open if (self.evidence.asked[seed], seed) not in done}
-        for _ in range(ALIVE - len(self._open)):
+        for _ in range(self.alive - len(self._open)):
             self._asked += 1
             pipeline = ALL_ASKED[self._asked % len(ALL_ASKED)]
             self.evidence.asked[f"{self.name}-{self._asked}"] = pipeline

@@ -10,6 +10,7 @@ clean_step = PythonScriptStep(
     "clean.py",
     name="clean",
     source_directory="readings",
+    code="imports",  # an edit of the other script does not run this one again
     arguments=["--highest", highest, "--out", clean, arrived],
     outputs=[clean],
 )
@@ -17,6 +18,7 @@ means_step = PythonScriptStep(
     "means.py",
     name="means",
     source_directory="readings",
+    code="imports",
     arguments=[clean, "--out", means],
     outputs=[means],
 )
