@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlpiped.placement import Need, Place, Waiting, refusals
+from mlpiped.placement import Need, Place, Waiting, candidates, refusals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -131,9 +131,9 @@ class Dispatch:
             return f"nothing is started: {self.paused}"
         if not self._room():
             return f"max_running_steps = {self.max_running} is reached"
-        return "waits for a place: " + "; ".join(
-            f"{reason}{self._held_by(place)}" for place, reason in self._refusals(need)
-        )
+        places = candidates(need, list(self.places.values()))
+        lead = "waits for a place" if any(place.could_ever(need) for place in places) else "can never have a place"
+        return f"{lead}: " + "; ".join(f"{reason}{self._held_by(place)}" for place, reason in self._refusals(need))
 
     def _refusals(self, need: Need) -> list[tuple[Place | None, str]]:
         found = refusals(need, list(self.places.values()))

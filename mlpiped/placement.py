@@ -51,15 +51,19 @@ class Place:
         if self.unwell:
             return f"{self.name}: {self.unwell}"
         if need.slots > self.slots:
-            return f"{self.name} has {self.slots} slots, {need.slots} are asked for"
+            return f"{self.name} has {self.slots} slots in all, {need.slots} are asked for"
         if self.memory is not None and (need.memory or 0) > self.memory:
-            return f"{self.name} has {_bytes(self.memory)} of memory, {_bytes(need.memory or 0)} are asked for"
+            return f"{self.name} has {_bytes(self.memory)} of memory in all, {_bytes(need.memory or 0)} are asked for"
         if self.used_slots + need.slots > self.slots:
             return f"{self.name} has {self.slots} {'slot' if self.slots == 1 else 'slots'}, {self.used_slots} in use"
         if self.memory is not None and self.used_memory + (need.memory or 0) > self.memory:
             free = self.memory - self.used_memory
             return f"{self.name} has {_bytes(free)} of memory free, {_bytes(need.memory or 0)} are asked for"
         return None
+
+    def could_ever(self, need: Need) -> bool:
+        """Whether `need` fits when nothing else is here."""
+        return need.slots <= self.slots and (self.memory is None or (need.memory or 0) <= self.memory)
 
     def take(self, need: Need) -> None:
         self.holders[need.run, need.index] = need

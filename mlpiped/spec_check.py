@@ -242,6 +242,9 @@ class _Check:
             self._uses(name, where)
         self._arguments(step)
         self._code(step)
+        if step.resources.gpus and self.computes is not None:
+            message = f"step `{step.name}` asks for GPUs, and no compute leases them yet"
+            self.fault(where, message, "leave `gpus=` out: the step then sees every card of its machine")
         if self.computes is not None:
             for name in step.compute:
                 if name not in self.computes:

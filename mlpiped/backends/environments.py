@@ -215,4 +215,5 @@ async def _run(command: list[str], log: Path, lock: int) -> int:
 
 def _last_lines(log: Path, count: int) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return "; ".join(lines[-count:])[:1000] or "it said nothing"
+    errors = [line for line in lines if line.lower().startswith("error")]  # pip ends with notices about itself
+    return "; ".join((errors or lines)[-count:])[:1000] or "it said nothing"

@@ -68,7 +68,7 @@ def test_A_a_daemon_that_dies_at_a_point_leaves_nothing_undone_and_nothing_done_
     assert not verdict.violations, f"{fault} {point}: {verdict}\n{trial.daemon.tail()}"
 
 
-# --- A4 -----------------------------------------------------------------------------------------------------------------
+# --- A4 -----------------------------------------------------------------------------------------------------------
 def test_A4_a_step_goes_on_while_its_daemon_is_killed_again_and_again_and_its_log_is_whole(own: Daemon) -> None:
     count, lives = 120, 5
     said = own.root / "said"
@@ -93,7 +93,7 @@ pipeline = Pipeline("long", steps=[CommandStep(command, name="talk")])
     assert sum("line " in line for line in log.stdout.splitlines()) == count, log.stdout
 
 
-# --- B3, A8: another boot of the host -----------------------------------------------------------------------------------
+# --- B3, A8: another boot of the host -----------------------------------------------------------------------------
 class Host:
     """A daemon that finds the boot id which we say: a file of ours lies over the kernel's, for it and its steps."""
 
@@ -113,7 +113,7 @@ class Host:
         while pids := self.daemon.processes():
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
-            until(lambda: not pids & self.daemon.processes(), "all are dead")  # noqa: B023
+            until(lambda: not pids & self.daemon.processes(), "all are dead")
         if self.daemon.process is not None:
             self.daemon.process.wait()
             self.daemon.process = None

@@ -32,7 +32,7 @@ def own() -> Iterator[Daemon]:
         yield daemon
 
 
-# --- C7 -----------------------------------------------------------------------------------------------------------------
+# --- C7 -----------------------------------------------------------------------------------------------------------
 def test_C7_of_twenty_daemons_started_at_once_one_serves_and_the_others_name_it() -> None:
     daemon, count = Daemon(), 20
     starting: list[subprocess.Popen[bytes]] = []
@@ -64,7 +64,7 @@ def test_C7_of_twenty_daemons_started_at_once_one_serves_and_the_others_name_it(
         daemon.close()
 
 
-# --- E1, E2 -------------------------------------------------------------------------------------------------------------
+# --- E1, E2 -------------------------------------------------------------------------------------------------------
 class Clocked:
     """A daemon whose wall clock is set while it lives; its monotonic clock goes on as it did."""
 
@@ -147,7 +147,7 @@ def test_E2_a_live_clock_set_back_by_an_hour_repeats_nothing_and_goes_on_when_it
     clocked.beats("back", 2)
 
 
-# --- F7 -----------------------------------------------------------------------------------------------------------------
+# --- F7 -----------------------------------------------------------------------------------------------------------
 def test_F7_an_input_that_changes_during_the_run_taints_the_attempt_and_the_change_has_one_run(own: Daemon) -> None:
     said, go = own.root / "said", own.root / "go"
     folder = own.lab / "in"
@@ -184,7 +184,7 @@ pipeline = Pipeline("moving", steps=[read], triggers=[OnArrival(data, settle="0.
     assert len(own.runs("moving")) == 2
 
 
-# --- G9 -----------------------------------------------------------------------------------------------------------------
+# --- G9 -----------------------------------------------------------------------------------------------------------
 def test_G9_a_plugin_removed_during_a_run_does_not_end_it_not_even_over_a_restart(own: Daemon) -> None:
     said, go = own.root / "said", own.root / "go"
     own.install(

@@ -45,8 +45,10 @@ echo "last $n"; echo {me} > "$0"; say end
 
 
 class Service:
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, wheels: tuple[str, str]) -> None:
         self.machine = machine
+        self.wheels = wheels
+        """File names in /project: the version that is installed first, and the next one."""
 
     @property
     def lab(self) -> Path:
@@ -54,9 +56,9 @@ class Service:
         return self.machine.root / "srv/lab"
 
     # --- what an administrator does ---------------------------------------------------------------------------------
-    def install(self, wheel: str) -> None:
+    def install(self) -> None:
         self.machine.run("python3", "-m", "venv", "/opt/mlpiped")
-        self.upgrade(wheel)
+        self.upgrade(self.wheels[0])
         for name in ("mlpiped", "mlpipectl"):
             self.machine.run("ln", "-sfn", f"/opt/mlpiped/bin/{name}", f"/usr/local/bin/{name}")
         self.make("install-service")

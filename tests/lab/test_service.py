@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 import rootfs
@@ -61,15 +61,14 @@ def service() -> Iterator[Service]:
                 machine.boot()
             except CannotBoot as fault:
                 _not_here(str(fault))
-            service = Service(machine)
-            service.install(now.name)
-            service.wheels = (now.name, following.name)
+            service = Service(machine, (now.name, following.name))
+            service.install()
             yield service
         finally:
             machine.close()
 
 
-def _not_here(reason: str) -> None:
+def _not_here(reason: str) -> NoReturn:
     """A skip says why; where CI means to have run everything, it is a failure."""
     if os.environ.get("CI"):
         pytest.fail(f"the lab must work in CI: {reason}")

@@ -172,3 +172,9 @@ def test_who_waits_is_told_what_is_taken_and_by_whom(lab: Lab) -> None:
     lab.ask(two, 0)
     assert lab.dispatch.why_waiting(2, 0) == "waits for a place: local has 2 slots, 2 in use, held by run 1 (alice)"
     assert lab.dispatch.why_waiting(1, 0) is None
+
+
+def test_who_can_never_have_a_place_is_told_so(lab: Lab) -> None:
+    one = lab.run(1)
+    lab.ask(one, 0, slots=50)
+    assert lab.dispatch.why_waiting(1, 0) == "can never have a place: local has 2 slots in all, 50 are asked for"

@@ -45,8 +45,12 @@ def test_a_compute_is_chosen_in_the_order_of_preference() -> None:
     [
         (Need(1, 0), Place("local", 2, used_slots=2), "local has 2 slots, 2 in use"),
         (Need(1, 0), Place("local", 1, used_slots=1), "local has 1 slot, 1 in use"),
-        (Need(1, 0, slots=4), Place("local", 2), "local has 2 slots, 4 are asked for"),
-        (Need(1, 0, memory=64 * G), Place("local", 2, memory=32 * G), "local has 32G of memory, 64G are asked for"),
+        (Need(1, 0, slots=4), Place("local", 2), "local has 2 slots in all, 4 are asked for"),
+        (
+            Need(1, 0, memory=64 * G),
+            Place("local", 2, memory=32 * G),
+            "local has 32G of memory in all, 64G are asked for",
+        ),
         (
             Need(1, 0, memory=4 * G),
             Place("local", 2, memory=8 * G, used_memory=6 * G),

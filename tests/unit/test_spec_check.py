@@ -342,3 +342,8 @@ def test_a_chain_of_ten_thousand_steps_is_no_cycle_and_no_recursion_too_deep() -
 
     spec = chain(10_000)
     assert faults_of(spec, {"lab"}, {"local"}) == []
+
+
+def test_gpus_are_refused_while_no_compute_leases_them() -> None:
+    (fault,) = faults_of(pipeline(step("train", resources={"gpus": 1})), computes={"local"})
+    assert fault.message == "step `train` asks for GPUs, and no compute leases them yet"

@@ -33,6 +33,18 @@ def test_what_a_restart_cannot_cure_is_not_restarted(unit: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=["system", "user"])
+def test_the_control_socket_outlives_a_restart_and_nothing_limits_how_many_there_may_be(unit: Path) -> None:
+    assert settings_of(unit)["FileDescriptorStoreMax"] == "1"
+    assert settings_of(unit)["StartLimitIntervalSec"] == "0"
+
+
+def test_temporary_files_can_be_made_below_the_hardening() -> None:
+    found = settings_of(UNITS[0])
+    assert found["ProtectSystem"] == "strict"
+    assert {"/tmp", "/var/tmp"} <= set(found["ReadWritePaths"].split())
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=["system", "user"])
 def test_systemd_knows_every_line(unit: Path, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")

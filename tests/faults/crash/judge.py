@@ -20,12 +20,13 @@ import sqlite3
 from collections import Counter, defaultdict
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
-from crash.scenario import ARRIVING, ASKED, FLAKY, PERIOD, STEPS, TICKING, Mark
 
+from crash.scenario import ARRIVING, ASKED, FLAKY, PERIOD, STEPS, TICKING, Mark
 from mlpiped.run import LOST_LIMIT
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class _Case:
         lost = Counter((row["run_id"], row["idx"]) for row in self.attempts.values() if row["end"] == "lost")
         self.given_up = {run for (run, _), count in lost.items() if evidence.power_cuts and count > LOST_LIMIT}
 
-    # --- 2, 3, 4 ----------------------------------------------------------------------------------------------------
+    # --- 2, 3, 4 ---------------------------------------------------------------------------------------------------
     def tokens(self) -> Iterator[str]:
         whole = (["start", "end"], ["start", "fail"])
         for token, words in self.said.items():
@@ -135,7 +136,7 @@ class _Case:
             elif end not in ("never_ran", "committed", "failed", "lost"):
                 yield f"`{token}` ended as {end} and has left {words}: {row['reason']}"
 
-    # --- 7, and the ledger in itself ----------------------------------------------------------------------------------
+    # --- 7, and the ledger in itself -------------------------------------------------------------------------------
     def runs(self) -> Iterator[str]:
         for row in self.run_rows.values():
             if row["state"] != "finished":
@@ -150,7 +151,7 @@ class _Case:
         rows = self.connection.execute("SELECT name, outcome, why FROM steps WHERE run_id = ?", (run,))
         return "; ".join(f"{row['name']} {row['outcome']} ({row['why']})" for row in rows)
 
-    # --- 1 ------------------------------------------------------------------------------------------------------------
+    # --- 1 ---------------------------------------------------------------------------------------------------------
     def required(self) -> Iterator[str]:
         wanted = [(pipeline, seed) for seed, pipeline in self.evidence.asked.items()]
         wanted += [(pipeline, name) for pipeline in ARRIVING for name in self.evidence.arrived]
@@ -183,7 +184,7 @@ class _Case:
         if len(tokens) > expected and not self.evidence.power_cuts:
             yield f"{what} is duplicated: {len(tokens)} tokens have started, of {expected}"
 
-    # --- 5 ------------------------------------------------------------------------------------------------------------
+    # --- 5 ---------------------------------------------------------------------------------------------------------
     def _opened(self) -> list[sqlite3.Row]:
         return [row for row in self.run_rows.values() if row["pipeline"] in TICKING]
 
@@ -200,12 +201,12 @@ class _Case:
             if not times:
                 yield f"`{pipeline}` has never fired"
                 continue
-            first = times[0] - period * _missed(fires[times[0]]["detail"])
-            if first > self.evidence.clocks_from + period:
-                yield f"`{pipeline}` was known and fired first {(times[0] - self.evidence.clocks_from) / 1e6:.1f} s later"
+            began = self.evidence.clocks_from
+            if times[0] - period * _missed(fires[times[0]]["detail"]) > began + period:
+                yield f"`{pipeline}` was known and fired first {(times[0] - began) / 1e6:.1f} s later"
             if times[-1] + period < self.evidence.clocks_until:
                 yield f"`{pipeline}` has no fire for the last {(self.evidence.clocks_until - times[-1]) / 1e6:.1f} s"
-            for before, at in zip(times, times[1:], strict=False):
+            for before, at in pairwise(times):
                 missed = round((at - before) / period) - 1
                 if (at - before) % period or missed != _missed(fires[at]["detail"]):
                     yield f"`{pipeline}`: {missed} times before {at} are not accounted for: {fires[at]['detail']}"
@@ -213,7 +214,7 @@ class _Case:
             if len(set(opened)) != len(opened) or not set(opened) <= self.run_rows.keys():
                 yield f"`{pipeline}`: the runs of its fires are not one each"
 
-    # --- 6 ------------------------------------------------------------------------------------------------------------
+    # --- 6 ---------------------------------------------------------------------------------------------------------
     def outputs(self) -> Iterator[str]:
         rows = self.connection.execute(
             'SELECT o.*, a.token, a."end", r.pipeline FROM outputs o JOIN attempts a ON a.id = o.attempt'
@@ -234,7 +235,7 @@ class _Case:
             if row["end"] != "committed":
                 yield f"output `{row['name']}` belongs to `{row['token']}`, which ended as {row['end']}"
 
-    # --- what others were told ----------------------------------------------------------------------------------------
+    # --- what others were told -------------------------------------------------------------------------------------
     def told(self) -> Iterator[str]:
         for seed, run in self.evidence.told.items():
             row = self.run_rows.get(run)
@@ -253,7 +254,7 @@ class _Case:
         return sum(hit(row) for row in self.run_rows.values())
 
 
-# --- digests, written anew from their definition: the product's own code is not asked ---------------------------------
+# --- digests, written anew from their definition: the product's own code is not asked -----------------------------
 def file_digest(path: str) -> str:
     return "b3:" + blake3(Path(path).read_bytes()).hexdigest()
 

@@ -37,10 +37,10 @@ def liveness_after_exit() -> None:
     from mlpiped.backends.local import LocalBackend
 
     watch, witness = LocalBackend._watch, folder.witness
-    early: ContextVar[list[Any]] = ContextVar("early", default=[])  # what the exit file said before the look
+    early: ContextVar[tuple[Any, ...]] = ContextVar("early", default=())  # what the exit file said before the look
 
     async def late_watch(self: LocalBackend, call: Any, at: Any, handle: Any) -> Any:
-        token = early.set([witness(at)])
+        token = early.set((witness(at),))
         try:
             await asyncio.sleep(GAP)
             return await watch(self, call, at, handle)

@@ -1,7 +1,7 @@
 """What the daemon has to do while it dies: a fan-out, a chain with a retry, arrivals, and two clocks.
 
-Each step appends `TOKEN PIPELINE RUN STEP SEED WORD` to the effects file when it starts and when it ends: one write with
-O_APPEND, and an fsync. The words are `start`, `end`, and `fail` for the attempt that fails as its author meant it to.
+Each step appends `TOKEN PIPELINE RUN STEP SEED WORD` to the effects file when it starts and when it ends: one write
+with O_APPEND, and an fsync. The words are `start`, `end`, and `fail` for the attempt that fails as its author meant it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ steps = [
         name="right", outputs=[right],
     ),
     CommandStep(
-        f"{mark} {seed} join start; cat {left} {right} > {whole}; {made} >> {whole}; mkdir -p {tree}/in; {made} > {tree}/in/one;"
-        f" {made} > {tree}/two; {mark} {seed} join end",
+        f"{mark} {seed} join start; cat {left} {right} > {whole}; {made} >> {whole};"
+        f" mkdir -p {tree}/in; {made} > {tree}/in/one; {made} > {tree}/two; {mark} {seed} join end",
         name="join", outputs=[whole, tree],
     ),
 ]
@@ -57,7 +57,9 @@ CHAIN = """
 seed = PipelineParameter("seed", default="")
 one, two = PipelineData("one"), PipelineData("two")
 steps = [
-    CommandStep(f"{mark} {seed} first start; echo {seed} > {one}; {mark} {seed} first end", name="first", outputs=[one]),
+    CommandStep(
+        f"{mark} {seed} first start; echo {seed} > {one}; {mark} {seed} first end", name="first", outputs=[one]
+    ),
     CommandStep(
         f"{mark} {seed} second start; cat {one} > {two}; if mkdir {flags}/{seed} 2>/dev/null;"
         f" then {mark} {seed} second fail; exit 3; fi; {mark} {seed} second end",

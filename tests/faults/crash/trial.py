@@ -16,10 +16,10 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from crash.judge import ALL_ASKED, Evidence, Verdict, judge
-from crash.scenario import TICKING, Scenario
 from harness import Daemon, until
 
+from crash.judge import ALL_ASKED, Evidence, Verdict, judge
+from crash.scenario import TICKING, Scenario
 from mlpiped.cli.client import Client
 from mlpiped.crash import POINTS
 from mlpiped.errors import MlpipedError
@@ -98,7 +98,7 @@ class Trial:
             self.disk.close()
         self.daemon.close()
 
-    # --- the whole of it --------------------------------------------------------------------------------------------
+    # --- the whole of it -------------------------------------------------------------------------------------------
     def go(self, *, runs: int = 0, deaths: int = 0, seconds: float = 0.0) -> Verdict:
         """Until so many crash-injected runs, deaths, or seconds (whichever is asked for); the verdict."""
         self.begin()
@@ -171,7 +171,7 @@ class Trial:
         ledger = self.daemon.state / "ledger.sqlite3"
         return judge(ledger, self.scenario.marks(), self.evidence, self.daemon.processes())
 
-    # --- births and deaths --------------------------------------------------------------------------------------------
+    # --- births and deaths -----------------------------------------------------------------------------------------
     def start(self) -> bool:
         """Whether it serves; False if it died on the way there, as it may when it is armed."""
         try:
@@ -222,7 +222,7 @@ class Trial:
             self.random.shuffle(self._deck)
         return self._deck.pop()
 
-    # --- work ---------------------------------------------------------------------------------------------------------
+    # --- work ------------------------------------------------------------------------------------------------------
     def feed(self, files: int) -> None:
         """Let files arrive, and ask for as many new runs as others have finished."""
         for _ in range(files):
@@ -252,9 +252,9 @@ class Trial:
         return True
 
     def _ask_again(self) -> bool:
-        return all([self._ask(seed) for seed in self.evidence.asked if seed not in self.evidence.told])
+        return all(self._ask(seed) for seed in self.evidence.asked if seed not in self.evidence.told)
 
-    # --- the end ------------------------------------------------------------------------------------------------------
+    # --- the end ---------------------------------------------------------------------------------------------------
     def _stop_clocks(self) -> None:
         if not self._clocks:
             return
@@ -282,7 +282,7 @@ class Trial:
         runs = self.client.get("/v1/status")["runs"]
         return bool(runs.get("running", 0) + runs.get("queued", 0)) if isinstance(runs, dict) else bool(runs)
 
-    # --- what it says while it lives ----------------------------------------------------------------------------------
+    # --- what it says while it lives -------------------------------------------------------------------------------
     @contextlib.contextmanager
     def _listening(self):  # type: ignore[no-untyped-def]
         """With a disk to be cut: every event that was streamed is a fact that somebody acted on."""
