@@ -32,7 +32,7 @@ from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
 from mlpiped.dispatch import Dispatch
-from mlpiped.errors import MlpipedError
+from mlpiped.errors import LedgerError, MlpipedError
 from mlpiped.facts import World
 from mlpiped.fingerprint import Fingerprinter
 from mlpiped.keeper import Keeper
@@ -264,14 +264,21 @@ class Daemon:
             self.lag = max(0.0, self.clock.monotonic() - due)
             if interval is not None and self.lag < LAG_LIMIT and due - fed >= interval / FEEDS:
                 fed = due
-                await self.ledger.last_event()
-                notify_systemd.watchdog()
+                try:
+                    await self.ledger.last_event()
+                except LedgerError as fault:
+                    log.error("the ledger does not answer: the watchdog is not fed", why=fault.message)
+                else:
+                    notify_systemd.watchdog()
 
     async def _housekeeping(self) -> None:
         while True:
-            await self.store.sweep()
+            try:
+                await self.store.sweep()
+                await self.ledger.checkpoint()
+            except (MlpipedError, OSError) as fault:
+                log.warning("housekeeping failed; it is tried again", why=str(fault), in_seconds=CHECKPOINT)
             await anyio.sleep(CHECKPOINT)
-            await self.ledger.checkpoint()
 
     def _disk(self, full: bool) -> None:
         self.dispatch.paused = "the disk that holds the ledger is full" if full else None

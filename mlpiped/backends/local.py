@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -211,6 +212,10 @@ class LocalBackend:
         said = folders.witness(folder)
         if said is None and not alive:
             return self._lost(folder, handle)
+        # A host that goes down sends SIGTERM to all, which a supervisor takes for a cancellation.
+        ended_by_host = said is not None and (said.cancelled or said.signal == signal.SIGTERM)
+        if ended_by_host and handle.get("boot") not in (self._boot, ""):
+            return Lost("host rebooted")
         return said
 
     def _lost(self, folder: str, handle: Handle) -> Lost | NeverRan:

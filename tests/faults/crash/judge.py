@@ -241,10 +241,10 @@ class _Case:
             row = self.run_rows.get(run)
             if row is None or seed not in row["parameters"]:
                 yield f"the run of {seed} was said to be {run}, and the ledger has no such run"
-        for number, (kind, run) in self.evidence.events.items():
-            row = self.connection.execute("SELECT kind, run_id FROM events WHERE id = ?", (number,)).fetchone()
-            if row is None or (row["kind"], row["run_id"]) != (kind, run):
-                yield f"event {number} ({kind} of run {run}) was streamed and is not in the ledger"
+        for number, said in self.evidence.events.items():
+            found = self.connection.execute("SELECT kind, run_id FROM events WHERE id = ?", (number,)).fetchone()
+            if found is None or tuple(found) != said:
+                yield f"event {number} ({said[0]} of run {said[1]}) was streamed and is not in the ledger"
 
     def injected(self) -> int:
         def hit(row: Mapping[str, Any] | sqlite3.Row) -> bool:

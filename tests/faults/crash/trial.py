@@ -25,7 +25,7 @@ from mlpiped.crash import POINTS
 from mlpiped.errors import MlpipedError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from crash.power import Disk
@@ -284,7 +284,7 @@ class Trial:
 
     # --- what it says while it lives -------------------------------------------------------------------------------
     @contextlib.contextmanager
-    def _listening(self):  # type: ignore[no-untyped-def]
+    def _listening(self) -> Iterator[None]:
         """With a disk to be cut: every event that was streamed is a fact that somebody acted on."""
         if self.disk is None:
             yield
