@@ -276,7 +276,7 @@ class Daemon:
             try:
                 await self.store.sweep()
                 await self.ledger.checkpoint()
-            except (MlpipedError, OSError) as fault:
+            except Exception as fault:  # a full disk, a lock: nothing that a daemon should end for
                 log.warning("housekeeping failed; it is tried again", why=str(fault), in_seconds=CHECKPOINT)
             await anyio.sleep(CHECKPOINT)
 

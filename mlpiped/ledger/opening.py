@@ -118,15 +118,17 @@ def prepare(path: Path, scripts: Sequence[str]) -> None:
             _refuse_if_used(path)
             _create(path, scripts)
         version = check(path, len(scripts))
-        with path.open("rb") as file:
-            with_log = file.read(20)[18:] == b"\2\2"
-        if version < len(scripts) or not with_log:
-            conn = connect(path)
-            try:
+        conn = connect(path)
+        try:
+            if version < len(scripts):
                 migrate(conn, scripts, path.with_name(f"{path.name}.v{version}"))
-                conn.execute("PRAGMA journal_mode = WAL").fetchall()  # a backup is a single file, and has none
-            finally:
-                conn.close()
+            conn.execute("PRAGMA journal_mode = WAL").fetchall()  # a backup is a single file, and has none
+            # Statistics of a ledger that was small make SQLite scan the one that it has become; without any, the
+            # statements go by the indexes that were made for them.
+            for table in ("sqlite_stat1", "sqlite_stat4"):
+                conn.execute(f"DROP TABLE IF EXISTS {table}")
+        finally:
+            conn.close()
     except DatabaseError as error:
         raise in_our_words(error, path) from error
     except OSError as error:

@@ -208,7 +208,6 @@ def _prepare(state_dir: Path) -> int:
 
 def _tidy(c: Connection) -> None:
     try:
-        c.execute("PRAGMA optimize").fetchall()
         c.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     except DatabaseError:
         return  # a full disk: the log is played back at the next start

@@ -144,7 +144,8 @@ def million() -> Iterator[Figure]:
 
         def ask(*words: str, turns: int = 9) -> float:
             command = [BIN / "mlpipectl", *words]
-            return statistics.median(gauges.command(command, env=daemon.env) for _ in range(turns)) * 1000
+            quiet = {"env": daemon.env, "stderr": subprocess.DEVNULL}
+            return statistics.median(gauges.command(command, **quiet) for _ in range(turns)) * 1000
 
         note = f"{rows}; {size:.2f} GB"
         yield Figure("mlpipectl status, 1,000,000 steps", ask("status"), "ms", 100, note=note)
@@ -173,7 +174,8 @@ def _retire(daemon: Daemon) -> Iterator[Figure]:
     with subprocess.Popen(command, env=daemon.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as gc:
         while gc.poll() is None:
             asked.append(gauges.command([BIN / "mlpipectl", "status"], env=daemon.env) * 1000)
-            started.append(gauges.command([BIN / "mlpipectl", "run", "ten"], env=daemon.env) * 1000)
+            words = [BIN / "mlpipectl", "run", "ten"]
+            started.append(gauges.command(words, env=daemon.env, stderr=subprocess.DEVNULL) * 1000)
         out = gc.stdout.read().decode() if gc.stdout else ""
     took = time.perf_counter() - began
     gone = next((line.split()[1] for line in out.splitlines() if line.startswith("runs ")), "no")

@@ -27,7 +27,7 @@ from crash.trial import OUTSIDE, Trial
 from mlpiped.crash import POINTS
 
 RUNS = int(os.environ.get("MLPIPED_CRASH_RUNS", "500"))
-CUTS = int(os.environ.get("MLPIPED_POWER_CUTS", "12"))
+CUTS = int(os.environ.get("MLPIPED_POWER_CUTS", "20"))
 LANES = 2  # daemons at a time
 TRIALS = 3  # a mutant's race is lost in the first one, or nearly always
 HERE = Path(__file__).parent
@@ -70,9 +70,21 @@ def test_B4_what_was_acknowledged_survives_a_power_cut_and_all_work_is_done(caps
         verdict = trial.go(deaths=CUTS)
         with capsys.disabled():
             facts = len(trial.evidence.events) + len(trial.evidence.told)
-            print(f"\n{trial.evidence.power_cuts} power cuts, {facts} acknowledged facts; {verdict}")
+            print(f"\n{trial.evidence.harsh} power cuts, {facts} acknowledged facts; {verdict}")
         assert not verdict.violations, f"{verdict}\n{trial.daemon.tail()}"
-        assert trial.evidence.power_cuts >= CUTS
+        assert trial.evidence.harsh >= CUTS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_step_whose_supervisor_dies_with_the_daemon_is_run_again_once_it_is_dead(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Trial(2500, murder=True) as trial:
+        verdict = trial.go(deaths=15)
+        with capsys.disabled():
+            print(f"\nsupervisors killed too: {verdict}")
+        assert not verdict.violations, f"{verdict}\n{trial.daemon.tail()}"
 
 
 WEAK = {

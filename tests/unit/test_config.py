@@ -105,6 +105,13 @@ logs = "30d"
     assert settings.retention.artifacts == 500 * 1024**3
 
 
+def test_what_is_old_goes_by_default_unless_it_is_to_be_kept_for_ever(tmp_path: Path) -> None:
+    default = config.load(write(tmp_path, "")).retention
+    assert (default.runs, default.logs, default.artifacts) == (180 * 86_400, 30 * 86_400, None)
+    kept = config.load(write(tmp_path, '[retention]\nruns = "forever"\nlogs = "forever"\nartifacts = "forever"'))
+    assert set(kept.retention.model_dump().values()) == {None}
+
+
 def test_settings_cannot_be_changed(tmp_path: Path) -> None:
     settings = config.load(write(tmp_path, ""))
     with pytest.raises(ValidationError):

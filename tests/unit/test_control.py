@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import grp
 import io
 import json
@@ -20,7 +21,7 @@ from control_stage import Acts, Stage, spec, staged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlpiped.control import listening, log_files, requests
+from mlpiped.control import doctor_host, listening, log_files, requests
 from mlpiped.control.access import Access, Peer, look_up
 from mlpiped.control.doctor import has_wal_reset_bug
 from mlpiped.control.openapi import openapi_document
@@ -31,6 +32,7 @@ from mlpiped.errors import BadParameter, Conflict, Fault, MlpipedError, NotPermi
 from mlpiped.ledger import StepRow, moves
 from mlpiped.model import RunOutcome
 from mlpiped.protocol import path, quote, reference, typed_parameters
+from mlpiped.triggers.mounts import Mount
 
 pytestmark = pytest.mark.anyio
 NOBODY = Peer(65534, 65534, 1, "nobody", frozenset({"nogroup"}))
@@ -706,6 +708,41 @@ async def test_doctor_finds_a_broken_plugin_a_lost_datastore_and_a_socket_open_t
         assert {"plugins", "datastores", "sqlite", "socket"} <= set(found)
         assert all(check["hint"] for check in found.values())
         assert answer["level"] == "fail"
+
+
+async def test_doctor_looks_at_the_state_folder_the_clock_and_the_tools() -> None:
+    async with staged() as stage:
+        stage.folder.chmod(0o770)
+        (stage.folder / "ballast").unlink()
+        stage.service.about = dataclasses.replace(stage.service.about, python="/none/python")
+        later = stage.now + 3_600_000_000
+        await stage.ledger.write(moves.set_paused("digits", True, "alice", later))
+        stage.service.orphans = orphans
+        answer = await stage.get("/v1/doctor")
+        found = {(check["name"], check["level"]): check for check in answer["checks"] if check["level"] != "ok"}
+        assert "others may write" in found["state", "fail"]["message"]
+        assert "chmod go-w" in found["state", "fail"]["hint"]
+        assert "kept back" in found["state", "warn"]["message"]
+        assert "60 min behind" in found["clock", "warn"]["message"]
+        assert "/none/python" in found["tools", "fail"]["message"]
+        assert "mlp-1" in found["processes", "warn"]["message"] and "kill 7 8" in found["processes", "warn"]["hint"]
+        assert all(check["hint"] for check in found.values())
+
+
+async def orphans() -> dict[str, list[int]]:
+    return {"mlp-1": [7, 8]}
+
+
+async def test_doctor_says_which_datastore_is_not_seen_by_inotify(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_host.mounts, "mount_of", lambda path: Mount(b"/", "nfs4"))
+    async with staged() as stage:
+        about = dataclasses.replace(stage.service.about, datastores={"lab": stage.folder}, watch={"lab": "inotify"})
+        stage.service.about = about
+        found = await doctor_host.datastores(stage.service)
+        assert [(f.level, "nfs4" in f.message, f.hint and "poll" in f.hint) for f in found] == [("warn", True, True)]
+        stage.service.about = dataclasses.replace(about, watch={"lab": "auto"})
+        assert [f.level for f in await doctor_host.datastores(stage.service)] == ["ok"]
+        assert [f.level for f in await doctor_host.state(stage.service)] == ["warn"]  # it is on a network too
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,20 @@ async def test_the_ledger_of_schema_1_tells_its_runs_as_they_were_and_goes_on(tm
         assert new == max(runs) + 1
 
 
+async def test_statistics_of_a_small_ledger_do_not_decide_how_a_large_one_is_asked(tmp_path: Path) -> None:
+    """They are there for ever, once a `PRAGMA optimize` has made them after the first ten runs."""
+    path = copied(RELEASED[0], tmp_path)
+    conn = connect(path)
+    conn.execute("ANALYZE")
+    assert conn.execute("SELECT count(*) FROM sqlite_stat1").fetchone()[0] > 0
+    conn.close()
+    async with opened(tmp_path) as ledger:
+        await ledger.write(opening(Event("p", Cause(CauseKind.MANUAL)), now=NOW))
+    conn = connect(path, readonly=True)
+    assert not conn.execute("SELECT * FROM sqlite_schema WHERE name LIKE 'sqlite_stat%'").fetchall()
+    conn.close()
+
+
 async def test_a_ledger_that_came_out_of_a_backup_lets_readers_and_the_writer_work_at_once(tmp_path: Path) -> None:
     """A backup is one file without a write-ahead log; the ledger that it becomes must have one again."""
     copied(RELEASED[0], tmp_path)

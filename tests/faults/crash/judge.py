@@ -1,15 +1,15 @@
 """The verdict. The steps' own marks are the truth; the ledger is what is accused of saying something else.
 
 1. Each step that had to run has exactly one committed token, and has started no more often than its author wanted.
-2. Each token starts at most once, and only after its intent was durable.
+2. Each token starts at most once, only after its intent was durable, and when no other of its step lives.
 3. What is recorded as never_ran has left no mark.
 4. A token that has reached its end is not recorded as lost (a step is then run again that need not be).
 5. Each due time of a clock has a run, or a word in the ledger why it has none.
 6. The bytes of each committed output hash to what the ledger says, and are those that its own token wrote.
 7. No process of ours is left, and no run is unfinished.
 
-After a power cut, which ends steps too, 1 allows further starts and 4 allows `lost`; what the daemon has told anybody
-(a run's number, an event) must be in the ledger all the same.
+After a harsh death (a power cut, or supervisors and steps killed too) 1 allows further starts and 4 allows `lost`;
+what the daemon has told anybody (a run's number, an event) must be in the ledger all the same.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Evidence:
     deaths: list[tuple[int, str]] = field(default_factory=list)  # (when, where)
     clocks_from: int = 0  # the clocks were known at this time …
     clocks_until: int = 0  # … and had fired for it by then
-    power_cuts: int = 0
+    harsh: int = 0  # deaths that took steps with them
 
 
 @dataclass(slots=True)
@@ -109,7 +109,7 @@ class _Case:
         for mark in marks:
             self.said[mark.token].append(mark.word)
         lost = Counter((row["run_id"], row["idx"]) for row in self.attempts.values() if row["end"] == "lost")
-        self.given_up = {run for (run, _), count in lost.items() if evidence.power_cuts and count > LOST_LIMIT}
+        self.given_up = {run for (run, _), count in lost.items() if evidence.harsh and count > LOST_LIMIT}
 
     # --- 2, 3, 4 ---------------------------------------------------------------------------------------------------
     def tokens(self) -> Iterator[str]:
@@ -117,7 +117,7 @@ class _Case:
         for token, words in self.said.items():
             if words.count("start") != 1:
                 yield f"`{token}` has started {words.count('start')} times: {words}"
-            elif words not in whole and not (self.evidence.power_cuts and words == ["start"]):
+            elif words not in whole and not (self.evidence.harsh and words == ["start"]):
                 yield f"`{token}` has started and left {words}"
             if token not in self.attempts:
                 yield f"`{token}` has started, and the ledger has no intent of it"
@@ -131,7 +131,7 @@ class _Case:
                 yield f"`{token}` is committed and has left {words}"
             elif end == "failed" and words != ["start", "fail"]:
                 yield f"`{token}` is recorded as failed and has left {words}: {row['reason']}"
-            elif end == "lost" and not self.evidence.power_cuts:
+            elif end == "lost" and not self.evidence.harsh:
                 yield f"`{token}` is recorded as lost and has left {words}: {row['reason']}"
             elif end not in ("never_ran", "committed", "failed", "lost"):
                 yield f"`{token}` ended as {end} and has left {words}: {row['reason']}"
@@ -180,8 +180,13 @@ class _Case:
             yield f"{what} is lost: it has never started"
         elif len(committed) != 1:
             yield f"{what} has {len(committed)} committed tokens of {len(tokens)}"
+        latest = ""
+        for mark in marks:
+            if mark.word != "start" and mark.token != latest:
+                yield f"{what}: `{mark.token}` was alive when `{latest}` had started"
+            latest = mark.token if mark.word == "start" else latest
         expected = 2 if (pipeline, step) == FLAKY else 1
-        if len(tokens) > expected and not self.evidence.power_cuts:
+        if len(tokens) > expected and not self.evidence.harsh:
             yield f"{what} is duplicated: {len(tokens)} tokens have started, of {expected}"
 
     # --- 5 ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import Daemon, until
@@ -26,7 +27,6 @@ from mlpiped.errors import MlpipedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from crash.power import Disk
 
@@ -42,7 +42,11 @@ def now_us() -> int:
 
 
 class Trial:
-    """One daemon with its scenario, and what becomes of it. Give `disk` to have its power cut at each death."""
+    """One daemon with its scenario, and what becomes of it.
+
+    With `power` each death is a power cut; with `murder` it takes some of the supervisors with it, and leaves their
+    steps behind.
+    """
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class Trial:
         *,
         program: Sequence[str | Path] | None = None,
         power: bool = False,
+        murder: bool = False,
         clocks: bool = True,
         slots: int = 12,
         alive: int = ALIVE,
@@ -63,6 +68,7 @@ class Trial:
             self.daemon.program = program
         self.evidence = Evidence()
         self.disk: Disk | None = None
+        self.murder = murder
         self.alive, self.points, self.finished = alive, points, finished
         self._deck: list[str] = []
         self._asked = 0
@@ -75,7 +81,7 @@ class Trial:
 
                 self.disk = Disk(self.daemon.state, self.daemon.root / "disk.img")
                 self.daemon.state.chmod(0o700)
-            self.scenario = Scenario(self.daemon, repeatable=power)
+            self.scenario = Scenario(self.daemon, repeatable=power or murder)
             if not clocks:
                 for name in TICKING:
                     (self.daemon.plugins / f"{name}.py").unlink()
@@ -169,7 +175,16 @@ class Trial:
         with contextlib.suppress(AssertionError):
             until(lambda: not self.daemon.processes(), "the end of every process", 10)
         ledger = self.daemon.state / "ledger.sqlite3"
-        return judge(ledger, self.scenario.marks(), self.evidence, self.daemon.processes())
+        verdict = judge(ledger, self.scenario.marks(), self.evidence, self.daemon.processes())
+        verdict.violations += self._errors()
+        return verdict
+
+    def _errors(self) -> list[str]:
+        """A SIGKILL is no error of the daemon's: whoever reads its log must not be sent to look for one."""
+        if self.evidence.harsh:
+            return []
+        lines = self.daemon.log.read_text(errors="replace").splitlines()
+        return [f"it logged an error: {line[:300]}" for line in lines if '"level":"error"' in line]
 
     # --- births and deaths -----------------------------------------------------------------------------------------
     def start(self) -> bool:
@@ -202,9 +217,15 @@ class Trial:
         done = self.scenario.done()
         told, asked = self.evidence.told, self.evidence.asked
         self._hit |= {seed for seed in self._open if seed in told and (asked[seed], seed) not in done}
+        if self.murder:
+            self.evidence.harsh += 1
+            for pid in sorted(self.daemon.processes()):
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{pid}/comm").read_text() == "mlpiped-step\n" and self.random.random() < 0.5:
+                        os.kill(pid, signal.SIGKILL)
         if self.disk is not None:
             self.disk.cut()
-            self.evidence.power_cuts += 1
+            self.evidence.harsh += 1
             self._kill_all()
             self.disk.unmount()
             self.disk.mount()
