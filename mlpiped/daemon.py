@@ -11,6 +11,7 @@ Stop    1. no new work: triggers and plugins stop
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -61,6 +62,7 @@ CHECKPOINT = 3600.0  # seconds
 FEEDS = 3  # of systemd's watchdog within the time that it waits
 LAG_LIMIT = 5.0  # seconds that the loop may be late before the watchdog is let bark
 STOP_LIMIT = 5.0  # seconds for each room to close
+M_ARENA_MAX = -8  # malloc.h
 CANCEL_LIMIT = 20.0  # seconds for all runs to end, with on_stop = "cancel"
 
 
@@ -68,6 +70,7 @@ def serve(settings: Settings) -> int:
     """Run the daemon until SIGTERM or SIGINT; the exit status. Raises MlpipedError for what keeps it from serving."""
     logs.setup(settings.daemon.log)
     _raise_file_limit()
+    _share_one_arena()
     try:
         anyio.run(_serve, settings)
     except BaseExceptionGroup as group:
@@ -89,6 +92,13 @@ def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
+
+
+def _share_one_arena() -> None:
+    """glibc gives each thread an arena of its own, and what one has freed the others cannot use: a run over 10,000
+    steps left 209 MB behind, and with one arena 152."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 async def _serve(settings: Settings) -> None:
