@@ -23,23 +23,24 @@ import anyio
 import structlog
 
 import mlpiped
-from mlpiped import config, logs, notify_systemd
+from mlpiped import logs, notify_systemd
 from mlpiped.actions import Actions
 from mlpiped.artifacts import Store
 from mlpiped.backends.local import LocalBackend
 from mlpiped.clock import SystemClock
 from mlpiped.code import CodeReader
+from mlpiped.config import settings as config
 from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
 from mlpiped.dispatch import Dispatch
 from mlpiped.errors import LedgerError, MlpipedError
 from mlpiped.facts import World
-from mlpiped.fingerprint import Fingerprinter
-from mlpiped.keeper import Keeper
+from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.ledger import Ledger, moves, sqlite_version
 from mlpiped.loader import Known, Registry, load_file
 from mlpiped.placement import Place
+from mlpiped.retention.keeper import Keeper
 from mlpiped.scheduler import Scheduler
 from mlpiped.triggers import Arrivals, Clockwork, LedgerMemory, cron
 
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from mlpiped.backends.base import Backend
-    from mlpiped.config import Settings
+    from mlpiped.config.settings import Settings
     from mlpiped.loader import LoadResult
     from mlpiped.spec import Trigger
     from mlpiped.triggers import ScheduleView

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlpiped import keys, resolve
 from mlpiped.errors import MlpipedError
-from mlpiped.fingerprint import Missing, RefFact
+from mlpiped.files.fingerprint import Missing, RefFact
 from mlpiped.resolve import Decision, Graph, Known, PastResult, Plan
 from mlpiped.spec import Reference, Upstream
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from mlpiped.artifacts import Store
     from mlpiped.code import CodeFact, CodeReader
-    from mlpiped.fingerprint import Fingerprinter
+    from mlpiped.files.fingerprint import Fingerprinter
     from mlpiped.ledger import Ledger
     from mlpiped.spec import Port, Scalar, SourceSpec, StepSpec
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlpiped.fingerprint import Fingerprinter, StatRow
-from mlpiped.hashing import granule, stamp_of
+from mlpiped.files.fingerprint import Fingerprinter, StatRow
+from mlpiped.files.hashing import granule, stamp_of
 
 
 class Table:

@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 
 from mlpiped.clock import Clock, SystemClock
-from mlpiped.fingerprint import Fingerprinter
+from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.ledger import moves
 from mlpiped.ledger.store import Ledger
 from mlpiped.model import Event

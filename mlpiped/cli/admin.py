@@ -94,7 +94,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from mlpiped import config, logs
+    from mlpiped import logs
+    from mlpiped.config import settings as config
 
     settings = config.load(config.find(args.config, os.environ))
     logs.setup(settings.daemon.log)
@@ -122,15 +123,15 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _backup(args: argparse.Namespace) -> int:
-    from mlpiped import config
     from mlpiped.cli.backup import backup
+    from mlpiped.config import settings as config
 
     return backup(config.load(config.find(args.config, os.environ)), args.file)
 
 
 def _restore(args: argparse.Namespace) -> int:
-    from mlpiped import config
     from mlpiped.cli.backup import restore
+    from mlpiped.config import settings as config
 
     return restore(config.load(config.find(args.config, os.environ)), args.file)
 

@@ -21,7 +21,7 @@ from mlpiped.protocol import path
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mlpiped.config import Settings
+    from mlpiped.config.settings import Settings
 
 PATIENCE = 600.0  # seconds for a daemon to make the copy
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from mlpiped import config
 from mlpiped.cli.front import printable
+from mlpiped.config import settings as config
 from mlpiped.errors import ConfigError, Fault, UsageError
 from mlpiped.loader.files import plugins_in
 from mlpiped.loader.load import Known, LoadResult, Trust, load_file
@@ -23,7 +23,7 @@ from mlpiped.triggers import cron
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mlpiped.config import Outline, Settings
+    from mlpiped.config.settings import Outline, Settings
 
 AT_ONCE = 4  # child processes
 

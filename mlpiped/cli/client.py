@@ -30,7 +30,7 @@ def find_socket(explicit: str | None, env: Mapping[str, str]) -> str:
     if named:
         return os.path.abspath(os.path.expanduser(named))
     if env.get("MLPIPED_CONFIG"):
-        from mlpiped import config_find
+        from mlpiped.config import find as config_find
 
         return str(config_find.socket_of(config_find.find(None, env)))
     system = "/run/mlpiped/control.sock"

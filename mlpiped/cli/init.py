@@ -8,7 +8,7 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from mlpiped.config_find import LONGEST_SOCKET, SOCKET_NAME
+from mlpiped.config.find import LONGEST_SOCKET, SOCKET_NAME
 from mlpiped.errors import Conflict, UsageError
 
 

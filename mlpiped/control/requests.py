@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from mlpiped import config_values
+from mlpiped.config import values as config_values
 from mlpiped.errors import UsageError
 from mlpiped.model import RunOutcome, RunState
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from mlpiped import config_values
+from mlpiped.config import values as config_values
 from mlpiped.errors import UsageError
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

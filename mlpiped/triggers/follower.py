@@ -14,7 +14,7 @@ import anyio
 from anyio import to_thread
 
 from mlpiped.clock import Clock
-from mlpiped.hashing import printable
+from mlpiped.files.hashing import printable
 from mlpiped.model import Arrival, Cause, CauseKind, Event
 from mlpiped.spec import ArrivalSpec
 from mlpiped.triggers.memory import Emit, Memory, SeenRow

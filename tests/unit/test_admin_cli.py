@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlpiped import config
 from mlpiped.cli import admin, front
+from mlpiped.config import settings as config
 from mlpiped.errors import LedgerBusy, MlpipedError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _no_config_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlpiped.config_find.SYSTEM", Path("/none/mlpiped.toml"))
+    monkeypatch.setattr("mlpiped.config.find.SYSTEM", Path("/none/mlpiped.toml"))
     for name in ("MLPIPED_CONFIG", "MLPIPED_DEBUG", "MLPIPED_SOCKET"):
         monkeypatch.delenv(name, raising=False)
 

@@ -16,13 +16,13 @@ from files_rig import Table, byte_path, fingerprinter, names, settle, settle_all
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlpiped import collecting
-from mlpiped.artifacts import OutputFault, Store, gc_plan
+from mlpiped.artifacts import OutputFault, Store, collecting
 from mlpiped.backends.base import JobOutput
 from mlpiped.errors import Conflict, UnknownName
+from mlpiped.files.walking import PathRefused
 from mlpiped.ledger.rows import ArtifactRow
 from mlpiped.model import OutputFact
-from mlpiped.walking import PathRefused
+from mlpiped.retention.plan import gc_plan
 
 pytestmark = pytest.mark.anyio
 
@@ -250,7 +250,7 @@ async def test_a_daemon_killed_while_collecting_loses_nothing(lab: Lab, point: s
     write(folder / "out" / "model" / "model.bin", "m")
     write(folder / "out" / "clean" / "clean" / "x", "c")
     program = (
-        "import sys; from mlpiped import collecting; from mlpiped.backends.base import JobOutput as O;"
+        "import sys; from mlpiped.artifacts import collecting; from mlpiped.backends.base import JobOutput as O;"
         "collecting.collect(sys.argv[1], [O('model', 'model.bin', 'file'), O('clean', 'clean', 'folder')], sys.argv[2],"
         "lambda path, stamp: None)"
     )

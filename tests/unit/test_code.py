@@ -11,10 +11,10 @@ from files_rig import fingerprinter, names, settle_all, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import mlpiped.code
+import mlpiped.code.reader
 from mlpiped.code import CodeReader
-from mlpiped.code_ast import Import, meaning_of
-from mlpiped.code_files import SourceFault, list_code
+from mlpiped.code.sources import SourceFault, list_code
+from mlpiped.code.syntax import Import, meaning_of
 from mlpiped.spec import SourceSpec
 
 pytestmark = pytest.mark.anyio
@@ -117,7 +117,7 @@ def test_a_number_of_ten_thousand_digits_is_no_trouble() -> None:
 
 
 def test_what_the_parser_warns_of_is_not_printed_by_the_daemon() -> None:
-    code = r"from mlpiped.code_ast import meaning_of; assert meaning_of(b'x = \'\\d\'').digest.startswith('ast:')"
+    code = r"from mlpiped.code.syntax import meaning_of; assert meaning_of(b'x = \'\\d\'').digest.startswith('ast:')"
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
 
@@ -400,15 +400,15 @@ async def test_code_that_never_holds_still_is_given_up_with_a_sentence(
 ) -> None:
     script = write(tmp_path / "src" / "train.py", "x = 0")
     count = 0
-    real = mlpiped.code._read
+    real = mlpiped.code.reader._read
 
-    def edited_just_before(piece: mlpiped.code.Piece) -> bytes:
+    def edited_just_before(piece: mlpiped.code.reader.Piece) -> bytes:
         nonlocal count
         count += 1
         write(script, f"x = {count}")
         return real(piece)
 
-    monkeypatch.setattr(mlpiped.code, "_read", edited_just_before)
+    monkeypatch.setattr(mlpiped.code.reader, "_read", edited_just_before)
     with pytest.raises(SourceFault, match="changed while it was read"):
         await reader(tmp_path).read(tree(tmp_path / "src"))
     assert count == 5

@@ -11,7 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mlpiped import config, config_find, config_lines, config_values
+from mlpiped.config import find as config_find
+from mlpiped.config import lines as config_lines
+from mlpiped.config import settings as config
+from mlpiped.config import values as config_values
 from mlpiped.errors import ConfigError, Fault, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]

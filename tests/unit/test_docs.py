@@ -14,9 +14,9 @@ import pytest
 from pydantic import BaseModel
 
 import mlpiped
-from mlpiped import config
 from mlpiped.cli import admin, ctl
 from mlpiped.cli.init import init
+from mlpiped.config import settings as config
 from mlpiped.loader.load import Known, load_file
 from mlpiped.triggers import cron
 

@@ -11,14 +11,14 @@ from files_rig import Table, byte_path, fingerprinter, settle, settle_all, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlpiped import hashing
 from mlpiped.clock import SystemClock
-from mlpiped.fingerprint import Fingerprinter, Missing, RefFact
-from mlpiped.hashing import printable, tree_digest, vouches
+from mlpiped.files import hashing
+from mlpiped.files.fingerprint import Fingerprinter, Missing, RefFact
+from mlpiped.files.hashing import printable, tree_digest, vouches
+from mlpiped.files.walking import walk
 from mlpiped.ledger import moves
 from mlpiped.ledger.store import Ledger
 from mlpiped.spec import Reference
-from mlpiped.walking import walk
 
 pytestmark = pytest.mark.anyio
 

@@ -15,16 +15,16 @@ import anyio
 import pytest
 from ledger_scene import event, opening
 
-from mlpiped import keeping
 from mlpiped.artifacts import Store
 from mlpiped.backends.base import JobOutput
 from mlpiped.clock import SystemClock
-from mlpiped.config import Retention
-from mlpiped.fingerprint import Fingerprinter
-from mlpiped.keeper import Keeper
+from mlpiped.config.settings import Retention
+from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.ledger import Ledger, StatRow, StepRow, moves
 from mlpiped.model import OutputFact, RunOutcome, StepOutcome, StepState
-from mlpiped.retention import JobFolder, Span, leapt, spent_jobs
+from mlpiped.retention import keeping
+from mlpiped.retention.keeper import Keeper
+from mlpiped.retention.plan import JobFolder, Span, leapt, spent_jobs
 
 pytestmark = pytest.mark.anyio
 

@@ -17,7 +17,7 @@ from mlpiped.clock import SystemClock
 from mlpiped.code import CodeReader
 from mlpiped.dispatch import Dispatch
 from mlpiped.facts import World
-from mlpiped.fingerprint import Fingerprinter
+from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.ledger import Ledger, StepRow, moves
 from mlpiped.model import AttemptEnd, Cause, CauseKind, Event, RunOutcome, StepOutcome, StepState
 from mlpiped.placement import Place

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from mlpiped import config_values
+from mlpiped.config import values as config_values
 from mlpiped.errors import UsageError
 from mlpiped.protocol import as_text
 

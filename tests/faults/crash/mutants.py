@@ -72,8 +72,7 @@ def synchronous_normal() -> None:
 
 def commit_before_rename() -> None:
     """The row that says where an output lies is written before the output lies there."""
-    from mlpiped import collecting
-    from mlpiped.artifacts import Store
+    from mlpiped.artifacts import Store, collecting
     from mlpiped.attempt import Attempt
     from mlpiped.model import OutputFact
 

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from blake3 import blake3
 
-from mlpiped.code_ast import LARGEST, Meaning, meaning_of
-from mlpiped.code_files import Reach, SourceFault, list_code
-from mlpiped.hashing import Unreadable, copy_fd, open_file, printable, tree_digest
-from mlpiped.walking import Member, PathRefused, parts_of
+from mlpiped.code.sources import Reach, SourceFault, list_code
+from mlpiped.code.syntax import LARGEST, Meaning, meaning_of
+from mlpiped.files.hashing import Unreadable, copy_fd, open_file, printable, tree_digest
+from mlpiped.files.walking import Member, PathRefused, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from mlpiped.code_ast import Import
-    from mlpiped.fingerprint import Fingerprinter
-    from mlpiped.references import Digests, Seen
+    from mlpiped.code.syntax import Import
+    from mlpiped.files.fingerprint import Fingerprinter
+    from mlpiped.files.references import Digests, Seen
     from mlpiped.spec import SourceSpec
 
 TRIES = 5

@@ -12,7 +12,7 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlpiped.errors import MlpipedError
-from mlpiped.hashing import Stamp, printable, stamp_of
+from mlpiped.files.hashing import Stamp, printable, stamp_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, get_args
 
-from mlpiped.config_lines import KeyPath, line_of
+from mlpiped.config.lines import KeyPath, line_of
 from mlpiped.errors import Fault
 
 if TYPE_CHECKING:

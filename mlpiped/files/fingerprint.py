@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import anyio
 from anyio import to_thread
 
-from mlpiped.hashing import CHUNK, FileHash, Hashed, Stamp, Unreadable, stamp_of, vouches
-from mlpiped.references import Digests, Missing, RefFact, Resolution, Seen, member_digest
-from mlpiped.walking import Beneath, Member, PathRefused, walk
+from mlpiped.files.hashing import CHUNK, FileHash, Hashed, Stamp, Unreadable, stamp_of, vouches
+from mlpiped.files.references import Digests, Missing, RefFact, Resolution, Seen, member_digest
+from mlpiped.files.walking import Beneath, Member, PathRefused, walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -12,7 +12,7 @@ import secrets
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mlpiped import copying
+from mlpiped.artifacts import copying
 from mlpiped.backends import folder as jobs
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlpiped.errors import MlpipedError
-from mlpiped.hashing import Stamp, Unreadable, printable, stamp_of, tree_digest
-from mlpiped.walking import Beneath, Member, PathRefused, Place, is_beneath, kind_of, parts_of, walk
+from mlpiped.files.hashing import Stamp, Unreadable, printable, stamp_of, tree_digest
+from mlpiped.files.walking import Beneath, Member, PathRefused, Place, is_beneath, kind_of, parts_of, walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

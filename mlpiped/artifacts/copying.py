@@ -8,8 +8,8 @@ import secrets
 import shutil
 from contextlib import suppress
 
-from mlpiped.hashing import copy_fd, open_file
-from mlpiped.walking import walk
+from mlpiped.files.hashing import copy_fd, open_file
+from mlpiped.files.walking import walk
 
 
 def copy_tree(source: str, target: str, *, durable: bool, readable: int = 0o755) -> None:

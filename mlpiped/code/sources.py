@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from pathspec import GitIgnoreSpec
 
 from mlpiped.errors import MlpipedError
-from mlpiped.hashing import printable, stamp_of
-from mlpiped.walking import Beneath, Member, is_beneath, kind_of
+from mlpiped.files.hashing import printable, stamp_of
+from mlpiped.files.walking import Beneath, Member, is_beneath, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mlpiped.code_ast import Import
+    from mlpiped.code.syntax import Import
 
 MOST_FILES = 50_000
 MOST_BYTES = 1 << 30

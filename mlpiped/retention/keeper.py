@@ -22,19 +22,19 @@ import anyio
 import structlog
 from anyio import to_thread
 
-from mlpiped import keeping
 from mlpiped.errors import BackendUnavailable, MlpipedError
 from mlpiped.ledger import moves
-from mlpiped.retention import JobFolder, Span, gc_plan, leapt, spent_jobs
+from mlpiped.retention import keeping
+from mlpiped.retention.plan import JobFolder, Removal, Span, gc_plan, leapt, spent_jobs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from pathlib import Path
 
-    from mlpiped.artifacts import Removal, Store
+    from mlpiped.artifacts import Store
     from mlpiped.backends.base import Backend
     from mlpiped.clock import Clock
-    from mlpiped.config import Retention
+    from mlpiped.config.settings import Retention
     from mlpiped.ledger import ArtifactRow, Ledger
     from mlpiped.ledger.survey import Survey
 

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
-from mlpiped import config_find, config_values
-from mlpiped.config_faults import FaultList
-from mlpiped.config_find import find
-from mlpiped.config_lines import line_of, scan
+from mlpiped.config import find as config_find
+from mlpiped.config import values as config_values
+from mlpiped.config.faults import FaultList
+from mlpiped.config.find import find
+from mlpiped.config.lines import line_of, scan
 from mlpiped.errors import ConfigError, Fault
 from mlpiped.spec import NAME
 

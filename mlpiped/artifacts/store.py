@@ -17,24 +17,23 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 from anyio import to_thread
 
-from mlpiped import collecting, copying
-from mlpiped.collecting import OutputFault
-from mlpiped.copying import sync_folder
+from mlpiped.artifacts import collecting, copying
+from mlpiped.artifacts.collecting import OutputFault
+from mlpiped.artifacts.copying import sync_folder
 from mlpiped.errors import Conflict, UnknownName
-from mlpiped.hashing import printable, stamp_of, tree_digest
-from mlpiped.retention import Removal, gc_plan
-from mlpiped.walking import PathRefused, is_beneath, walk
+from mlpiped.files.hashing import printable, stamp_of, tree_digest
+from mlpiped.files.walking import PathRefused, is_beneath, walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from mlpiped.backends.base import JobOutput
-    from mlpiped.fingerprint import Fingerprinter
+    from mlpiped.files.fingerprint import Fingerprinter
+    from mlpiped.files.references import Digests, Seen
+    from mlpiped.files.walking import Member
     from mlpiped.model import OutputFact
-    from mlpiped.references import Digests, Seen
-    from mlpiped.walking import Member
 
-__all__ = ["OutputFault", "Removal", "Store", "gc_plan"]
+__all__ = ["OutputFault", "Store"]
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mlpiped import crash
-from mlpiped.copying import copy_tree, discard, protect, sync_folder
+from mlpiped.artifacts.copying import copy_tree, discard, protect, sync_folder
 from mlpiped.errors import MlpipedError
-from mlpiped.hashing import (
+from mlpiped.files.hashing import (
     Hashed,
     Stamp,
     Unreadable,
@@ -33,8 +33,8 @@ from mlpiped.hashing import (
     stamp_of,
     tree_digest,
 )
+from mlpiped.files.walking import is_beneath, kind_of, walk
 from mlpiped.model import OutputFact
-from mlpiped.walking import is_beneath, kind_of, walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

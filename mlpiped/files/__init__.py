@@ -1,0 +1,1 @@
+"""What the files are now: walked, hashed, remembered by what `stat` says of them."""
