@@ -61,8 +61,10 @@ check: $(VENV)/.dev
 	@echo 'check: types'; $(BIN)/mypy
 	@echo 'check: layers'; $(BIN)/python -m pytest -q tests/test_layers.py
 
+# The unit tests share the cores; the others measure, kill and boot, and want the machine to themselves.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo 'test: unit'; $(BIN)/python -m pytest -q -n auto tests/unit tests/test_layers.py $(PYTEST_ARGS)
+	@echo 'test: the rest'; $(BIN)/python -m pytest --ignore=tests/unit --ignore=tests/test_layers.py $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev
 	@PYTHONPATH=tests:tests/faults $(BIN)/python -m crash.soak --seconds $(SOAK_SECONDS)
