@@ -102,6 +102,9 @@ class Client:
             answer = Answer(sock, self.path)
             if answer.status >= 400:
                 raise _error(answer.status, answer.document())
+        except OSError:  # it stops between our connection and our question
+            sock.close()
+            raise Unreachable("the daemon has gone away before it was asked", hint=_hint(self.path)) from None
         except BaseException:
             sock.close()
             raise

@@ -481,7 +481,7 @@ async def test_events_are_followed_over_a_restart_without_a_gap() -> None:
         async with await anyio.open_process(command, env=stage.env(), stdin=None) as process:
             assert process.stdout is not None
             seen = b""
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 while seen.count(b"\n") < 2:
                     seen += await process.stdout.receive()
                 await first.aclose()
