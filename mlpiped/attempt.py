@@ -24,8 +24,6 @@ from mlpiped.spec import Concat
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import anyio
-
     from mlpiped.backends.base import Backend, Handle, Outcome
     from mlpiped.clock import Clock
     from mlpiped.facts import Facts, StepFacts, World
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("attempt")
 
-COMPANY = 0.002  # seconds that an intent ahead of its turn waits for another write to share the commit with
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to reach a backend
 
 
@@ -65,7 +62,6 @@ class Attempt:
         token: str,
         n: int,
         number: int,
-        turn: anyio.Event,
         on_running: Callable[[], None],
         on_exit: Callable[[], None],
     ) -> None:
@@ -83,7 +79,6 @@ class Attempt:
         self.begun = False  # the intent is durable
         self.handle: Handle | None = None
         self.held: str | None = None  # why the backend cannot be asked just now
-        self._turn = turn  # a place is free for it
         self._on_running = on_running
         self._on_exit = on_exit
         self._cancelled = False
@@ -107,10 +102,9 @@ class Attempt:
             json.dumps(step.parts),
             self.clock.now(),
         )
-        await self.world.ledger.write(intent, within=0 if self._turn.is_set() else COMPANY)
+        await self.world.ledger.write(intent)
         self.begun = True
         crash.point("after_intent")
-        await self._turn.wait()
         if self._cancelled:
             return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
         try:
@@ -132,7 +126,6 @@ class Attempt:
 
     async def cancel(self) -> None:
         self._cancelled = True
-        self._turn.set()
         if self.handle is not None:
             try:
                 await self.backend.cancel(self.handle)

@@ -2,22 +2,16 @@
 
 Two steps with the same key, of whatever runs, never run at the same time: the first leads, the others follow; when
 the leader is settled each follower is decided again, and then reuses what the leader made or becomes the leader.
-
-Where leases are short, the next step is promised its place while the last one runs: its intent becomes durable and
-its job is made ready meanwhile, and it is submitted in its turn, when the lease is its own.
 """
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
-
-import anyio
 
 from mlpiped.placement import Need, Place, Waiting, candidates, refusals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from mlpiped.run import Execution
 
@@ -28,13 +22,7 @@ Spot = tuple[int, int]
 class Dispatch:
     """The `Dispatcher` of `run.py`. `pools`: name -> names of computes."""
 
-    def __init__(
-        self,
-        places: Sequence[Place],
-        pools: Mapping[str, Sequence[str]],
-        max_running: int | None,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, places: Sequence[Place], pools: Mapping[str, Sequence[str]], max_running: int | None) -> None:
         self.places = {place.name: place for place in places}
         self.pools = pools
         self.max_running = max_running
@@ -45,9 +33,6 @@ class Dispatch:
         self._keys: dict[Spot, str] = {}
         self._followers: dict[str, dict[Spot, None]] = {}  # in the order in which they came
         self._follows: dict[Spot, str] = {}
-        self._turns: dict[Spot, anyio.Event] = {}  # of those who are promised a place
-        self._since: dict[Spot, float] = {}
-        self._monotonic = monotonic
         self._placing = False
 
     # --- what runs ask ----------------------------------------------------------------------------------------
@@ -78,17 +63,9 @@ class Dispatch:
             self.places[compute].take(need)
 
     def release(self, run: int, index: int) -> None:
-        self._give_back((run, index))
-        self.place()
-
-    def _give_back(self, spot: Spot) -> None:
-        self._turns.pop(spot, None)
-        since = self._since.pop(spot, None)
         for place in self.places.values():
-            if spot in place.holders and since is not None:
-                place.paced(self._monotonic() - since)
-            place.give_back(*spot)
-            place.promised.pop(spot, None)
+            place.give_back(run, index)
+        self.place()
 
     def settled(self, run: int, index: int) -> None:
         key = self._keys.pop((run, index), None)
@@ -102,9 +79,9 @@ class Dispatch:
 
     def forget(self, run: int) -> None:
         """The run's walk was interrupted: nothing of it waits, holds or leads any more."""
-        for place in self.places.values():
-            for spot in [spot for spot in (*place.holders, *place.promised) if spot[0] == run]:
-                self._give_back(spot)
+        for index in [i for place in self.places.values() for r, i in place.holders if r == run]:
+            for place in self.places.values():
+                place.give_back(run, index)
         self.waiting.remove_run(run)
         for spot in [spot for spot in self._follows if spot[0] == run]:
             del self._followers[self._follows.pop(spot)][spot]
@@ -119,34 +96,13 @@ class Dispatch:
             return
         self._placing = True
         try:
-            places = list(self.places.values())
-            self._keep_promises(places)
             if self._room():
-                for need, place in self.waiting.place(places):
-                    self._grant(need, place).set()
+                for need, place in self.waiting.place(list(self.places.values())):
+                    self.executions[need.run].granted(need.index, place.name)
                     if not self._room():
                         break
-            while (ahead := self.waiting.promise(places)) is not None:
-                need, place = ahead
-                self._turns[need.run, need.index] = self._grant(need, place)
         finally:
             self._placing = False
-
-    def _keep_promises(self, places: Sequence[Place]) -> None:
-        for place in places:
-            for spot, need in list(place.promised.items()):
-                if self._room() and place.refusal(need) is None:
-                    del place.promised[spot]
-                    place.take(need)
-                    self._since[spot] = self._monotonic()
-                    self._turns.pop(spot).set()
-
-    def _grant(self, need: Need, place: Place) -> anyio.Event:
-        """The attempt begins; it is submitted when the event, its turn, is set."""
-        turn = anyio.Event()
-        self._since[need.run, need.index] = self._monotonic()
-        self.executions[need.run].granted(need.index, place.name, turn)
-        return turn
 
     def _room(self) -> bool:
         return self.max_running is None or sum(len(p.holders) for p in self.places.values()) < self.max_running

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 LOOK_AHEAD = 256
-BRISK = 0.5  # seconds a lease, below which the next step gets ready while the last one runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +45,6 @@ class Place:
     used_memory: int = 0
     unwell: str | None = None
     holders: dict[tuple[int, int], Need] = field(default_factory=dict)
-    promised: dict[tuple[int, int], Need] = field(default_factory=dict)  # who is next here, in this order
-    pace: float | None = None  # seconds that a lease lasts, smoothed; None: not known yet
 
     def refusal(self, need: Need) -> str | None:
         """Why `need` cannot have a place here now, or None."""
@@ -80,18 +77,6 @@ class Place:
             self.used_slots -= need.slots
             self.used_cpus -= need.cpus
             self.used_memory -= need.memory or 0
-
-    def paced(self, seconds: float) -> None:
-        """A lease has lasted so long."""
-        self.pace = seconds if self.pace is None else 0.8 * self.pace + 0.2 * seconds
-
-    def promises(self, need: Need) -> bool:
-        """Whether `need` may get ready for a place here before one is free.
-
-        Only where places are free again so soon that nobody better can be overtaken for long.
-        """
-        brisk = self.pace is not None and self.pace < BRISK and self.unwell is None
-        return brisk and len(self.promised) < self.slots and self.could_ever(need)
 
     def full(self) -> bool:
         return self.unwell is not None or self.used_slots >= self.slots
@@ -151,27 +136,6 @@ class Waiting:
         finally:  # whoever takes the leases may stop early
             for entry in passed:
                 heappush(self._heap, entry)
-
-    def promise(self, places: Sequence[Place]) -> tuple[Need, Place] | None:
-        """Promise the next place to the best of those who wait; None when it must wait for the lease itself.
-
-        A promise binds, so it is given only to a step that one compute alone can take.
-        """
-        while self._heap:
-            need = self._heap[0][1]
-            spot = (need.run, need.index)
-            if spot in self._gone:
-                self._gone.discard(spot)
-                heappop(self._heap)
-                continue
-            found = candidates(need, places)
-            if len(found) != 1 or not found[0].promises(need):
-                return None
-            heappop(self._heap)
-            del self._here[spot]
-            found[0].promised[spot] = need
-            return need, found[0]
-        return None
 
 
 def candidates(need: Need, places: Sequence[Place]) -> list[Place]:

@@ -244,17 +244,14 @@ class Execution:
         return Need(self.id, index, priority, r.slots, r.cpus, r.memory, step.compute)
 
     # --- attempts ---------------------------------------------------------------------------------------------
-    def granted(self, index: int, compute: str, turn: anyio.Event) -> None:
-        """A place on `compute` is leased or promised to step `index`: its attempt begins, and is submitted when `turn`
-        is set."""
+    def granted(self, index: int, compute: str) -> None:
+        """A place on `compute` is leased for step `index`: its attempt begins."""
         t = self.tries[index]
         t.tokens += 1
         token = f"mlp-{self.id}-{index}-{t.tokens}-{secrets.token_hex(8)}"
-        self._begin(index, compute, token, t.tokens, turn, None)
+        self._begin(index, compute, token, t.tokens, None)
 
-    def _begin(
-        self, index: int, compute: str, token: str, n: int, turn: anyio.Event, adopted: AttemptRow | None
-    ) -> None:
+    def _begin(self, index: int, compute: str, token: str, n: int, adopted: AttemptRow | None) -> None:
         assert self._tasks is not None
         t = self.tries[index]
         t.compute, t.state, t.since = compute, StepState.SUBMITTING, self.clock.now()
@@ -268,7 +265,6 @@ class Execution:
             token,
             n,
             t.number,
-            turn,
             on_running=lambda: self._running(index),
             on_exit=lambda: self.dispatcher.release(self.id, index),
         )
@@ -429,4 +425,4 @@ class Execution:
                 continue
             share = row.key if self._shareable(row.idx) else None
             self.dispatcher.occupy(self, row.idx, self.need(row.idx), row.compute, share)
-            self._begin(row.idx, row.compute, row.token, row.n, anyio.Event(), row)
+            self._begin(row.idx, row.compute, row.token, row.n, row)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import anyio
 import pytest
 
 from mlpiped.dispatch import Dispatch
@@ -20,11 +19,9 @@ class Walk:
     granted_to: list[tuple[int, str]] = field(default_factory=list)
     again: list[int] = field(default_factory=list)
     owner: str = "alice"
-    turns: dict[int, anyio.Event] = field(default_factory=dict)
 
-    def granted(self, index: int, compute: str, turn: anyio.Event) -> None:
+    def granted(self, index: int, compute: str) -> None:
         self.granted_to.append((index, compute))
-        self.turns[index] = turn
 
     def decide_again(self, index: int) -> None:
         self.again.append(index)
@@ -44,8 +41,7 @@ class Walk:
 
 class Lab:
     def __init__(self, slots: int = 2, pools: dict[str, list[str]] | None = None, most: int | None = None) -> None:
-        self.now = 0.0
-        self.dispatch = Dispatch([Place("local", slots), Place("other", 1)], pools or {}, most, lambda: self.now)
+        self.dispatch = Dispatch([Place("local", slots), Place("other", 1)], pools or {}, most)
 
     def run(self, number: int) -> Walk:
         walk = Walk(number)
@@ -182,86 +178,3 @@ def test_who_can_never_have_a_place_is_told_so(lab: Lab) -> None:
     one = lab.run(1)
     lab.ask(one, 0, slots=50)
     assert lab.dispatch.why_waiting(1, 0) == "can never have a place: local has 2 slots in all, 50 are asked for"
-
-
-# --- promises: who is next where leases are short --------------------------------------------------------------------
-def brisk(lab: Lab) -> Walk:
-    """Two steps run on the two slots of `local`, and leases there have been short."""
-    one = lab.run(1)
-    lab.dispatch.places["local"].pace = 0.01
-    lab.ask(one, 0)
-    lab.ask(one, 1)
-    return one
-
-
-def turns(walk: Walk) -> list[int]:
-    return [index for index, turn in walk.turns.items() if turn.is_set()]
-
-
-def test_where_leases_are_short_the_next_gets_ready_and_has_its_turn_when_a_place_is_free(lab: Lab) -> None:
-    one = brisk(lab)
-    for index in (2, 3, 4):
-        lab.ask(one, index)
-    assert list(one.turns) == [0, 1, 2, 3]  # as many ahead as there are slots
-    assert turns(one) == [0, 1]
-    lab.dispatch.release(1, 1)
-    assert turns(one) == [0, 1, 2]
-    assert list(one.turns) == [0, 1, 2, 3, 4]
-    assert lab.dispatch.places["local"].used_slots == 2
-
-
-@pytest.mark.parametrize("pace", [None, 2.0])
-def test_where_leases_are_long_or_not_known_nothing_is_promised(lab: Lab, pace: float | None) -> None:
-    one = brisk(lab)
-    lab.dispatch.places["local"].pace = pace
-    lab.ask(one, 2)
-    assert list(one.turns) == [0, 1]
-
-
-def test_a_long_lease_ends_promising(lab: Lab) -> None:
-    one = brisk(lab)
-    lab.now = 60.0
-    lab.dispatch.release(1, 0)
-    for index in (2, 3):
-        lab.ask(one, index)
-    assert turns(one) == list(one.turns) == [0, 1, 2]
-
-
-def test_a_step_that_several_computes_could_take_is_promised_none(lab: Lab) -> None:
-    one = brisk(lab)
-    lab.dispatch.places["other"].pace = 0.01
-    lab.ask(one, 2, computes=())
-    lab.ask(one, 3, computes=())
-    assert turns(one) == list(one.turns) == [0, 1, 2]
-
-
-def test_a_promise_that_is_given_up_goes_to_the_next(lab: Lab) -> None:
-    one = brisk(lab)
-    for index in (2, 3, 4):
-        lab.ask(one, index)
-    lab.dispatch.release(1, 2)  # cancelled before its turn
-    assert list(one.turns) == [0, 1, 2, 3, 4]
-    lab.dispatch.release(1, 0)
-    assert turns(one) == [0, 1, 3]
-
-
-def test_a_forgotten_run_is_promised_nothing(lab: Lab) -> None:
-    one, two = brisk(lab), lab.run(2)
-    lab.ask(one, 2)
-    lab.ask(two, 0)
-    lab.ask(two, 1)
-    lab.dispatch.forget(1)
-    assert turns(two) == [0, 1]
-    assert not lab.dispatch.places["local"].promised
-
-
-def test_promises_wait_while_the_limit_of_running_steps_or_a_full_disk_says_so() -> None:
-    lab = Lab(slots=2, most=2)
-    one = brisk(lab)
-    lab.ask(one, 2)
-    lab.dispatch.paused = "full"
-    lab.dispatch.release(1, 0)
-    assert turns(one) == [0, 1]
-    lab.dispatch.paused = None
-    lab.dispatch.place()
-    assert turns(one) == [0, 1, 2]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.lowlevel
 import pytest
 from ledger_scene import NOW, event, opened, opening, running
 
@@ -41,22 +40,6 @@ async def test_writers_of_one_moment_share_a_commit_and_each_gets_its_own_result
         assert {n: r[1] for n, r in results.items()} == {n: n for n in range(200)}
         runs = {run.id: run.pipeline for run in await ledger.runs(limit=500)}
         assert all(runs[r[0]] == f"p{n}" for n, r in results.items())
-
-
-async def test_a_write_that_may_wait_shares_the_commit_of_one_that_may_not(tmp_path: Path) -> None:
-    async with opened(tmp_path) as ledger:
-        before = ledger.commits
-        async with anyio.create_task_group() as group:
-            group.start_soon(lambda: ledger.write(opening(event("patient")), within=3600))
-            await anyio.lowlevel.checkpoint()
-            await ledger.write(opening(event("urgent")))
-        assert ledger.commits == before + 1
-        assert [run.pipeline for run in await ledger.runs()] == ["urgent", "patient"]
-
-
-async def test_a_write_that_waits_for_company_goes_alone_when_its_time_is_over(tmp_path: Path) -> None:
-    async with opened(tmp_path) as ledger:
-        assert await ledger.write(opening(event()), within=0.001) == [1]
 
 
 async def test_a_caller_s_error_undoes_that_caller_only(tmp_path: Path) -> None:
