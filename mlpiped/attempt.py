@@ -45,7 +45,6 @@ class Ended:
     end: AttemptEnd
     exit_code: int | None = None
     outputs: tuple[OutputFact, ...] = ()
-    tainted: bool = False
     final: bool = False  # trying again cannot help
     usage: dict[str, float | int | None] = field(default_factory=dict)
 
@@ -204,7 +203,7 @@ class Attempt:
         changed = await self.facts.changed_since(self.index, self.plan)
         if changed is not None:
             why = f"an input changed while it ran: {changed}"
-            return Ended(None, why, AttemptEnd.TAINTED, 0, tainted=True, usage=usage)
+            return Ended(None, why, AttemptEnd.TAINTED, 0, usage=usage)
         outputs: tuple[OutputFact, ...] = ()
         if self.step.outputs:
             folder = await self.backend.fetch(handle, self.world.store.incoming)

@@ -89,7 +89,9 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
             return f"tried again in {max(0, t.not_before - now) / 1e6:.0f} s: {t.again}"
         waits = scheduler.dispatch.why_waiting(run_id, index) or "about to start"
         return f"{waits}; run again: {t.again}" if t.again else waits
-    if t.attempt is not None and t.attempt.held is not None:
+    if t.attempt is None:
+        return f"held: its attempt is on compute `{t.compute}`, which the config no longer has"
+    if t.attempt.held is not None:
         return f"held: {t.attempt.held}"
     word = "runs" if t.state is StepState.RUNNING else "starts"
     return f"{word} on {t.compute} for {(now - t.since) / 1e6:.0f} s: {t.why}"

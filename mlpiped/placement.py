@@ -54,8 +54,12 @@ class Place:
             return f"{self.name} has {self.slots} slots in all, {need.slots} are asked for"
         if self.memory is not None and (need.memory or 0) > self.memory:
             return f"{self.name} has {_bytes(self.memory)} of memory in all, {_bytes(need.memory or 0)} are asked for"
+        if self.cpus is not None and need.cpus > self.cpus:
+            return f"{self.name} has {self.cpus:g} CPUs in all, {need.cpus:g} are asked for"
         if self.used_slots + need.slots > self.slots:
             return f"{self.name} has {self.slots} {'slot' if self.slots == 1 else 'slots'}, {self.used_slots} in use"
+        if self.cpus is not None and self.used_cpus + need.cpus > self.cpus:
+            return f"{self.name} has {self.cpus - self.used_cpus:g} CPUs free, {need.cpus:g} are asked for"
         if self.memory is not None and self.used_memory + (need.memory or 0) > self.memory:
             free = self.memory - self.used_memory
             return f"{self.name} has {_bytes(free)} of memory free, {_bytes(need.memory or 0)} are asked for"
@@ -63,7 +67,7 @@ class Place:
 
     def could_ever(self, need: Need) -> bool:
         """Whether `need` fits when nothing else is here."""
-        return need.slots <= self.slots and (self.memory is None or (need.memory or 0) <= self.memory)
+        return Place(self.name, self.slots, self.cpus, self.memory).refusal(need) is None
 
     def take(self, need: Need) -> None:
         self.holders[need.run, need.index] = need

@@ -160,10 +160,12 @@ class Execution:
     async def _advance(self) -> None:
         """Decide all that can be decided now, write it down, ask for places."""
         while indexes := self._undecided():
+            decisions = [] if self.cancelled else await self.facts.decide(self.plan, indexes)
+            indexes = [i for i in indexes if self.plan.outcome[i] is None]  # less what was cancelled meanwhile
             if self.cancelled:
                 await self._settle([Decision(i, "cancel", "the run was cancelled") for i in indexes])
                 continue
-            decisions = await self.facts.decide(self.plan, indexes)
+            decisions = [d for d in decisions if self.plan.outcome[d.index] is None]
             self._queue([d for d in decisions if d.action == "run"])
             await self._settle([d for d in decisions if d.action != "run"])
 
@@ -377,12 +379,13 @@ class Execution:
             self._recorded.add(row.idx)
             if row.outcome is not None:
                 self.plan.finished(row.idx, row.outcome, made.get(row.idx, ()))
+        attempts = await ledger.attempts_of_run(self.id)
         live: list[AttemptRow] = []
         for row in rows:
             if row.outcome is not None:
                 continue
             t = self.tries[row.idx] = Try(row.state, self.clock.now(), row.why)
-            for attempt in await ledger.attempts(self.id, row.idx):
+            for attempt in attempts.get(row.idx, ()):
                 self._count(t, attempt)
                 if attempt.end is None:
                     live.append(attempt)
@@ -422,6 +425,7 @@ class Execution:
                 log.error(
                     "an attempt runs on a compute that the config no longer has", compute=row.compute, run=self.id
                 )
+                self.tries[row.idx].compute = row.compute
                 continue
             share = row.key if self._shareable(row.idx) else None
             self.dispatcher.occupy(self, row.idx, self.need(row.idx), row.compute, share)

@@ -75,10 +75,11 @@ class Scheduler:
             except MlpipedError as fault:
                 log.error("a run cannot go on", run=row.id, why=fault.message)
                 continue
-            if row.state is RunState.RUNNING or self._free(graph.spec):
+            if row.state is RunState.RUNNING:
                 self._start(row, graph)
             else:
                 self.queued.setdefault(row.pipeline, []).append((row, graph))
+                self._next(row.pipeline)
         return len(rows)
 
     async def _graph_of(self, row: RunRow) -> Graph:
@@ -161,10 +162,9 @@ class Scheduler:
             assert opened is not None
             if busy and spec.overlap == "cancel_previous":
                 await self._cancel_all(spec.name)
-            if busy:
-                self.queued.setdefault(spec.name, []).append((opened, graph))
-            else:
-                self._start(opened, graph)
+            # Whoever was busy may have ended since: the turn is asked for, not concluded from what was seen above.
+            self.queued.setdefault(spec.name, []).append((opened, graph))
+            self._next(spec.name)
             return opened.id
 
     def _alive(self, pipeline: str) -> list[Execution]:
@@ -230,18 +230,20 @@ class Scheduler:
     async def tell_followers(self) -> None:
         """OnSuccess: each pipeline whose upstream has succeeded since its cursor fires, once per upstream run.
 
-        Called when a run has succeeded, at start, and when plugins change: so none is lost, and none is told twice.
+        Called when a run has succeeded, at start, at resume and when plugins change: none is lost, none is told twice.
         """
         for loaded in self.registry.all():
             for trigger in loaded.spec.triggers:
                 if isinstance(trigger, SuccessSpec):
-                    await self._follow(loaded.spec.name, trigger.pipeline)
+                    try:
+                        await self._follow(loaded.spec.name, trigger.pipeline)
+                    except MlpipedError as fault:  # the cursor has not moved: the next look finds it again
+                        log.error("a success could not be told", pipeline=loaded.spec.name, why=fault.message)
 
     async def _follow(self, pipeline: str, upstream: str) -> None:
         ledger = self.world.ledger
         schedule = f"success:{pipeline}:{upstream}"
-        successes = await ledger.runs(pipeline=upstream, outcome=RunOutcome.SUCCEEDED, limit=1)
-        last = successes[0] if successes else None
+        last = await ledger.latest_success(upstream)
         before = await ledger.schedule(schedule)
         if before is None:  # never at load: what succeeded before the trigger was there does not count
             start = {"run": last.id if last else 0}
@@ -364,6 +366,7 @@ class Scheduler:
         await self.world.ledger.write(moves.set_paused(pipeline, False, who, self.clock.now()))
         self.paused.discard(pipeline)
         self.on_resume()
+        await self.tell_followers()
 
     def ahead_of(self, run_id: int) -> str | None:
         """What a queued run waits for; None if it is not queued."""

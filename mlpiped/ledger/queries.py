@@ -138,8 +138,15 @@ class Queries:
         return None if row is None else step_row(row)
 
     async def active_attempts(self) -> list[AttemptRow]:
-        """Attempts that have not ended, the oldest first: what recovery looks up by token."""
+        """Attempts that have not ended, of all runs, the oldest first."""
         return [attempt_row(row) for row in await self._every("active_attempts")]
+
+    async def attempts_of_run(self, run_id: int) -> dict[int, list[AttemptRow]]:
+        """By step, in their order: what a walk is taken up again from."""
+        found: dict[int, list[AttemptRow]] = {}
+        for row in map(attempt_row, await self._every("attempts_of_run", run_id=run_id)):
+            found.setdefault(row.idx, []).append(row)
+        return found
 
     async def attempts(self, run_id: int, idx: int) -> list[AttemptRow]:
         return [attempt_row(row) for row in await self._every("attempts", run_id=run_id, idx=idx)]

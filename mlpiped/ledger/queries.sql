@@ -275,6 +275,12 @@ SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, rea
     intent_at, submitted_at, ended_at
 FROM attempts WHERE run_id = :run_id AND idx = :idx ORDER BY n;
 
+-- name: attempts_of_run
+-- All attempts of a run, step by step, in order.
+SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,
+    intent_at, submitted_at, ended_at
+FROM attempts WHERE run_id = :run_id ORDER BY idx, n;
+
 -- name: attempt
 -- The attempt of a token.
 SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,

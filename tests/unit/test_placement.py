@@ -56,6 +56,8 @@ def test_a_compute_is_chosen_in_the_order_of_preference() -> None:
             Place("local", 2, memory=8 * G, used_memory=6 * G),
             "local has 2G of memory free, 4G are asked for",
         ),
+        (Need(1, 0, cpus=8), Place("local", 2, cpus=4), "local has 4 CPUs in all, 8 are asked for"),
+        (Need(1, 0, cpus=2), Place("local", 4, cpus=4, used_cpus=3), "local has 1 CPUs free, 2 are asked for"),
         (Need(1, 0), Place("gpu1", 2, unwell="does not answer"), "gpu1: does not answer"),
         (Need(1, 0, computes=("gpu9",)), Place("local", 2), "no compute named `gpu9` in the config"),
     ],

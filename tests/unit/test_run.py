@@ -354,3 +354,35 @@ async def test_why_a_step_ran_is_still_known_after_it_was_tried_again(lab: Lab) 
     assert await execution.run() is RunOutcome.SUCCEEDED
     assert (await lab.step(execution)).why == "has not succeeded before"
     assert [a.reason for a in await lab.ledger.attempts(execution.id, 0)] == ["exited with status 1", None]
+
+
+async def test_cancel_while_a_step_is_being_decided_starts_nothing(lab: Lab) -> None:
+    execution = await lab.open({"name": "a"}, {"name": "b", "after": ["a"]})
+    decide = execution.facts.decide
+
+    async def decide_and_meanwhile(*asked: Any) -> Any:
+        decisions = await decide(*asked)
+        await execution.cancel()
+        return decisions
+
+    execution.facts.decide = decide_and_meanwhile  # type: ignore[method-assign]
+    assert await execution.run() is RunOutcome.CANCELLED
+    assert lab.backend.world == {}
+    assert [row.outcome for row in await lab.ledger.steps(execution.id)] == [StepOutcome.CANCELLED] * 2
+
+
+async def test_cancel_of_a_step_while_it_is_being_decided_ends_that_step_alone(lab: Lab) -> None:
+    execution = await lab.open({"name": "a"}, {"name": "b", "salt": "b"})
+    decide = execution.facts.decide
+
+    async def decide_and_meanwhile(*asked: Any) -> Any:
+        decisions = await decide(*asked)
+        await execution.cancel(0)
+        return decisions
+
+    execution.facts.decide = decide_and_meanwhile  # type: ignore[method-assign]
+    assert await execution.run() is RunOutcome.CANCELLED
+    assert [row.outcome for row in await lab.ledger.steps(execution.id)] == [
+        StepOutcome.CANCELLED,
+        StepOutcome.SUCCEEDED,
+    ]
