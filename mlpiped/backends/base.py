@@ -72,9 +72,14 @@ class Job:
     code: str | None = None  # absolute folder of the code snapshot; copied into work/
     requirements: str | None = None  # text of requirements.txt: build (once per content) and use that environment
     python: str | None = None  # "3.11"; None: the daemon's own
+    image: str | None = None  # `Image.run`: the container's image, by digest
+    network: bool = False  # of a container: whether it reaches anything
+    shm_size: int | None = None  # of a container: bytes of /dev/shm
+    contents: Mapping[str, str] = field(default_factory=dict)  # input path -> digest: what is there needs no sending
     cpus: float = 1
     memory: int | None = None
-    gpus: tuple[str, ...] = ()  # leased cards
+    gpus: tuple[str, ...] = ()  # UUIDs of the leased cards
+    gpu_memory: int | None = None  # bytes of each: the card is shared; None: it is the step's alone
     timeout: float | None = None
     grace: float = 10.0
 
@@ -107,6 +112,7 @@ class Exited:
     timed_out: bool = False
     cancelled: bool = False
     error: str | None = None  # the command could not be started: a sentence
+    out_of_memory: bool = False  # it was killed for going over its limit
     started: float | None = None  # seconds since the epoch, by the machine's own clock
     ended: float | None = None
     cpu: float | None = None  # seconds of user and system time, all processes of the step
@@ -132,13 +138,45 @@ Outcome = Exited | Lost | NeverRan
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """One GPU. `foreign` ends a sentence while somebody else's process sits on it: "in use by python (pid 4242)"."""
+
+    uuid: str
+    index: int
+    name: str
+    memory: int  # bytes
+    foreign: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Capacity:
     """What a compute offers. None: not limited by us."""
 
     slots: int
     cpus: float | None = None
     memory: int | None = None  # bytes
-    gpus: tuple[str, ...] = ()
+    cards: tuple[Card, ...] = ()
+    images: bool = False  # it runs steps in containers, and those only
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A container's image: `identity` enters the step's key, `run` is what an engine starts."""
+
+    identity: str  # "sha256:…" of an image named by tag; of a Dockerfile "b3:…" over its text and its base images
+    run: str  # "sha256:…"
+
+
+class Images(Protocol):
+    """What a backend with `Capacity.images` offers beside `Backend`."""
+
+    async def image(self, reference: str | None, dockerfile: str | None) -> Image:
+        """The image of that tag, pulled when it is not there; or the one that the Dockerfile's text makes, built once.
+
+        Raises InvalidJob (no such image, a Dockerfile that does not build: with the engine's words) and
+        BackendUnavailable.
+        """
+        ...
 
 
 class Backend(Protocol):
@@ -150,7 +188,13 @@ class Backend(Protocol):
     async def start(self, stack: AsyncExitStack) -> None:
         """Begin to serve; whatever must end with the daemon goes on `stack`. Steps must not."""
 
-    def capacity(self) -> Capacity: ...
+    def capacity(self) -> Capacity:
+        """From memory, as `health` last saw it: cards come and go."""
+        ...
+
+    def missing(self, contents: Mapping[str, int]) -> int:
+        """Of these contents (digest -> bytes), how many bytes would have to travel there. From memory: asks nobody."""
+        ...
 
     async def submit(self, job: Job) -> Handle:
         """Start `job`, or find that its token was claimed already and give that handle.
@@ -193,5 +237,5 @@ class Backend(Protocol):
         """
 
     async def health(self) -> str | None:
-        """None when well, else a sentence."""
+        """None when well, else a sentence. Looks at the machine, its cards too."""
         ...

@@ -75,6 +75,9 @@ class FakeBackend:
     def capacity(self) -> Capacity:
         return Capacity(self.slots)
 
+    def missing(self, contents: object) -> int:
+        return 0
+
     async def start(self, stack: object) -> None: ...
 
     async def fetch(self, handle: Handle, into: Path) -> Path:

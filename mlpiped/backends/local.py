@@ -26,7 +26,7 @@ from mlpiped.backends.supervisor import boot_id
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AsyncExitStack
 
 T = TypeVar("T")
@@ -84,6 +84,9 @@ class LocalBackend:
 
     def capacity(self) -> Capacity:
         return self._capacity
+
+    def missing(self, contents: Mapping[str, int]) -> int:
+        return 0
 
     async def submit(self, job: Job) -> Handle:
         folder = folders.at(self._jobs, job.token)
