@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from smi_rig import Smi
 
 from mlpiped.backends import cards
 from mlpiped.backends.base import Card
-from tests.smi_rig import Smi
 
 A = "GPU-6f1c2a8e-3b71-90d4-5c06-0e2d9f3b7a11"
 B = "GPU-b22f0cc4-1188-4a0f-9a0e-7f6f5c2e4d10"
