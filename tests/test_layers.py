@@ -49,7 +49,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
     "fake backend": (3, ("backends.fake",)),
-    "placement": (3, ("placement",)),
+    "placement": (3, ("placement", "shares", "waiting")),
     "one run": (4, ("run", "attempt", "facts")),
     "all runs": (5, ("scheduler", "dispatch")),
     "retention": (5, ("retention.keeper", "retention.keeping")),
