@@ -56,7 +56,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "acts and questions": (6, ("actions", "inquiry")),
     "control": (6, ("control",)),
     "cli": (6, ("cli",)),
-    "composition root": (7, ("daemon",)),
+    "composition root": (7, ("daemon", "computes")),
     "admin's front door": (8, ("cli.admin", "cli.check")),  # starts the daemon, loads plugins
 }
 ONLY_IN = {  # third-party and database modules that one place keeps to itself
