@@ -288,6 +288,10 @@ class PipelineSpec(_Plain):
     tags: dict[str, str] = Field(default_factory=dict)
 
 
+def runs_in_container(step: StepSpec) -> bool:
+    return step.environment.image is not None or step.environment.dockerfile is not None
+
+
 def canonical(value: _Plain | dict[str, Any] | list[Any]) -> str:
     """Compact JSON with sorted keys: the form that is hashed."""
     plain = value.model_dump() if isinstance(value, _Plain) else value

@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "decisions": (2, ("keys", "resolve")),
     "paths and digests": (2, ("files", "files.hashing", "files.walking")),
     "retention's rules": (2, ("retention", "retention.plan")),
-    "spec check": (2, ("spec_check",)),
+    "spec check": (2, ("spec_check", "spec_cycles")),
     "publish": (2, ("publish",)),
     "protocol": (2, ("protocol",)),
     "backend seam": (2, ("backends", "backends.base")),
