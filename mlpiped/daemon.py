@@ -26,10 +26,11 @@ import mlpiped
 from mlpiped import logs, notify_systemd
 from mlpiped.actions import Actions
 from mlpiped.artifacts import Store
-from mlpiped.backends.local import LocalBackend
 from mlpiped.clock import SystemClock
 from mlpiped.code import CodeReader
+from mlpiped.computes import backends_of
 from mlpiped.config import settings as config
+from mlpiped.config.computes import images_of
 from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
@@ -64,6 +65,7 @@ FEEDS = 3  # of systemd's watchdog within the time that it waits
 LAG_LIMIT = 5.0  # seconds that the loop may be late before the watchdog is let bark
 STOP_LIMIT = 5.0  # seconds for each room to close
 M_ARENA_MAX = -8  # malloc.h
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to start a compute
 CANCEL_LIMIT = 20.0  # seconds for all runs to end, with on_stop = "cancel"
 
 
@@ -128,18 +130,7 @@ class Daemon:
         datastores = {name: each.path for name, each in settings.datastores.items()}
         code = CodeReader(self.fingerprinter, state)
         self.world = World(ledger, self.fingerprinter, code, self.store, datastores)
-        self.backends: dict[str, Backend] = {
-            name: LocalBackend(
-                name,
-                state / "jobs",
-                state / "envs",
-                slots=each.slots,
-                memory=each.memory,
-                cpus=each.cpus,
-                python=str(settings.daemon.python or sys.executable),
-            )
-            for name, each in settings.compute.items()
-        }
+        self.backends = backends_of(settings)
         capacities = {name: backend.capacity() for name, backend in self.backends.items()}
         places = [Place(name, c.slots, c.cpus, c.memory) for name, c in capacities.items()]
         self.dispatch = Dispatch(places, settings.pools, settings.daemon.max_running_steps)
@@ -172,7 +163,8 @@ class Daemon:
         tasks.start_soon(self._signals, name="signals")
         await self.registry.start()
         for backend in self.backends.values():
-            await backend.start(self.rooms)
+            if not await self._begin(backend):
+                tasks.start_soon(self._begin_later, backend, name=f"compute {backend.name}")
         resumed = await self.scheduler.recover(tasks)
         self.ledger.on_full = self._disk
         self._disk(self.ledger.full)
@@ -191,6 +183,30 @@ class Daemon:
             resumed=resumed,
             seconds=round(self.clock.monotonic() - started, 3),
         )
+
+    async def _begin(self, backend: Backend) -> bool:
+        """Whether it serves. Another machine that is away keeps nobody from starting: its work waits."""
+        place = self.dispatch.places[backend.name]
+        try:
+            await backend.start(self.rooms)
+        except Exception as fault:
+            if backend.kind == "local":
+                raise
+            place.unwell = f"it could not be started: {fault}"
+            log.warning("a compute could not be started; it is tried again", compute=backend.name, why=str(fault))
+            return False
+        return True
+
+    async def _begin_later(self, backend: Backend) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            await anyio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+            if await self._begin(backend):
+                log.info("a compute has been started", compute=backend.name)
+                self.dispatch.places[backend.name].unwell = None
+                self.dispatch.place()
+                return
 
     async def _listen(self) -> None:
         settings = self.settings
@@ -307,7 +323,9 @@ class Daemon:
     # --- what people ask --------------------------------------------------------------------------------------
     def _known(self) -> Known:
         settings = self.settings
-        return Known(set(settings.datastores), {*settings.compute, *settings.pools})
+        kinds = {name: each.kind for name, each in settings.compute.items()}
+        names = {*settings.compute, *settings.pools}
+        return Known(set(settings.datastores), names, images_of(kinds, settings.pools))
 
     async def _load(self, path: Path) -> LoadResult:
         return await load_file(path, known=self._known(), check_cron=cron.check)

@@ -466,7 +466,9 @@ def test_requirements_are_one_text_with_their_includes(tmp_path: Path) -> None:
     (tmp_path / "base.txt").write_text("numpy==2.0\n")
     (tmp_path / "all.txt").write_text("-r base.txt\npandas  # of the lab\n")
     made = Environment(requirements=str(tmp_path / "all.txt"), python="3.11", env={"A": "1"})
-    assert made.plain() == {"requirements": "numpy==2.0\npandas  # of the lab", "python": "3.11", "env": {"A": "1"}}
+    text = "numpy==2.0\npandas  # of the lab"
+    none = {"image": None, "dockerfile": None}
+    assert made.plain() == {"requirements": text, "python": "3.11", "env": {"A": "1"}} | none
     for line in ("-e .", "-c x.txt", "./local", "-r all.txt"):
         (tmp_path / "base.txt").write_text(f"\n{line}\n")
         with pytest.raises(DefinitionError) as caught:
