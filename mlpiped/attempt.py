@@ -63,6 +63,8 @@ class Attempt:
         number: int,
         on_running: Callable[[], None],
         on_exit: Callable[[], None],
+        on_unavailable: Callable[[str | None], None],
+        cards: tuple[str, ...] = (),
     ) -> None:
         self.facts = facts
         self.world = facts.world
@@ -80,6 +82,8 @@ class Attempt:
         self.held: str | None = None  # why the backend cannot be asked just now
         self._on_running = on_running
         self._on_exit = on_exit
+        self._on_unavailable = on_unavailable
+        self.cards = cards  # UUIDs of the GPUs that are leased to it
         self._cancelled = False
         self._told_exit = False  # the step is in `collecting`, says the ledger
 
@@ -100,6 +104,8 @@ class Attempt:
             step.key,
             json.dumps(step.parts),
             self.clock.now(),
+            slots=self.step.resources.slots,
+            cards=self.cards,
         )
         await self.world.ledger.write(intent)
         self.begun = True
@@ -111,6 +117,7 @@ class Attempt:
         except InvalidJob as fault:
             return Ended(StepOutcome.FAILED, _with_hint(fault), AttemptEnd.FAILED, final=True)
         except BackendUnavailable as fault:
+            self._on_unavailable(fault.message)
             return await self._found_or_fenced(fault.message)
         crash.point("after_submit")
         return await self._observe(handle)
@@ -163,6 +170,7 @@ class Attempt:
                 break
             except BackendUnavailable as fault:
                 self.held = fault.message
+                self._on_unavailable(None)
                 await self.clock.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
         self.held = None
@@ -281,6 +289,8 @@ class Attempt:
             python=step.environment.python,
             cpus=step.resources.cpus,
             memory=step.resources.memory,
+            gpus=self.cards,
+            gpu_memory=step.resources.gpu_memory,
             timeout=step.timeout,
             grace=step.grace,
         )

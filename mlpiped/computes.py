@@ -81,5 +81,7 @@ def backends_of(settings: Settings) -> dict[str, Backend]:
                 memory=compute.memory,
                 cpus=compute.cpus,
                 python=str(settings.daemon.python or sys.executable),
+                gpus=compute.gpus,
+                instance=instance,
             )
     return found

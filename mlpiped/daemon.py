@@ -38,6 +38,7 @@ from mlpiped.dispatch import Dispatch
 from mlpiped.errors import LedgerError, MlpipedError
 from mlpiped.facts import World
 from mlpiped.files.fingerprint import Fingerprinter
+from mlpiped.hosts import Hosts
 from mlpiped.ledger import Ledger, moves, sqlite_version
 from mlpiped.loader import Known, Registry, load_file
 from mlpiped.placement import Place
@@ -65,7 +66,6 @@ FEEDS = 3  # of systemd's watchdog within the time that it waits
 LAG_LIMIT = 5.0  # seconds that the loop may be late before the watchdog is let bark
 STOP_LIMIT = 5.0  # seconds for each room to close
 M_ARENA_MAX = -8  # malloc.h
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to start a compute
 CANCEL_LIMIT = 20.0  # seconds for all runs to end, with on_stop = "cancel"
 
 
@@ -132,8 +132,12 @@ class Daemon:
         self.world = World(ledger, self.fingerprinter, code, self.store, datastores)
         self.backends = backends_of(settings)
         capacities = {name: backend.capacity() for name, backend in self.backends.items()}
-        places = [Place(name, c.slots, c.cpus, c.memory) for name, c in capacities.items()]
-        self.dispatch = Dispatch(places, settings.pools, settings.daemon.max_running_steps)
+        places = [Place(name, c.slots) for name, c in capacities.items()]
+        for place in places:
+            place.offers(capacities[place.name])
+        self.dispatch = Dispatch(places, settings.pools, settings.daemon.max_running_steps, self.clock.now)
+        self.hosts = Hosts(self.backends, self.dispatch, ledger, self.clock, self._begin)
+        self.dispatch.on_unavailable, self.dispatch.on_taken = self.hosts.unavailable, self.hosts.took
         self.registry = Registry(settings.daemon.plugins, state, self._known, cron.check, self._plugins_changed)
         self.scheduler = Scheduler(self.world, self.registry, self.backends, self.clock, self.dispatch)
         memory = LedgerMemory(ledger, moves, self.clock)
@@ -162,10 +166,11 @@ class Daemon:
         started = self.clock.monotonic()
         tasks.start_soon(self._signals, name="signals")
         await self.registry.start()
-        for backend in self.backends.values():
-            if not await self._begin(backend):
-                tasks.start_soon(self._begin_later, backend, name=f"compute {backend.name}")
+        await self.hosts.restore()
+        for name in self.backends:
+            await self.hosts.start(name)
         resumed = await self.scheduler.recover(tasks)
+        self.hosts.watch(tasks)
         self.ledger.on_full = self._disk
         self._disk(self.ledger.full)
         self._set_triggers()
@@ -184,29 +189,8 @@ class Daemon:
             seconds=round(self.clock.monotonic() - started, 3),
         )
 
-    async def _begin(self, backend: Backend) -> bool:
-        """Whether it serves. Another machine that is away keeps nobody from starting: its work waits."""
-        place = self.dispatch.places[backend.name]
-        try:
-            await backend.start(self.rooms)
-        except Exception as fault:
-            if backend.kind == "local":
-                raise
-            place.unwell = f"it could not be started: {fault}"
-            log.warning("a compute could not be started; it is tried again", compute=backend.name, why=str(fault))
-            return False
-        return True
-
-    async def _begin_later(self, backend: Backend) -> None:
-        pause = FIRST_PAUSE
-        while True:
-            await anyio.sleep(pause)
-            pause = min(pause * 2, LONGEST_PAUSE)
-            if await self._begin(backend):
-                log.info("a compute has been started", compute=backend.name)
-                self.dispatch.places[backend.name].unwell = None
-                self.dispatch.place()
-                return
+    async def _begin(self, backend: Backend) -> None:
+        await backend.start(self.rooms)
 
     async def _listen(self) -> None:
         settings = self.settings
@@ -216,6 +200,7 @@ class Daemon:
             self._load,
             self._reread,
             {name: backend.kind for name, backend in self.backends.items()},
+            self.hosts.drain,
         )
         self.service = Service(
             access=Access(settings.control.group, settings.control.operators),

@@ -10,10 +10,11 @@ from mlpiped.resolve import Graph, Plan
 from mlpiped.spec import version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mlpiped.dispatch import Dispatch
     from mlpiped.facts import World
+    from mlpiped.placement import Spot
     from mlpiped.protocol import ActiveJson, ComputeJson, HolderJson
     from mlpiped.resolve import Decision
     from mlpiped.run import Execution, Try
@@ -130,26 +131,41 @@ def active(dispatch: Dispatch) -> list[ActiveJson]:
 
 def compute(dispatch: Dispatch, kinds: Mapping[str, str]) -> list[ComputeJson]:
     """Each compute with what is taken and by whom."""
-    found: list[ComputeJson] = []
-    for place in dispatch.places.values():
-        holders: list[HolderJson] = []
-        for (run, index), need in place.holders.items():
-            execution = dispatch.executions.get(run)
-            if execution is not None:
-                t = execution.tries.get(index)
-                name = execution.graph.steps[index].name
-                since = t.since if t else None
-                holders.append({"run": run, "step": name, "since": since, "slots": need.slots})
-        found.append(
-            {
-                "name": place.name,
-                "kind": kinds.get(place.name, "local"),
-                "slots": place.slots,
-                "used": place.used_slots,
-                "memory": place.memory,
-                "memory_used": place.used_memory,
-                "holders": holders,
-                "health": place.unwell,
-            }
-        )
+    return [
+        {
+            "name": place.name,
+            "kind": kinds.get(place.name, "local"),
+            "slots": place.slots,
+            "used": place.used_slots,
+            "memory": place.memory,
+            "memory_used": place.used_memory,
+            "holders": _holders(dispatch, place.holders),
+            "health": place.unwell,
+            "unwell_since": place.unwell_since if place.unwell is not None else None,
+            "drained": place.drained,
+            "cards": [
+                {
+                    "uuid": card.uuid,
+                    "index": card.index,
+                    "name": card.name,
+                    "memory": card.memory,
+                    "foreign": card.foreign,
+                    "holders": _holders(dispatch, place.leased.get(card.uuid, ())),
+                }
+                for card in place.cards
+            ],
+            "cards_trouble": place.no_cards,
+        }
+        for place in dispatch.places.values()
+    ]
+
+
+def _holders(dispatch: Dispatch, spots: Iterable[Spot]) -> list[HolderJson]:
+    found: list[HolderJson] = []
+    for run, index in spots:
+        execution = dispatch.executions.get(run)
+        if execution is not None:
+            step = execution.graph.steps[index]
+            since, slots = execution.since(index), step.resources.slots
+            found.append({"run": run, "step": step.name, "since": since, "slots": slots})
     return found

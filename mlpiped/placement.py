@@ -63,6 +63,7 @@ class Refusal:
     spots: tuple[Spot, ...] = ()
     joint: str = ", held by "
     tail: str = ""
+    since: int | None = None  # µs: it is so
 
     def text(self, holders: str = "") -> str:
         return self.head + (f"{self.joint}{holders}" if holders else "") + self.tail
@@ -80,7 +81,7 @@ class Place:
     used_cpus: float = 0.0
     used_memory: int = 0
     unwell: str | None = None
-    unwell_since: str | None = None  # as a person reads it
+    unwell_since: int | None = None  # µs
     drained: bool = False
     images: bool = False
     cards: tuple[Card, ...] = ()
@@ -135,8 +136,7 @@ class Place:
         if self.drained:
             return Refusal("away", f"{self.name} is drained: its steps finish, nothing new starts")
         if self.unwell is not None:
-            since = f", since {self.unwell_since}" if self.unwell_since else ""
-            return Refusal("away", f"{self.name}: {self.unwell}{since}")
+            return Refusal("away", f"{self.name}: {self.unwell}", since=self.unwell_since)
         return None
 
     def _full(self, need: Need) -> Refusal | None:
@@ -208,10 +208,9 @@ class Place:
         self.used_cpus -= need.cpus
         self.used_memory -= need.memory or 0
         self.late.discard((run, index))
-        if self.leased:
-            for on in self.leased.values():
-                on.pop((run, index), None)
-            self.leased = {uuid: on for uuid, on in self.leased.items() if on}
+        if need.gpus:
+            for uuid in [uuid for uuid, on in self.leased.items() if on.pop(need.spot, 0) != 0 and not on]:
+                del self.leased[uuid]
         return need
 
     def leaves_room(self, need: Need, first: Need) -> bool:

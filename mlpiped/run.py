@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import anyio
 import structlog
@@ -22,6 +22,7 @@ from mlpiped.ledger import StepRow, moves
 from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome, StepState
 from mlpiped.placement import Need
 from mlpiped.resolve import Decision, Graph, Plan
+from mlpiped.spec import runs_in_container
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from mlpiped.backends.base import Backend
     from mlpiped.clock import Clock
+    from mlpiped.dispatcher import Dispatcher
     from mlpiped.facts import World
     from mlpiped.ledger import AttemptRow, RunRow
 
@@ -47,24 +49,6 @@ _OUTCOMES = {
     "fail": StepOutcome.FAILED,
     "cancel": StepOutcome.CANCELLED,
 }
-
-
-class Dispatcher(Protocol):
-    """What a run asks of the scheduler, which answers a `request` by `Execution.granted`, or `decide_again`."""
-
-    def request(self, execution: Execution, index: int, need: Need, share: str | None) -> None:
-        """A place for step `index`; `share` is the key under which equal steps of all runs share one attempt."""
-
-    def withdraw(self, execution: Execution, index: int) -> None: ...
-
-    def occupy(self, execution: Execution, index: int, need: Need, compute: str, share: str | None) -> None:
-        """An adopted attempt holds a place already."""
-
-    def release(self, run: int, index: int) -> None:
-        """The process has ended: its place is free. Said twice, it is heard once."""
-
-    def settled(self, run: int, index: int) -> None:
-        """The step's attempt has ended for good or ill: who shares its key may be decided again."""
 
 
 @dataclass(slots=True)
@@ -243,17 +227,36 @@ class Execution:
         step = self.graph.steps[index]
         r = step.resources
         priority = self.graph.spec.priority + step.priority
-        return Need(self.id, index, priority, r.slots, r.cpus, r.memory, step.compute)
+        return Need(
+            self.id,
+            index,
+            priority,
+            r.slots,
+            r.cpus,
+            r.memory,
+            step.compute,
+            gpus=r.gpus,
+            gpu_memory=r.gpu_memory,
+            owner=self.row.owner,
+            images=runs_in_container(step),
+        )
+
+    def since(self, index: int) -> int | None:
+        """When the step got into the state that it is in, in microseconds."""
+        t = self.tries.get(index)
+        return t.since if t is not None else None
 
     # --- attempts ---------------------------------------------------------------------------------------------
-    def granted(self, index: int, compute: str) -> None:
-        """A place on `compute` is leased for step `index`: its attempt begins."""
+    def granted(self, index: int, compute: str, cards: Sequence[str] = ()) -> None:
+        """A place on `compute`, with these of its cards, is leased for step `index`: its attempt begins."""
         t = self.tries[index]
         t.tokens += 1
         token = f"mlp-{self.id}-{index}-{t.tokens}-{secrets.token_hex(8)}"
-        self._begin(index, compute, token, t.tokens, None)
+        self._begin(index, compute, token, t.tokens, None, cards)
 
-    def _begin(self, index: int, compute: str, token: str, n: int, adopted: AttemptRow | None) -> None:
+    def _begin(
+        self, index: int, compute: str, token: str, n: int, adopted: AttemptRow | None, cards: Sequence[str] = ()
+    ) -> None:
         assert self._tasks is not None
         t = self.tries[index]
         t.compute, t.state, t.since = compute, StepState.SUBMITTING, self.clock.now()
@@ -269,12 +272,16 @@ class Execution:
             t.number,
             on_running=lambda: self._running(index),
             on_exit=lambda: self.dispatcher.release(self.id, index),
+            on_unavailable=lambda why: self.dispatcher.unavailable(compute, why),
+            cards=tuple(cards),
         )
         name = f"run {self.id} step {self.graph.steps[index].name}"
         self._tasks.start_soon(self._try, index, t.attempt, adopted, name=name)
 
     def _running(self, index: int) -> None:
         t = self.tries[index]
+        if t.compute is not None:
+            self.dispatcher.taken(t.compute)
         t.state, t.since = StepState.RUNNING, self.clock.now()
 
     async def _try(self, index: int, attempt: Attempt, adopted: AttemptRow | None) -> None:
@@ -428,5 +435,6 @@ class Execution:
                 self.tries[row.idx].compute = row.compute
                 continue
             share = row.key if self._shareable(row.idx) else None
-            self.dispatcher.occupy(self, row.idx, self.need(row.idx), row.compute, share)
+            need, since = self.need(row.idx), row.submitted_at or row.intent_at
+            self.dispatcher.occupy(self, row.idx, need, row.compute, share, row.cards, since)
             self._begin(row.idx, row.compute, row.token, row.n, row)

@@ -157,7 +157,7 @@ class Queries:
         return None if row is None else attempt_row(row)
 
     async def recent_use(self, since: int, limit: int = 50_000) -> list[tuple[str, int, float, float]]:
-        """What each owner has had, by the last `limit` attempts: (owner, µs, slot-seconds, card-seconds) by the hour."""
+        """What owners have had, by the hour, by the last `limit` attempts: (owner, µs, slot-seconds, card-seconds)."""
         rows = await self._every("recent_use", since=since, limit=limit)
         return [(owner, hour * 3_600_000_000, slots, cards) for owner, hour, slots, cards in rows]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlpiped.placement import Need, Place, Waiting, refusals
+from mlpiped.placement import Need, Place, refusals
+from mlpiped.waiting import Waiting
 
 G = 1 << 30
 
@@ -13,7 +14,7 @@ def placed(needs: list[Need], places: list[Place]) -> list[tuple[int, int, str]]
     waiting = Waiting()
     for need in needs:
         waiting.add(need)
-    return [(need.run, need.index, place.name) for need, place in waiting.place(places)]
+    return [(need.run, need.index, place.name) for need, place, _ in waiting.place(places)]
 
 
 def test_priority_then_the_older_run_then_the_order_of_steps() -> None:
@@ -63,7 +64,7 @@ def test_a_compute_is_chosen_in_the_order_of_preference() -> None:
     ],
 )
 def test_a_refusal_says_why(need: Need, place: Place, reason: str) -> None:
-    assert refusals(need, [place]) == [reason]
+    assert [refusal.text() for refusal in refusals(need, [place])] == [reason]
     assert placed([need], [place]) == []
 
 
@@ -75,7 +76,7 @@ def test_one_that_was_withdrawn_is_not_placed_and_may_come_again() -> None:
     assert list(waiting.place([Place("local", 1)])) == []
     waiting.add(Need(1, 0))
     assert len(waiting) == 1
-    assert [need.index for need, _ in waiting.place([Place("local", 1)])] == [0]
+    assert [need.index for need, *_ in waiting.place([Place("local", 1)])] == [0]
     assert len(waiting) == 0
 
 
@@ -85,7 +86,7 @@ def test_withdrawn_and_asked_again_before_a_place_is_free_counts_once() -> None:
         waiting.add(Need(1, 0))
         waiting.remove(1, 0)
     waiting.add(Need(1, 0))
-    assert [need.index for need, _ in waiting.place([Place("local", 5)])] == [0]
+    assert [need.index for need, *_ in waiting.place([Place("local", 5)])] == [0]
 
 
 def test_who_stops_taking_leases_early_loses_none_that_wait() -> None:
@@ -93,9 +94,9 @@ def test_who_stops_taking_leases_early_loses_none_that_wait() -> None:
     for need in (Need(1, 0, memory=9 * G), Need(1, 1), Need(1, 2)):
         waiting.add(need)
     place = Place("local", 4, memory=8 * G)
-    for need, _ in waiting.place([place]):
+    for need, *_ in waiting.place([place]):
         assert need.index == 1
         break
-    assert [need.index for need, _ in waiting.place([place])] == [2]
+    assert [need.index for need, *_ in waiting.place([place])] == [2]
     place.memory = 16 * G
-    assert [need.index for need, _ in waiting.place([place])] == [0]
+    assert [need.index for need, *_ in waiting.place([place])] == [0]
