@@ -69,7 +69,8 @@ class Actions:
         else:
             spec = self.scheduler.loaded(pipeline_or_file).spec
         values = parameters_for(spec, parameters)
-        return await inquiry.plan(self.scheduler.world, spec, values, force, target)
+        never = self.scheduler.dispatch.never
+        return await inquiry.plan(self.scheduler.world, spec, values, force, target, never)
 
     async def _from_file(self, file: str) -> PipelineSpec:
         result = await self.load_file(Path(file))

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 from mlpiped.facts import Facts
 from mlpiped.model import OutputFact, StepOutcome, StepState
 from mlpiped.resolve import Graph, Plan
+from mlpiped.run import need_of
 from mlpiped.spec import version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from mlpiped.dispatch import Dispatch
     from mlpiped.facts import World
-    from mlpiped.placement import Spot
+    from mlpiped.placement import Need, Spot
     from mlpiped.protocol import ActiveJson, ComputeJson, HolderJson
     from mlpiped.resolve import Decision
     from mlpiped.run import Execution, Try
@@ -28,9 +29,11 @@ async def plan(
     parameters: Mapping[str, Scalar],
     force: bool | Sequence[str],
     target: str | None,
+    never: Callable[[Need], str | None] = lambda need: None,
 ) -> dict[str, Any]:
     """The walk of a run without its acts. What comes after a step that would run is `unknown`: it depends on what
-    that step makes. `seconds` is what the step took when it last ran, or None."""
+    that step makes. `seconds` is what the step took when it last ran, or None. `never` says why a step that must run
+    cannot have a place."""
     graph = Graph(spec)
     forced = range(len(graph.steps)) if force is True else [graph.step(name) for name in force or ()]
     walk = Plan(graph, target=graph.step(target) if target else None, force=forced)
@@ -50,6 +53,8 @@ async def plan(
     for i in sorted(found):
         cost = costs.get(graph.steps[i].name)
         seconds = None if cost is None or found[i]["action"] in ("reuse", "skip") else cost / 1e6
+        if found[i]["action"] == "run" and (reason := never(need_of(graph, i, 0, ""))) is not None:
+            found[i]["why"] += f"; {reason}"
         steps.append({"name": graph.steps[i].name, **found[i], "seconds": seconds})
     total = sum(step["seconds"] or 0.0 for step in steps)
     return {"pipeline": spec.name, "version": version_of(spec), "steps": steps, "seconds": round(total, 3)}

@@ -224,22 +224,7 @@ class Execution:
         return step.allow_reuse and not step.effect and index not in self.plan.force
 
     def need(self, index: int) -> Need:
-        step = self.graph.steps[index]
-        r = step.resources
-        priority = self.graph.spec.priority + step.priority
-        return Need(
-            self.id,
-            index,
-            priority,
-            r.slots,
-            r.cpus,
-            r.memory,
-            step.compute,
-            gpus=r.gpus,
-            gpu_memory=r.gpu_memory,
-            owner=self.row.owner,
-            images=runs_in_container(step),
-        )
+        return need_of(self.graph, index, self.id, self.row.owner)
 
     def since(self, index: int) -> int | None:
         """When the step got into the state that it is in, in microseconds."""
@@ -438,3 +423,22 @@ class Execution:
             need, since = self.need(row.idx), row.submitted_at or row.intent_at
             self.dispatcher.occupy(self, row.idx, need, row.compute, share, row.cards, since)
             self._begin(row.idx, row.compute, row.token, row.n, row)
+
+
+def need_of(graph: Graph, index: int, run: int, owner: str) -> Need:
+    """What step `index` needs of a compute."""
+    step = graph.steps[index]
+    r = step.resources
+    return Need(
+        run,
+        index,
+        graph.spec.priority + step.priority,
+        r.slots,
+        r.cpus,
+        r.memory,
+        step.compute,
+        gpus=r.gpus,
+        gpu_memory=r.gpu_memory,
+        owner=owner,
+        images=runs_in_container(step),
+    )

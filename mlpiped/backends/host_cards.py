@@ -80,7 +80,7 @@ class HostCards:
 
     # --- leases -----------------------------------------------------------------------------------------------
     def take(self, job: Job) -> None:
-        """Lease the job's cards, all or none. Raises BackendUnavailable with who has one of them."""
+        """Lease the job's cards, all or none. Raises BackendUnavailable with who has one of them, or sits on it."""
         if not job.gpus:
             return
         record = {"cards": list(job.gpus), "shared": job.gpu_memory is not None}
@@ -98,6 +98,11 @@ class HostCards:
                 self._tokens.discard(job.token)
                 (self._mine / job.token).unlink(missing_ok=True)
                 raise BackendUnavailable(f"`{self._compute}`: {held}")
+        self.look()  # the last one is some seconds old, and somebody may have come since
+        for card in self.seen:
+            if card.uuid in job.gpus and card.foreign is not None:
+                self.give(job.token)
+                raise BackendUnavailable(f"`{self._compute}`: card {card.index} is {card.foreign}")
 
     def leased(self, token: str) -> bool:
         """Whether there is anything to give back. From memory: asks nobody."""
