@@ -167,8 +167,7 @@ class Daemon:
         tasks.start_soon(self._signals, name="signals")
         await self.registry.start()
         await self.hosts.restore()
-        for name in self.backends:
-            await self.hosts.start(name)
+        await self.hosts.start()
         resumed = await self.scheduler.recover(tasks)
         self.hosts.watch(tasks)
         self.ledger.on_full = self._disk

@@ -31,6 +31,9 @@ log = structlog.get_logger("hosts")
 REMEMBERED = 4
 """Half-lives: what was before counts for a sixteenth, and is not read again after a restart."""
 
+START = 10.0
+"""Seconds that the daemon's start waits for a compute on another machine; then it is tried again while others work."""
+
 ANSWER = 120.0
 """Seconds within which a backend must say how it is; each has shorter limits of its own for what it asks."""
 
@@ -71,15 +74,25 @@ class Hosts:
                 self.breakers[name].incident = True
                 place.unwell_since = row.unwell_at
 
-    async def start(self, name: str) -> None:
-        """Its first start. Raises what the backend raises, if it is this host's own: nothing works without it."""
-        backend = self.backends[name]
-        try:
-            await self._begin(backend)
-        except Exception as fault:
+    async def start(self) -> None:
+        """The first start of each, all at once. Raises what this host's own raises: nothing works without it."""
+        for backend in self.backends.values():
             if backend.kind == "local":
-                raise
-            self._tell(name, self.breakers[name].looked(_not_started(fault)))
+                await self._begin(backend)
+        async with anyio.create_task_group() as tasks:
+            for name, backend in self.backends.items():
+                if backend.kind != "local":
+                    tasks.start_soon(self._start, name, name=f"start of compute {name}")
+
+    async def _start(self, name: str) -> None:
+        why = f"it could not be started in {START:.0f} s"
+        with anyio.move_on_after(START):
+            try:
+                await self._begin(self.backends[name])
+                return
+            except Exception as fault:
+                why = _not_started(fault)
+        self._tell(name, self.breakers[name].looked(why))
 
     def watch(self, tasks: TaskGroup) -> None:
         for name in self.backends:
@@ -128,10 +141,11 @@ class Hosts:
 
     def unavailable(self, name: str, why: str | None) -> None:
         """It could not be asked, or did not take a submit and said `why`: look at it now."""
-        if name in self._soon:
-            if why is not None:
-                self._failed[name] = why
-            self._soon[name].set()
+        if name not in self._soon or self.breakers[name].why is not None:
+            return  # it is known, and looked at after its pause
+        if why is not None:
+            self._failed[name] = why
+        self._soon[name].set()
 
     def took(self, name: str) -> None:
         """It has taken a submit."""
@@ -141,16 +155,13 @@ class Hosts:
 
     def _tell(self, name: str, turned: bool) -> None:
         """Placement at once; who reads events, once an incident."""
-        breaker, place = self.breakers[name], self.dispatch.places[name]
+        breaker, place, now = self.breakers[name], self.dispatch.places[name], self.clock.now()
         place.unwell = breaker.why
-        if not breaker.incident:
-            place.unwell_since = None
-        elif place.unwell_since is None:
-            place.unwell_since = self.clock.now()
+        place.unwell_since = (place.unwell_since or now) if breaker.incident else None
         if turned:
             log.warning("a compute is not well" if breaker.incident else "a compute is well again",
                         compute=name, why=breaker.why)  # fmt: skip
-            self.ledger.post(moves.set_unwell(name, breaker.why, self.clock.now()))
+            self.ledger.post(moves.set_unwell(name, breaker.why, now))
 
     # --- people -----------------------------------------------------------------------------------------------
     async def drain(self, name: str, drained: bool, who: str) -> None:
