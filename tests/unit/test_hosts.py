@@ -120,7 +120,7 @@ class Computes(Lab):
         return found
 
     async def events(self) -> list[tuple[str, str]]:
-        await self.ledger.write()
+        await self.ledger.write(lambda c: None)  # with all that was posted
         found = await self.ledger.events()
         return [(event.kind, event.facts["compute"]) for event in found if event.kind.startswith("compute.")]
 
