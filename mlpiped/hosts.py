@@ -56,7 +56,7 @@ class Hosts:
         self.begin = begin
         self.breakers = {name: Breaker(random.random) for name in backends}
         self._soon = {name: anyio.Event() for name in backends}
-        self._failed: dict[str, str] = {}  # a submit was not taken since the last look: why
+        self._failed: dict[str, list[str]] = {}  # submits that were not taken since the last look: why
         self._begun: set[str] = set()
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -109,12 +109,12 @@ class Hosts:
     async def look(self, name: str) -> None:
         """Ask it how it is and what it has, and place what fits now."""
         backend, breaker, place = self.backends[name], self.breakers[name], self.dispatch.places[name]
-        failed = self._failed.pop(name, None)
+        failed = self._failed.pop(name, [])
         why = await self._ask(backend)
         turned = breaker.looked(why)
         if why is None:
-            if failed is not None:
-                turned = breaker.refused(failed) or turned
+            for refusal in failed:
+                turned = breaker.refused(refusal) or turned
             place.offers(backend.capacity())
         self._tell(name, turned)
         self.dispatch.place()
@@ -144,7 +144,7 @@ class Hosts:
         if name not in self._soon or self.breakers[name].why is not None:
             return  # it is known, and looked at after its pause
         if why is not None:
-            self._failed[name] = why
+            self._failed.setdefault(name, []).append(why)
         self._soon[name].set()
 
     def took(self, name: str) -> None:
