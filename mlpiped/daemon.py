@@ -38,6 +38,7 @@ from mlpiped.dispatch import Dispatch
 from mlpiped.errors import LedgerError, MlpipedError
 from mlpiped.facts import World
 from mlpiped.files.fingerprint import Fingerprinter
+from mlpiped.images import Finder
 from mlpiped.ledger import Ledger, moves, sqlite_version
 from mlpiped.loader import Known, Registry, load_file
 from mlpiped.placement import Place
@@ -129,8 +130,9 @@ class Daemon:
         self.store = Store(state, self.fingerprinter)
         datastores = {name: each.path for name, each in settings.datastores.items()}
         code = CodeReader(self.fingerprinter, state)
-        self.world = World(ledger, self.fingerprinter, code, self.store, datastores)
         self.backends = backends_of(settings)
+        find_image = Finder(self.backends, settings.pools)
+        self.world = World(ledger, self.fingerprinter, code, self.store, datastores, find_image)
         capacities = {name: backend.capacity() for name, backend in self.backends.items()}
         places = [Place(name, c.slots, c.cpus, c.memory) for name, c in capacities.items()]
         self.dispatch = Dispatch(places, settings.pools, settings.daemon.max_running_steps)

@@ -18,13 +18,14 @@ import structlog
 from mlpiped.attempt import Attempt, Ended, publish
 from mlpiped.errors import MlpipedError, StaleReuse
 from mlpiped.facts import Facts
+from mlpiped.images import Lookups
 from mlpiped.ledger import StepRow, moves
 from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome, StepState
 from mlpiped.placement import Need
 from mlpiped.resolve import Decision, Graph, Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from anyio.abc import TaskGroup
 
@@ -75,6 +76,7 @@ class Try:
     since: int = 0  # µs: in this state
     why: str = ""  # it has to run
     again: str = ""  # it has to run once more
+    held: str | None = None  # why it cannot be decided just now
     compute: str | None = None
     tokens: int = 0
     failures: int = 0  # attempts that were the code's fault
@@ -121,6 +123,7 @@ class Execution:
         self._again: list[int] = []
         self._wake = anyio.Event()
         self._tasks: TaskGroup | None = None
+        self._lookups = Lookups(self.facts.images, clock, self._hold)
 
     # --- the driver -------------------------------------------------------------------------------------------
     async def run(self) -> RunOutcome:
@@ -139,6 +142,7 @@ class Execution:
                     break
                 await self._wake.wait()
                 self._wake = anyio.Event()
+            self._lookups.stop()
         outcome = self.outcome()
         await self.world.ledger.write(moves.finish_run(self.id, outcome, self.clock.now()))
         self.over.set()
@@ -166,8 +170,17 @@ class Execution:
                 await self._settle([Decision(i, "cancel", "the run was cancelled") for i in indexes])
                 continue
             decisions = [d for d in decisions if self.plan.outcome[d.index] is None]
+            for d in [d for d in decisions if d.action == "hold"]:
+                self._lookups.begin(self._tasks, d.index, self.graph.steps[d.index], d.why)
             self._queue([d for d in decisions if d.action == "run"])
-            await self._settle([d for d in decisions if d.action != "run"])
+            await self._settle([d for d in decisions if d.action not in ("run", "hold")])
+
+    def _hold(self, indexes: Iterable[int], why: str | None) -> None:
+        """Why these cannot be decided just now; None: they can again."""
+        for i in [i for i in indexes if self.plan.outcome[i] is None]:
+            self.tries.setdefault(i, Try(since=self.clock.now())).held = why
+            if why is None:
+                self.decide_again(i)
 
     def _undecided(self) -> list[int]:
         again, self._again = self._again, []
@@ -380,6 +393,7 @@ class Execution:
             if row.outcome is not None:
                 self.plan.finished(row.idx, row.outcome, made.get(row.idx, ()))
         attempts = await ledger.attempts_of_run(self.id)
+        await self.facts.recall_images({idx: found[-1].key for idx, found in attempts.items() if found})
         live: list[AttemptRow] = []
         for row in rows:
             if row.outcome is not None:

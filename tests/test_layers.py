@@ -50,7 +50,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     "fake backend": (3, ("backends.fake",)),
     "placement": (3, ("placement",)),
-    "one run": (4, ("run", "attempt", "facts")),
+    "one run": (4, ("run", "attempt", "facts", "images")),
     "all runs": (5, ("scheduler", "dispatch")),
     "retention": (5, ("retention.keeper", "retention.keeping")),
     "acts and questions": (6, ("actions", "inquiry")),
