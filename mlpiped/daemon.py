@@ -67,6 +67,7 @@ LAG_LIMIT = 5.0  # seconds that the loop may be late before the watchdog is let 
 STOP_LIMIT = 5.0  # seconds for each room to close
 M_ARENA_MAX = -8  # malloc.h
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to start a compute
+HEALTH_LIMIT = 10.0  # seconds for each compute to say how it is
 CANCEL_LIMIT = 20.0  # seconds for all runs to end, with on_stop = "cancel"
 
 
@@ -243,6 +244,7 @@ class Daemon:
             gc=self.keeper.clean,
             ledger_faults=self.ledger.faults,
             orphans=self.keeper.orphans,
+            healths=self._healths,
             loop_lag=lambda: self.lag,
         )
         await ControlServer(settings.control.socket, self.service).start(self.server)
@@ -336,6 +338,22 @@ class Daemon:
         if self.settings.path is None or config.load(self.settings.path) == self.settings:
             return "unchanged"
         return "changed: restart the daemon to use it (steps run on meanwhile)"
+
+    async def _healths(self) -> dict[str, str | None]:
+        found: dict[str, str | None] = dict.fromkeys(self.backends)
+
+        async def ask(name: str, backend: Backend) -> None:
+            found[name] = f"gave no answer in {HEALTH_LIMIT:.0f} s"
+            with anyio.move_on_after(HEALTH_LIMIT):
+                try:
+                    found[name] = await backend.health()
+                except MlpipedError as fault:
+                    found[name] = fault.message
+
+        async with anyio.create_task_group() as tasks:
+            for name, backend in self.backends.items():
+                tasks.start_soon(ask, name, backend, name=f"health of {name}")
+        return found
 
     def _schedules(self) -> list[ScheduleView]:
         return [*self.clockwork.next_fires(), *self.arrivals.status()]

@@ -48,6 +48,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
             "backends.supervisor",
         ),
     ),
+    "host keys": (3, ("backends.host_keys",)),
     "fake backend": (3, ("backends.fake",)),
     "placement": (3, ("placement",)),
     "one run": (4, ("run", "attempt", "facts", "images")),
