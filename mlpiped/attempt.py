@@ -19,7 +19,7 @@ from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
 from mlpiped.ledger import moves
 from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
 from mlpiped.publish import destination
-from mlpiped.spec import Concat
+from mlpiped.spec import Concat, Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -287,6 +287,10 @@ class Attempt:
             code=code,
             requirements=step.environment.requirements,
             python=step.environment.python,
+            image=None if facts.image is None else facts.image.run,
+            network=step.resources.network,
+            shm_size=step.resources.shm_size,
+            contents=self._contents(facts),
             cpus=step.resources.cpus,
             memory=step.resources.memory,
             gpus=self.cards,
@@ -294,6 +298,21 @@ class Attempt:
             timeout=step.timeout,
             grace=step.grace,
         )
+
+    def _contents(self, facts: StepFacts) -> dict[str, str]:
+        """Input path -> the digest that is in the key, of files and folders."""
+        found: dict[str, str] = {}
+        for port in self.step.inputs:
+            if isinstance(port.source, Upstream):
+                made = (self.plan.outputs[self.plan.graph.index[port.source.step]] or {})[port.source.output]
+                found[made.path] = made.digest
+                continue
+            outside, paths = facts.outside[port.name], facts.paths[port.name]
+            if not port.source.glob:
+                found[paths[0]] = outside.digest
+            elif outside.entries is not None and len(outside.entries) == len(paths):  # else two names print alike
+                found.update(zip(paths, outside.entries.values(), strict=True))
+        return found
 
     def _outputs(self) -> tuple[JobOutput, ...]:
         return tuple(JobOutput(o.name, o.file_name, o.output_kind) for o in self.step.outputs)

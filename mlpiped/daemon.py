@@ -39,6 +39,7 @@ from mlpiped.errors import LedgerError, MlpipedError
 from mlpiped.facts import World
 from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.hosts import Hosts
+from mlpiped.images import Finder
 from mlpiped.ledger import Ledger, moves, sqlite_version
 from mlpiped.loader import Known, Registry, load_file
 from mlpiped.placement import Place
@@ -66,6 +67,7 @@ FEEDS = 3  # of systemd's watchdog within the time that it waits
 LAG_LIMIT = 5.0  # seconds that the loop may be late before the watchdog is let bark
 STOP_LIMIT = 5.0  # seconds for each room to close
 M_ARENA_MAX = -8  # malloc.h
+HEALTH_LIMIT = 10.0  # seconds for each compute to say how it is
 CANCEL_LIMIT = 20.0  # seconds for all runs to end, with on_stop = "cancel"
 
 
@@ -129,8 +131,9 @@ class Daemon:
         self.store = Store(state, self.fingerprinter)
         datastores = {name: each.path for name, each in settings.datastores.items()}
         code = CodeReader(self.fingerprinter, state)
-        self.world = World(ledger, self.fingerprinter, code, self.store, datastores)
         self.backends = backends_of(settings)
+        find_image = Finder(self.backends, settings.pools)
+        self.world = World(ledger, self.fingerprinter, code, self.store, datastores, find_image)
         capacities = {name: backend.capacity() for name, backend in self.backends.items()}
         places = [Place(name, c.slots) for name, c in capacities.items()]
         for place in places:
@@ -225,6 +228,7 @@ class Daemon:
             gc=self.keeper.clean,
             ledger_faults=self.ledger.faults,
             orphans=self.keeper.orphans,
+            healths=self._healths,
             loop_lag=lambda: self.lag,
         )
         await ControlServer(settings.control.socket, self.service).start(self.server)
@@ -318,6 +322,22 @@ class Daemon:
         if self.settings.path is None or config.load(self.settings.path) == self.settings:
             return "unchanged"
         return "changed: restart the daemon to use it (steps run on meanwhile)"
+
+    async def _healths(self) -> dict[str, str | None]:
+        found: dict[str, str | None] = dict.fromkeys(self.backends)
+
+        async def ask(name: str, backend: Backend) -> None:
+            found[name] = f"gave no answer in {HEALTH_LIMIT:.0f} s"
+            with anyio.move_on_after(HEALTH_LIMIT):
+                try:
+                    found[name] = await backend.health()
+                except MlpipedError as fault:
+                    found[name] = fault.message
+
+        async with anyio.create_task_group() as tasks:
+            for name, backend in self.backends.items():
+                tasks.start_soon(ask, name, backend, name=f"health of {name}")
+        return found
 
     def _schedules(self) -> list[ScheduleView]:
         return [*self.clockwork.next_fires(), *self.arrivals.status()]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
+from mlpiped.errors import BackendUnavailable
 from mlpiped.facts import Facts
+from mlpiped.images import wanted_by
 from mlpiped.model import OutputFact, StepOutcome, StepState
+from mlpiped.needs import need_of
 from mlpiped.resolve import Graph, Plan
-from mlpiped.run import need_of
 from mlpiped.spec import version_of
 
 if TYPE_CHECKING:
@@ -21,6 +26,9 @@ if TYPE_CHECKING:
     from mlpiped.run import Execution, Try
     from mlpiped.scheduler import Scheduler
     from mlpiped.spec import PipelineSpec, Scalar
+
+
+LOOK_UP_LIMIT = 5.0  # seconds for the images of a plan
 
 
 async def plan(
@@ -47,6 +55,7 @@ async def plan(
             names = [graph.steps[need].name for need in graph.before[i] if need in uncertain]
             why = f"depends on what {' and '.join(f'`{n}`' for n in names[:3])} will make"
             _note(found, uncertain, walk, i, "unknown", why)
+        await _look_up_images(facts, known)
         for decision in await facts.decide(walk, known):
             _tell(found, uncertain, walk, decision)
     steps = []
@@ -60,10 +69,20 @@ async def plan(
     return {"pipeline": spec.name, "version": version_of(spec), "steps": steps, "seconds": round(total, 3)}
 
 
+async def _look_up_images(facts: Facts, indexes: Sequence[int]) -> None:
+    """As far as that goes in a short time: a plan does not wait until an image has been pulled or built."""
+    wanted = {one for i in indexes if (one := wanted_by(facts.graph.steps[i])) is not None}
+    with anyio.move_on_after(LOOK_UP_LIMIT):
+        for one in sorted(wanted, key=str):
+            with suppress(BackendUnavailable):
+                await facts.images.look_up(one)
+
+
 def _tell(found: dict[int, dict[str, Any]], uncertain: set[int], walk: Plan, decision: Decision) -> None:
     i = decision.index
-    if decision.action == "run":
-        _note(found, uncertain, walk, i, "run", decision.why)
+    if decision.action in ("run", "hold"):
+        action = "run" if decision.action == "run" else "unknown"
+        _note(found, uncertain, walk, i, action, decision.why)
         return
     found[i] = {"action": "skip" if decision.action == "fail" else decision.action, "why": decision.why}
     outcome = StepOutcome.REUSED if decision.action == "reuse" else StepOutcome.SKIPPED
@@ -93,6 +112,8 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
     if t.state is StepState.QUEUED:
         if t.not_before is not None:
             return f"tried again in {max(0, t.not_before - now) / 1e6:.0f} s: {t.again}"
+        if t.held is not None:
+            return f"held: {t.held}"
         waits = scheduler.dispatch.why_waiting(run_id, index) or "about to start"
         return f"{waits}; run again: {t.again}" if t.again else waits
     if t.attempt is None:

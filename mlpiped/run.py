@@ -9,7 +9,7 @@ One driver task owns the plan. A step that runs has a task of its own, which end
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -18,14 +18,14 @@ import structlog
 from mlpiped.attempt import Attempt, Ended, publish
 from mlpiped.errors import MlpipedError, StaleReuse
 from mlpiped.facts import Facts
+from mlpiped.images import Lookups
 from mlpiped.ledger import StepRow, moves
 from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome, StepState
-from mlpiped.placement import Need
+from mlpiped.needs import bytes_to_travel, need_of
 from mlpiped.resolve import Decision, Graph, Plan
-from mlpiped.spec import runs_in_container
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from anyio.abc import TaskGroup
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mlpiped.dispatcher import Dispatcher
     from mlpiped.facts import World
     from mlpiped.ledger import AttemptRow, RunRow
+    from mlpiped.placement import Need
 
 log = structlog.get_logger("run")
 
@@ -59,6 +60,7 @@ class Try:
     since: int = 0  # µs: in this state
     why: str = ""  # it has to run
     again: str = ""  # it has to run once more
+    held: str | None = None  # why it cannot be decided just now
     compute: str | None = None
     tokens: int = 0
     failures: int = 0  # attempts that were the code's fault
@@ -105,6 +107,7 @@ class Execution:
         self._again: list[int] = []
         self._wake = anyio.Event()
         self._tasks: TaskGroup | None = None
+        self._lookups = Lookups(self.facts.images, clock, self._hold)
 
     # --- the driver -------------------------------------------------------------------------------------------
     async def run(self) -> RunOutcome:
@@ -123,6 +126,7 @@ class Execution:
                     break
                 await self._wake.wait()
                 self._wake = anyio.Event()
+            self._lookups.stop()
         outcome = self.outcome()
         await self.world.ledger.write(moves.finish_run(self.id, outcome, self.clock.now()))
         self.over.set()
@@ -150,8 +154,17 @@ class Execution:
                 await self._settle([Decision(i, "cancel", "the run was cancelled") for i in indexes])
                 continue
             decisions = [d for d in decisions if self.plan.outcome[d.index] is None]
+            for d in [d for d in decisions if d.action == "hold"]:
+                self._lookups.begin(self._tasks, d.index, self.graph.steps[d.index], d.why)
             self._queue([d for d in decisions if d.action == "run"])
-            await self._settle([d for d in decisions if d.action != "run"])
+            await self._settle([d for d in decisions if d.action not in ("run", "hold")])
+
+    def _hold(self, indexes: Iterable[int], why: str | None) -> None:
+        """Why these cannot be decided just now; None: they can again."""
+        for i in [i for i in indexes if self.plan.outcome[i] is None]:
+            self.tries.setdefault(i, Try(since=self.clock.now())).held = why
+            if why is None:
+                self.decide_again(i)
 
     def _undecided(self) -> list[int]:
         again, self._again = self._again, []
@@ -224,7 +237,11 @@ class Execution:
         return step.allow_reuse and not step.effect and index not in self.plan.force
 
     def need(self, index: int) -> Need:
-        return need_of(self.graph, index, self.id, self.row.owner)
+        need = need_of(self.graph, index, self.id, self.row.owner)
+        facts = self.facts.steps.get(index)
+        if facts is None or len(self.backends) < 2:
+            return need
+        return replace(need, data=bytes_to_travel(self.plan, index, facts, self.backends))
 
     def since(self, index: int) -> int | None:
         """When the step got into the state that it is in, in microseconds."""
@@ -372,6 +389,7 @@ class Execution:
             if row.outcome is not None:
                 self.plan.finished(row.idx, row.outcome, made.get(row.idx, ()))
         attempts = await ledger.attempts_of_run(self.id)
+        await self.facts.recall_images({idx: found[-1].key for idx, found in attempts.items() if found})
         live: list[AttemptRow] = []
         for row in rows:
             if row.outcome is not None:
@@ -423,22 +441,3 @@ class Execution:
             need, since = self.need(row.idx), row.submitted_at or row.intent_at
             self.dispatcher.occupy(self, row.idx, need, row.compute, share, row.cards, since)
             self._begin(row.idx, row.compute, row.token, row.n, row)
-
-
-def need_of(graph: Graph, index: int, run: int, owner: str) -> Need:
-    """What step `index` needs of a compute."""
-    step = graph.steps[index]
-    r = step.resources
-    return Need(
-        run,
-        index,
-        graph.spec.priority + step.priority,
-        r.slots,
-        r.cpus,
-        r.memory,
-        step.compute,
-        gpus=r.gpus,
-        gpu_memory=r.gpu_memory,
-        owner=owner,
-        images=runs_in_container(step),
-    )

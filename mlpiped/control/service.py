@@ -141,6 +141,7 @@ class Service:
     gc: Callable[[], Awaitable[dict[str, Any]]]
     ledger_faults: Callable[[], Awaitable[Sequence[str]]] | None = None  # PRAGMA quick_check: [] when it is well
     orphans: Callable[[], Awaitable[Mapping[str, Sequence[int]]]] | None = None  # token -> pids that nobody waits for
+    healths: Callable[[], Awaitable[Mapping[str, str | None]]] | None = None  # of each compute, asked now
     loop_lag: Callable[[], float] = lambda: 0.0  # seconds
     closing: anyio.Event = field(default_factory=anyio.Event)
     lookup: Lookup = field(init=False)

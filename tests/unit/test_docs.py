@@ -17,6 +17,7 @@ import mlpiped
 from mlpiped.cli import admin, ctl
 from mlpiped.cli.init import init
 from mlpiped.config import settings as config
+from mlpiped.config.computes import images_of
 from mlpiped.loader.load import Known, load_file
 from mlpiped.triggers import cron
 
@@ -71,7 +72,8 @@ async def test_every_plugin_example_loads_into_what_init_makes(page: Path, tmp_p
     for path, text in files.items():
         (lab / path).parent.mkdir(parents=True, exist_ok=True)
         (lab / path).write_text(text)
-    known = Known(frozenset(settings.datastores), frozenset(settings.compute))
+    computes = {**{name: each.kind for name, each in settings.compute.items()}, "box": "docker"}
+    known = Known(frozenset(settings.datastores), frozenset(computes), images_of(computes, {}))
     for path in [path for path in files if path.count("/") == 1]:
         result = await load_file(str(lab / path), known=known, check_cron=cron.check)
         assert not result.faults, f"{page.name}: {path}: {result.faults}"
