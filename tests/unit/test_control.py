@@ -225,7 +225,7 @@ async def test_reader_may_look_and_may_not_act_and_no_deed_is_done() -> None:
         run = await stage.run()
         stage.service.access = Stranger("nogroup", (), 1)
         assert (await stage.ask("GET", "/v1/status"))[0] == 200
-        names = {"pipeline": "digits", "run": str(run)}
+        names = {"pipeline": "digits", "run": str(run), "compute": "local"}
         bodies: dict[str, Any] = {"submit": {"file": "/x.py"}}
         for route in ROUTES:
             if route.verb is not None:
@@ -253,7 +253,7 @@ async def test_every_mutation_leaves_an_audit_row_with_who_and_what() -> None:
         bodies: dict[str, Any] = {"submit": {"file": "/x.py"}, "run": {"parameters": {"rate": 0.5}}}
         for route in ROUTES:
             if route.verb is not None:
-                names = {"pipeline": "digits", "run": str(runs.get(route.verb, 1))}
+                names = {"pipeline": "digits", "run": str(runs.get(route.verb, 1)), "compute": "local"}
                 if route.media == "application/json":
                     status, answer = await stage.ask("POST", route.path.format(**names), bodies.get(route.verb, {}))
                     assert status == route.status, answer
