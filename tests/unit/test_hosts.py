@@ -171,6 +171,15 @@ async def test_who_waits_is_told_since_when_and_why_and_goes_on_when_it_is_well(
 
 
 async def test_a_compute_that_says_it_is_well_and_takes_nothing_is_one_incident(lab: Computes) -> None:
+    class Slow(Ill):
+        """No submit before it has been looked at after the last one, as pauses have it."""
+
+        async def submit(self, job: Job) -> Handle:
+            while lab.hosts._failed:
+                await anyio.sleep(0.001)
+            return await super().submit(job)
+
+    lab.one.__class__ = Slow
     lab.one.refuses = SUBMITS + 2
     execution = await lab.open({"name": "a", "compute": ["gpu1"]})
     async with anyio.create_task_group() as tasks:
