@@ -190,6 +190,7 @@ async def test_a_compute_that_says_it_is_well_and_takes_nothing_is_one_incident(
                 await anyio.sleep(0.005)
     assert execution.outcome() is RunOutcome.SUCCEEDED
     assert lab.one.submitted == SUBMITS + 3
+    await lab.hosts.look("gpu1")
     assert await lab.events() == [("compute.unwell", "gpu1"), ("compute.well", "gpu1")]
 
 
