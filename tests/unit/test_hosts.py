@@ -39,7 +39,7 @@ async def test_an_incident_begins_once_and_ends_once_however_often_it_is_looked_
     assert [it.looked(None) for _ in range(3)] == [True, False, False]
 
 
-async def test_pauses_grow_to_a_limit_are_spread_and_are_short_again_after_it() -> None:
+async def test_H5_pauses_grow_to_a_limit_are_spread_and_are_short_again_after_it() -> None:
     it = breaker()
     assert it.pause() == LOOK
     pauses = []
