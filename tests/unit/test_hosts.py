@@ -316,6 +316,26 @@ async def test_what_owners_had_is_known_after_a_restart(lab: Computes) -> None:
     assert shares.of("b", now) == 0.0
 
 
+async def test_a_step_goes_where_what_it_needs_lies_already(lab: Computes) -> None:
+    inner = lab.folder / "lab" / "big.bin"
+    inner.write_bytes(b"x" * (64 << 20))
+    asked: list[dict[str, int]] = []
+
+    class Far(Ill):
+        def missing(self, contents: Any) -> int:
+            asked.append(dict(contents))
+            return sum(contents.values())
+
+    lab.one.__class__ = Far
+    source = {"kind": "reference", "datastore": "lab", "path": "big.bin"}
+    step = {"inputs": [{"name": "big", "source": source}], "arguments": [{"kind": "input", "port": "big"}]}
+    execution = await lab.open({**ON_EITHER, **step}, {**ON_EITHER, "name": "b", "salt": "b"})
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    rows = await lab.ledger.steps(execution.id)
+    assert [row.compute for row in rows] == ["gpu2", "gpu1"]
+    assert [list(each.values()) for each in asked] == [[64 << 20]]
+
+
 async def test_two_computes_of_one_host_never_lease_the_same_card() -> None:
     found: list[Sequence[str]] = []
     places = [Place("local", 4, cards=cards("GPU-a")), Place("box", 4, images=True, cards=cards("GPU-a"))]
