@@ -39,11 +39,11 @@ def liveness_after_exit() -> None:
     watch, witness = LocalBackend._watch, folder.witness
     early: ContextVar[tuple[Any, ...]] = ContextVar("early", default=())  # what the exit file said before the look
 
-    async def late_watch(self: LocalBackend, call: Any, at: Any, handle: Any) -> Any:
+    async def late_watch(self: LocalBackend, at: Any, handle: Any) -> Any:
         token = early.set((witness(at),))
         try:
             await asyncio.sleep(GAP)
-            return await watch(self, call, at, handle)
+            return await watch(self, at, handle)
         finally:
             early.reset(token)
 
