@@ -6,6 +6,7 @@ means for the step (retry or not) is the run's business, not the attempt's.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("attempt")
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to reach a backend
+TELL = 0.02  # seconds that a state on the way must last to be written down: the end tells all of it
+COMPANY = 0.01  # seconds that a result waits for others to share a commit with, while the machines have enough to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Attempt:
         number: int,
         on_running: Callable[[], None],
         on_exit: Callable[[], None],
+        pressed: Callable[[], bool],
     ) -> None:
         self.facts = facts
         self.world = facts.world
@@ -80,6 +84,9 @@ class Attempt:
         self.held: str | None = None  # why the backend cannot be asked just now
         self._on_running = on_running
         self._on_exit = on_exit
+        self._pressed = pressed  # steps wait for places: nothing is gained by a result that comes at once
+        self._telling: asyncio.TimerHandle | None = None
+        self._started: int | None = None
         self._cancelled = False
         self._told_exit = False  # the step is in `collecting`, says the ledger
 
@@ -132,6 +139,13 @@ class Attempt:
                 self.held = fault.message
 
     # --- the way ----------------------------------------------------------------------------------------------
+    def _tell(self, op: moves.Op[Any] | None) -> None:
+        """Write it down if nothing else is told meanwhile. None: what is told next says it all."""
+        if self._telling is not None:
+            self._telling.cancel()
+        loop = asyncio.get_running_loop()
+        self._telling = None if op is None else loop.call_later(TELL, self.world.ledger.post, op)
+
     async def _found_or_fenced(self, trouble: str | None) -> Ended:
         """It is not known whether the token started: the fence says so, for good."""
         pause = FIRST_PAUSE if trouble else 0.0
@@ -150,21 +164,24 @@ class Attempt:
             return await self._observe(found)
 
     async def _observe(self, handle: Handle) -> Ended:
-        self.handle = handle
-        self.world.ledger.post(moves.handle(self.token, json.dumps(handle), self.clock.now()))
+        self.handle, self._started = handle, self.clock.now()
+        self._tell(moves.handle(self.token, json.dumps(handle), self._started))
         crash.point("after_handle")
         self._on_running()
         if self._cancelled:
             await self.cancel()
         pause = FIRST_PAUSE
-        while True:
-            try:
-                outcome = await self.backend.wait(handle)
-                break
-            except BackendUnavailable as fault:
-                self.held = fault.message
-                await self.clock.sleep(pause)
-                pause = min(pause * 2, LONGEST_PAUSE)
+        try:
+            while True:
+                try:
+                    outcome = await self.backend.wait(handle)
+                    break
+                except BackendUnavailable as fault:
+                    self.held = fault.message
+                    await self.clock.sleep(pause)
+                    pause = min(pause * 2, LONGEST_PAUSE)
+        finally:
+            self._tell(None)
         self.held = None
         self._on_exit()
         crash.point("before_outcome")
@@ -197,33 +214,56 @@ class Attempt:
         return Ended(None, f"it had not started: {outcome.reason}", AttemptEnd.NEVER_RAN)
 
     async def _collect(self, handle: Handle, outcome: Exited, usage: dict[str, float | int | None]) -> Ended:
-        ledger = self.world.ledger
+        told = json.dumps(usage)
         if self.step.outputs and not self._told_exit:
-            ledger.post(moves.collecting(self.token, 0, json.dumps(usage), self.clock.now()))
-        changed = await self.facts.changed_since(self.index, self.plan)
-        if changed is not None:
-            why = f"an input changed while it ran: {changed}"
+            self._tell(moves.collecting(self.token, 0, told, self.clock.now()))
+        try:
+            outputs = await self._take(handle)
+        except _Changed as change:
+            why = f"an input changed while it ran: {change}"
             return Ended(None, why, AttemptEnd.TAINTED, 0, usage=usage)
-        outputs: tuple[OutputFact, ...] = ()
-        if self.step.outputs:
-            folder = await self.backend.fetch(handle, self.world.store.incoming)
-            try:
-                outputs = tuple(await self.world.store.collect(folder, self._outputs()))
-                await publish(self.world, self.plan.graph.spec, self.step, self.run_row.id, outputs)
-            except MlpipedError as fault:
-                return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.FAILED, 0, usage=usage)
-            except OSError as fault:
-                why = f"its outputs could not be kept: {fault.strerror}: {fault.filename}"
-                return Ended(StepOutcome.FAILED, why, AttemptEnd.FAILED, 0, usage=usage)
+        except MlpipedError as fault:
+            return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.FAILED, 0, usage=usage)
+        except OSError as fault:
+            why = f"its outputs could not be kept: {fault.strerror}: {fault.filename}"
+            return Ended(StepOutcome.FAILED, why, AttemptEnd.FAILED, 0, usage=usage)
+        finally:
+            self._tell(None)
         crash.point("before_commit")
-        cost = int((_seconds(outcome) or 0) * 1e6)
-        key, reusable = self.facts.steps[self.index].key, not self.step.effect
-        commit = moves.commit_result(self.token, key, outputs, cost, self.clock.now(), reusable)
-        (first,) = await ledger.write(commit)
+        commit = moves.commit_result(
+            self.token,
+            self.facts.steps[self.index].key,
+            outputs,
+            int((_seconds(outcome) or 0) * 1e6),
+            self.clock.now(),
+            not self.step.effect,
+            usage_json=told,
+            started_at=self._started,
+        )
+        (first,) = await self.world.ledger.write(commit, within=COMPANY if self._pressed() else 0)
         if not first:
             return Ended(StepOutcome.LOST, "another attempt was committed first", AttemptEnd.SUPERSEDED, final=True)
         crash.point("after_commit")
         return Ended(StepOutcome.SUCCEEDED, "", AttemptEnd.COMMITTED, 0, outputs, usage=usage)
+
+    async def _take(self, handle: Handle) -> tuple[OutputFact, ...]:
+        """Its outputs, in the store and published, if its inputs are still what they were. Raises _Changed."""
+        facts, store = self.facts, self.world.store
+        if not self.step.outputs:
+            await self._same_inputs()
+            return ()
+        folder, outputs = await self.backend.fetch(handle, store.incoming), self._outputs()
+        taken = await store.collect(folder, outputs, lambda: facts.known_unchanged(self.index, self.plan))
+        if taken is None:
+            await self._same_inputs()
+            taken = await store.collect(folder, outputs) or []
+        await publish(self.world, self.plan.graph.spec, self.step, self.run_row.id, taken)
+        return tuple(taken)
+
+    async def _same_inputs(self) -> None:
+        changed = await self.facts.changed_since(self.index, self.plan)
+        if changed is not None:
+            raise _Changed(changed)
 
     async def record(self, ended: Ended, ran_because: str, *, again: bool) -> None:
         """Make the end durable: the attempt's, and the step's unless it is run `again`."""
@@ -298,6 +338,10 @@ class Attempt:
             return ""
         lines = tail.decode(errors="replace").strip().splitlines()
         return f": {lines[-1].strip()[:200]}" if lines else ""
+
+
+class _Changed(Exception):
+    """An input is not what it was: the end of a sentence."""
 
 
 async def publish(world: World, spec: PipelineSpec, step: StepSpec, run_id: int, outputs: Sequence[OutputFact]) -> None:

@@ -67,6 +67,9 @@ class Dispatch:
             place.give_back(run, index)
         self.place()
 
+    def pressed(self) -> bool:
+        return len(self.waiting) > 0
+
     def settled(self, run: int, index: int) -> None:
         key = self._keys.pop((run, index), None)
         if key is None:

@@ -63,6 +63,9 @@ class Dispatcher(Protocol):
     def release(self, run: int, index: int) -> None:
         """The process has ended: its place is free. Said twice, it is heard once."""
 
+    def pressed(self) -> bool:
+        """Whether steps wait for places."""
+
     def settled(self, run: int, index: int) -> None:
         """The step's attempt has ended for good or ill: who shares its key may be decided again."""
 
@@ -269,6 +272,7 @@ class Execution:
             t.number,
             on_running=lambda: self._running(index),
             on_exit=lambda: self.dispatcher.release(self.id, index),
+            pressed=self.dispatcher.pressed,
         )
         name = f"run {self.id} step {self.graph.steps[index].name}"
         self._tasks.start_soon(self._try, index, t.attempt, adopted, name=name)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-GAP = 0.06
+GAP = 0.4
 """Seconds by which the race of `liveness_after_exit` is widened: in the wild it is lost once in thousands of steps."""
 
 
