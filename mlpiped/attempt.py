@@ -12,6 +12,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import structlog
 
 from mlpiped import crash
@@ -36,6 +37,7 @@ log = structlog.get_logger("attempt")
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to reach a backend
 TELL = 0.02  # seconds that a state on the way must last to be written down: the end tells all of it
+READY = 5.0  # seconds for which an intent waits for its turn; then it is taken back
 COMPANY = 0.01  # seconds that a result waits for others to share a commit with, while the machines have enough to do
 
 
@@ -85,6 +87,8 @@ class Attempt:
         self._on_running = on_running
         self._on_exit = on_exit
         self._pressed = pressed  # steps wait for places: nothing is gained by a result that comes at once
+        self._turn = anyio.Event()
+        self._granted = False
         self._telling: asyncio.TimerHandle | None = None
         self._started: int | None = None
         self._cancelled = False
@@ -111,8 +115,11 @@ class Attempt:
         await self.world.ledger.write(intent)
         self.begun = True
         crash.point("after_intent")
+        await self._its_turn()
         if self._cancelled:
             return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
+        if not self._granted:
+            return Ended(None, "its turn did not come", AttemptEnd.NEVER_RAN)
         try:
             handle = await self.backend.submit(job)
         except InvalidJob as fault:
@@ -130,8 +137,23 @@ class Attempt:
             return await self._found_or_fenced(None)
         return await self._observe(row.handle)
 
+    def go(self) -> None:
+        """A place is leased for it."""
+        self._granted = True
+        self._turn.set()
+
+    async def _its_turn(self) -> None:
+        """Until `go` or `cancel`, or too long: who looks at the step would take it for one that is started."""
+        if not self._turn.is_set():
+            stale = asyncio.get_running_loop().call_later(READY, self._turn.set)
+            try:
+                await self._turn.wait()
+            finally:
+                stale.cancel()
+
     async def cancel(self) -> None:
         self._cancelled = True
+        self._turn.set()
         if self.handle is not None:
             try:
                 await self.backend.cancel(self.handle)

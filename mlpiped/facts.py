@@ -156,7 +156,7 @@ class Facts:
     def known_unchanged(self, index: int, plan: Plan) -> bool:
         """Whether `changed_since` would say None without reading a byte; for threads."""
         step, known = self.steps[index], self.world.datastores
-        before = list(step.outside.values())
+        before = [each for port, each in step.outside.items() if not self._same_file(each, step.paths.get(port, ()))]
         if any(each.reference.datastore not in known for each in before):
             return False
         wanted = [(known[each.reference.datastore], each.reference) for each in before]
@@ -165,6 +165,12 @@ class Facts:
             return False
         same = all(isinstance(now, RefFact) and was.change(now) is None for was, now in zip(before, found, strict=True))
         return same and self.world.store.intact_at_hand(self._made(step, plan)) == set()
+
+    def _same_file(self, before: Outside, paths: Sequence[str]) -> bool:
+        """Whether it is one file that is still the one that the key was made of: what most inputs are."""
+        if len(paths) != 1 or before.reference.glob:
+            return False
+        return self.world.fingerprinter.recall_now(paths[0]) == before.digest
 
     def _made(self, step: StepFacts, plan: Plan) -> list[OutputFact]:
         return [(plan.outputs[i] or {})[output] for i, output in step.upstream]

@@ -119,6 +119,20 @@ class Waiting:
     def get(self, run: int, index: int) -> Need | None:
         return self._here.get((run, index))
 
+    def first(self, count: int) -> list[Need]:
+        """The best `count` of those who wait, in order."""
+        found: list[tuple[tuple[int, int, int], Need]] = []
+        while self._heap and len(found) < count:
+            entry = heappop(self._heap)
+            spot = (entry[1].run, entry[1].index)
+            if spot in self._gone:
+                self._gone.discard(spot)
+            else:
+                found.append(entry)
+        for entry in found:
+            heappush(self._heap, entry)
+        return [need for _, need in found]
+
     def place(self, places: Sequence[Place]) -> Iterator[tuple[Need, Place]]:
         """Take leases for as many as fit, best first."""
         passed: list[tuple[tuple[int, int, int], Need]] = []

@@ -250,7 +250,16 @@ class Execution:
 
     # --- attempts ---------------------------------------------------------------------------------------------
     def granted(self, index: int, compute: str) -> None:
-        """A place on `compute` is leased for step `index`: its attempt begins."""
+        """A place on `compute` is leased for step `index`: its attempt begins, or has its turn if it is ready."""
+        t = self.tries[index]
+        if t.attempt is None:
+            self.get_ready(index, compute)
+        assert t.attempt is not None
+        t.state, t.since = StepState.SUBMITTING, self.clock.now()
+        t.attempt.go()
+
+    def get_ready(self, index: int, compute: str) -> None:
+        """The attempt of step `index` on `compute` begins, and waits for its turn when its intent is durable."""
         t = self.tries[index]
         t.tokens += 1
         token = f"mlp-{self.id}-{index}-{t.tokens}-{secrets.token_hex(8)}"
@@ -259,7 +268,7 @@ class Execution:
     def _begin(self, index: int, compute: str, token: str, n: int, adopted: AttemptRow | None) -> None:
         assert self._tasks is not None
         t = self.tries[index]
-        t.compute, t.state, t.since = compute, StepState.SUBMITTING, self.clock.now()
+        t.compute = compute
         t.attempt = Attempt(
             self.facts,
             self.clock,
@@ -288,6 +297,7 @@ class Execution:
             else:
                 ended = await attempt.adopt(adopted)
         finally:
+            self.dispatcher.withdraw(self, index)  # it may have ended before its turn
             self.dispatcher.release(self.id, index)
         t = self.tries[index]
         t.attempt = None
@@ -365,6 +375,7 @@ class Execution:
         for i in [index] if index is not None else list(self.tries):
             t = self.tries.get(i)
             if t is not None and t.attempt is not None:
+                self.dispatcher.withdraw(self, i)
                 await t.attempt.cancel()
             elif self.plan.outcome[i] is None:
                 if t is not None:
@@ -433,4 +444,5 @@ class Execution:
                 continue
             share = row.key if self._shareable(row.idx) else None
             self.dispatcher.occupy(self, row.idx, self.need(row.idx), row.compute, share)
+            self.tries[row.idx].state = StepState.SUBMITTING
             self._begin(row.idx, row.compute, row.token, row.n, row)

@@ -163,6 +163,14 @@ class Fingerprinter:
         entry = self._memory.get(path)
         return entry[1] if entry is not None and entry[0] == stamp else None
 
+    def recall_now(self, path: str) -> str | None:
+        """The digest of the regular file that is there now, if memory has it; for threads."""
+        try:
+            st = os.lstat(path)
+        except (OSError, ValueError):
+            return None
+        return self.recall(path, stamp_of(st)) if stat.S_ISREG(st.st_mode) else None
+
     def remember(self, entries: Iterable[tuple[str, Stamp, str, int]]) -> None:
         """Take (path, stamp, digest, hashed_ns) into memory and the ledger; those that do not vouch are dropped."""
         rows = []
