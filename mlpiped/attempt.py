@@ -12,7 +12,6 @@ import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import anyio
 import structlog
 
 from mlpiped import crash
@@ -87,7 +86,7 @@ class Attempt:
         self._on_running = on_running
         self._on_exit = on_exit
         self._pressed = pressed  # steps wait for places: nothing is gained by a result that comes at once
-        self._turn = anyio.Event()
+        self._turn = asyncio.Event()
         self._granted = False
         self._telling: asyncio.TimerHandle | None = None
         self._started: int | None = None
@@ -161,12 +160,14 @@ class Attempt:
                 self.held = fault.message
 
     # --- the way ----------------------------------------------------------------------------------------------
-    def _tell(self, op: moves.Op[Any] | None) -> None:
+    def _tell(self, op: Callable[[], moves.Op[Any]] | None) -> None:
         """Write it down if nothing else is told meanwhile. None: what is told next says it all."""
         if self._telling is not None:
             self._telling.cancel()
-        loop = asyncio.get_running_loop()
-        self._telling = None if op is None else loop.call_later(TELL, self.world.ledger.post, op)
+            self._telling = None
+        if op is not None:
+            post = self.world.ledger.post
+            self._telling = asyncio.get_running_loop().call_later(TELL, lambda: post(op()))
 
     async def _found_or_fenced(self, trouble: str | None) -> Ended:
         """It is not known whether the token started: the fence says so, for good."""
@@ -186,8 +187,8 @@ class Attempt:
             return await self._observe(found)
 
     async def _observe(self, handle: Handle) -> Ended:
-        self.handle, self._started = handle, self.clock.now()
-        self._tell(moves.handle(self.token, json.dumps(handle), self._started))
+        self.handle, self._started = handle, (now := self.clock.now())
+        self._tell(lambda: moves.handle(self.token, json.dumps(handle), now))
         crash.point("after_handle")
         self._on_running()
         if self._cancelled:
@@ -238,7 +239,8 @@ class Attempt:
     async def _collect(self, handle: Handle, outcome: Exited, usage: dict[str, float | int | None]) -> Ended:
         told = json.dumps(usage)
         if self.step.outputs and not self._told_exit:
-            self._tell(moves.collecting(self.token, 0, told, self.clock.now()))
+            now = self.clock.now()
+            self._tell(lambda: moves.collecting(self.token, 0, told, now))
         try:
             outputs = await self._take(handle)
         except _Changed as change:

@@ -75,6 +75,8 @@ class Dispatch:
     def release(self, run: int, index: int) -> None:
         leased = self._since.pop((run, index), None)
         held = [place for place in self.places.values() if (run, index) in place.holders]
+        if not held:
+            return
         for place in held:
             place.give_back(run, index)
         self.place()

@@ -8,6 +8,7 @@ One driver task owns the plan. A step that runs has a task of its own, which end
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -85,7 +86,7 @@ class Try:
     taints: int = 0
     not_before: int | None = None  # µs: the pause of a retry ends
     attempt: Attempt | None = None
-    stop: anyio.Event = field(default_factory=anyio.Event)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def number(self) -> int:
@@ -122,7 +123,7 @@ class Execution:
         self.over = anyio.Event()
         self._recorded: set[int] = set()  # steps that have a row in the ledger
         self._again: list[int] = []
-        self._wake = anyio.Event()
+        self._wake = asyncio.Event()
         self._tasks: TaskGroup | None = None
 
     # --- the driver -------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ class Execution:
                 if not self.plan.more_to_do():
                     break
                 await self._wake.wait()
-                self._wake = anyio.Event()
+                self._wake.clear()
         outcome = self.outcome()
         await self.world.ledger.write(moves.finish_run(self.id, outcome, self.clock.now()))
         self.over.set()

@@ -28,11 +28,11 @@ IDLE = 2.0  # seconds until a supervisor that has nothing to do is let go
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A job that one supervisor was asked to run, and what was heard of it. `changed` is set, and renewed, at each
-    word; `over`: nothing more will be heard."""
+    """A job that one supervisor was asked to run, and what was heard of it. `changed` wakes who waits, at each word;
+    `over`: nothing more will be heard."""
 
     token: str
-    changed: anyio.Event = field(default_factory=anyio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
     claim: Said | None = None  # it is ours: the contents of its handle.json
     trouble: Said | None = None  # of its start
     exit: Said | None = None
@@ -40,7 +40,7 @@ class Call:
 
     def tell(self) -> None:
         self.changed.set()
-        self.changed = anyio.Event()
+        self.changed.clear()  # who waits was woken
 
 
 @dataclass(eq=False, slots=True)
