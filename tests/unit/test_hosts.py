@@ -249,6 +249,7 @@ async def test_a_drained_compute_gets_nothing_new_over_a_restart_too(lab: Comput
         told = "waits for a place: gpu1 is drained: its steps finish, nothing new starts"
         assert lab.dispatch.why_waiting(execution.id, 1) == told
         tasks.cancel_scope.cancel()
+    await lab.events()
     lab.begin()
     await lab.hosts.restore()
     assert lab.dispatch.places["gpu1"].drained and not lab.dispatch.places["gpu2"].drained
@@ -287,6 +288,7 @@ async def test_an_adopted_attempt_has_the_cards_that_it_had(lab: Computes) -> No
         tasks.cancel_scope.cancel()
     assert attempts[0].cards == lab.one.gpus == ("GPU-a",)
     world = lab.one.world
+    await lab.events()
     lab.begin()
     lab.one.world = world
     again = await lab.execution(execution.id)
