@@ -6,6 +6,7 @@ means for the step (retry or not) is the run's business, not the attempt's.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from mlpiped import crash
-from mlpiped.backends.base import Exited, Job, JobOutput, Lost, NeverRan, Part
+from mlpiped.backends.base import Exited, Job, JobOutput, Lost, NeverRan
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
+from mlpiped.job_words import as_text, parts_of, variable
 from mlpiped.ledger import moves
 from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
 from mlpiped.publish import destination
-from mlpiped.spec import Concat, Upstream
+from mlpiped.spec import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,11 +31,14 @@ if TYPE_CHECKING:
     from mlpiped.facts import Facts, StepFacts, World
     from mlpiped.ledger import AttemptRow, RunRow
     from mlpiped.resolve import Plan
-    from mlpiped.spec import Arg, PipelineSpec, StepSpec
+    from mlpiped.spec import PipelineSpec, StepSpec
 
 log = structlog.get_logger("attempt")
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to reach a backend
+TELL = 0.02  # seconds that a state on the way must last to be written down: the end tells all of it
+READY = 5.0  # seconds for which an intent waits for its turn; then it is taken back
+COMPANY = 0.01  # seconds that a result waits for others to share a commit with, while the machines have enough to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class Attempt:
         on_running: Callable[[], None],
         on_exit: Callable[[], None],
         on_unavailable: Callable[[str | None], None],
+        pressed: Callable[[], bool],
         cards: tuple[str, ...] = (),
     ) -> None:
         self.facts = facts
@@ -84,6 +90,11 @@ class Attempt:
         self._on_exit = on_exit
         self._on_unavailable = on_unavailable
         self.cards = cards  # UUIDs of the GPUs that are leased to it
+        self._pressed = pressed  # steps wait for places: nothing is gained by a result that comes at once
+        self._turn = asyncio.Event()
+        self._granted = False
+        self._telling: asyncio.TimerHandle | None = None
+        self._started: int | None = None
         self._cancelled = False
         self._told_exit = False  # the step is in `collecting`, says the ledger
 
@@ -110,8 +121,11 @@ class Attempt:
         await self.world.ledger.write(intent)
         self.begun = True
         crash.point("after_intent")
+        await self._its_turn()
         if self._cancelled:
             return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
+        if not self._granted:
+            return Ended(None, "its turn did not come", AttemptEnd.NEVER_RAN)
         try:
             handle = await self.backend.submit(job)
         except InvalidJob as fault:
@@ -130,8 +144,23 @@ class Attempt:
             return await self._found_or_fenced(None)
         return await self._observe(row.handle)
 
+    def go(self) -> None:
+        """A place is leased for it."""
+        self._granted = True
+        self._turn.set()
+
+    async def _its_turn(self) -> None:
+        """Until `go` or `cancel`, or too long: who looks at the step would take it for one that is started."""
+        if not self._turn.is_set():
+            stale = asyncio.get_running_loop().call_later(READY, self._turn.set)
+            try:
+                await self._turn.wait()
+            finally:
+                stale.cancel()
+
     async def cancel(self) -> None:
         self._cancelled = True
+        self._turn.set()
         if self.handle is not None:
             try:
                 await self.backend.cancel(self.handle)
@@ -139,6 +168,15 @@ class Attempt:
                 self.held = fault.message
 
     # --- the way ----------------------------------------------------------------------------------------------
+    def _tell(self, op: Callable[[], moves.Op[Any]] | None) -> None:
+        """Write it down if nothing else is told meanwhile. None: what is told next says it all."""
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        if op is not None:
+            post = self.world.ledger.post
+            self._telling = asyncio.get_running_loop().call_later(TELL, lambda: post(op()))
+
     async def _found_or_fenced(self, trouble: str | None) -> Ended:
         """It is not known whether the token started: the fence says so, for good."""
         pause = FIRST_PAUSE if trouble else 0.0
@@ -157,22 +195,25 @@ class Attempt:
             return await self._observe(found)
 
     async def _observe(self, handle: Handle) -> Ended:
-        self.handle = handle
-        self.world.ledger.post(moves.handle(self.token, json.dumps(handle), self.clock.now()))
+        self.handle, self._started = handle, (now := self.clock.now())
+        self._tell(lambda: moves.handle(self.token, json.dumps(handle), now))
         crash.point("after_handle")
         self._on_running()
         if self._cancelled:
             await self.cancel()
         pause = FIRST_PAUSE
-        while True:
-            try:
-                outcome = await self.backend.wait(handle)
-                break
-            except BackendUnavailable as fault:
-                self.held = fault.message
-                self._on_unavailable(None)
-                await self.clock.sleep(pause)
-                pause = min(pause * 2, LONGEST_PAUSE)
+        try:
+            while True:
+                try:
+                    outcome = await self.backend.wait(handle)
+                    break
+                except BackendUnavailable as fault:
+                    self.held = fault.message
+                    self._on_unavailable(None)
+                    await self.clock.sleep(pause)
+                    pause = min(pause * 2, LONGEST_PAUSE)
+        finally:
+            self._tell(None)
         self.held = None
         self._on_exit()
         crash.point("before_outcome")
@@ -205,33 +246,57 @@ class Attempt:
         return Ended(None, f"it had not started: {outcome.reason}", AttemptEnd.NEVER_RAN)
 
     async def _collect(self, handle: Handle, outcome: Exited, usage: dict[str, float | int | None]) -> Ended:
-        ledger = self.world.ledger
+        told = json.dumps(usage)
         if self.step.outputs and not self._told_exit:
-            ledger.post(moves.collecting(self.token, 0, json.dumps(usage), self.clock.now()))
-        changed = await self.facts.changed_since(self.index, self.plan)
-        if changed is not None:
-            why = f"an input changed while it ran: {changed}"
+            now = self.clock.now()
+            self._tell(lambda: moves.collecting(self.token, 0, told, now))
+        try:
+            outputs = await self._take(handle)
+        except _Changed as change:
+            why = f"an input changed while it ran: {change}"
             return Ended(None, why, AttemptEnd.TAINTED, 0, usage=usage)
-        outputs: tuple[OutputFact, ...] = ()
-        if self.step.outputs:
-            folder = await self.backend.fetch(handle, self.world.store.incoming)
-            try:
-                outputs = tuple(await self.world.store.collect(folder, self._outputs()))
-                await publish(self.world, self.plan.graph.spec, self.step, self.run_row.id, outputs)
-            except MlpipedError as fault:
-                return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.FAILED, 0, usage=usage)
-            except OSError as fault:
-                why = f"its outputs could not be kept: {fault.strerror}: {fault.filename}"
-                return Ended(StepOutcome.FAILED, why, AttemptEnd.FAILED, 0, usage=usage)
+        except MlpipedError as fault:
+            return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.FAILED, 0, usage=usage)
+        except OSError as fault:
+            why = f"its outputs could not be kept: {fault.strerror}: {fault.filename}"
+            return Ended(StepOutcome.FAILED, why, AttemptEnd.FAILED, 0, usage=usage)
+        finally:
+            self._tell(None)
         crash.point("before_commit")
-        cost = int((_seconds(outcome) or 0) * 1e6)
-        key, reusable = self.facts.steps[self.index].key, not self.step.effect
-        commit = moves.commit_result(self.token, key, outputs, cost, self.clock.now(), reusable)
-        (first,) = await ledger.write(commit)
+        commit = moves.commit_result(
+            self.token,
+            self.facts.steps[self.index].key,
+            outputs,
+            int((_seconds(outcome) or 0) * 1e6),
+            self.clock.now(),
+            not self.step.effect,
+            usage_json=told,
+            started_at=self._started,
+        )
+        (first,) = await self.world.ledger.write(commit, within=COMPANY if self._pressed() else 0)
         if not first:
             return Ended(StepOutcome.LOST, "another attempt was committed first", AttemptEnd.SUPERSEDED, final=True)
         crash.point("after_commit")
         return Ended(StepOutcome.SUCCEEDED, "", AttemptEnd.COMMITTED, 0, outputs, usage=usage)
+
+    async def _take(self, handle: Handle) -> tuple[OutputFact, ...]:
+        """Its outputs, in the store and published, if its inputs are still what they were. Raises _Changed."""
+        facts, store = self.facts, self.world.store
+        if not self.step.outputs:
+            await self._same_inputs()
+            return ()
+        folder, outputs = await self.backend.fetch(handle, store.incoming), self._outputs()
+        taken = await store.collect(folder, outputs, lambda: facts.known_unchanged(self.index, self.plan))
+        if taken is None:
+            await self._same_inputs()
+            taken = await store.collect(folder, outputs) or []
+        await publish(self.world, self.plan.graph.spec, self.step, self.run_row.id, taken)
+        return tuple(taken)
+
+    async def _same_inputs(self) -> None:
+        changed = await self.facts.changed_since(self.index, self.plan)
+        if changed is not None:
+            raise _Changed(changed)
 
     async def record(self, ended: Ended, ran_because: str, *, again: bool) -> None:
         """Make the end durable: the attempt's, and the step's unless it is run `again`."""
@@ -266,7 +331,7 @@ class Attempt:
         if facts.source is not None and facts.code is not None:
             code = str(await self.world.code.snapshot(facts.source, facts.code))
         env = dict(step.environment.env)
-        env.update({f"MLPIPED_PARAM_{_variable(n)}": _text(v) for n, v in facts.parameters.items()})
+        env.update({f"MLPIPED_PARAM_{variable(n)}": as_text(v) for n, v in facts.parameters.items()})
         env.update(
             MLPIPED_PIPELINE=spec.name,
             MLPIPED_STEP=step.name,
@@ -277,11 +342,11 @@ class Attempt:
         )
         return Job(
             token=self.token,
-            arguments=tuple(_parts(a, facts) for a in step.arguments),
+            arguments=tuple(parts_of(a, facts) for a in step.arguments),
             inputs=facts.paths,
             outputs=self._outputs(),
             env=env,
-            input_env={f"MLPIPED_INPUT_{_variable(p.name)}": p.name for p in step.inputs if not p.in_arguments},
+            input_env={f"MLPIPED_INPUT_{variable(p.name)}": p.name for p in step.inputs if not p.in_arguments},
             parameters=facts.parameters,
             shell=step.shell,
             code=code,
@@ -329,6 +394,10 @@ class Attempt:
         return f": {lines[-1].strip()[:200]}" if lines else ""
 
 
+class _Changed(Exception):
+    """An input is not what it was: the end of a sentence."""
+
+
 async def publish(world: World, spec: PipelineSpec, step: StepSpec, run_id: int, outputs: Sequence[OutputFact]) -> None:
     """Put what a step made where it is published. Raises MlpipedError, OSError."""
     made = {fact.name: fact for fact in outputs}
@@ -338,34 +407,8 @@ async def publish(world: World, spec: PipelineSpec, step: StepSpec, run_id: int,
             await world.store.publish(made[output.name], path, root=root)
 
 
-def _parts(argument: Arg, facts: StepFacts) -> tuple[Part, ...]:
-    found = []
-    for part in argument.parts if isinstance(argument, Concat) else (argument,):
-        match part.kind:
-            case "text":
-                found.append(Part("text", part.text))
-            case "parameter":
-                found.append(Part("text", _text(facts.parameters[part.name])))
-            case "input":
-                found.append(Part("input", part.port))
-            case "output":
-                found.append(Part("output", part.port))
-    return tuple(found)
-
-
 def _with_hint(fault: MlpipedError) -> str:
     return fault.message if fault.hint is None else f"{fault.message}; {fault.hint}"
-
-
-def _text(value: object) -> str:
-    """A parameter as one argument: `true`, `0.1`, text as it is; nothing for None."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "" if value is None else str(value)
-
-
-def _variable(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name).upper()
 
 
 def _seconds(outcome: Exited) -> float | None:

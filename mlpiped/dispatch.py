@@ -2,10 +2,14 @@
 
 Two steps with the same key, of whatever runs, never run at the same time: the first leads, the others follow; when
 the leader is settled each follower is decided again, and then reuses what the leader made or becomes the leader.
+
+Where leases are short, those who are next get ready meanwhile, many with one commit: their intents are durable when
+their turns come. They wait in the same order as before, and who comes late and is better goes first.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
 
     from mlpiped.placement import Refusal, Spot
     from mlpiped.run import Execution
+
+BRISK = 0.25  # seconds: after a lease that was shorter, the next ones get ready
+AHEAD = 8  # so many for each slot; and more when there are no more than one for each
 
 
 class Dispatch:
@@ -46,6 +53,8 @@ class Dispatch:
         self._keys: dict[Spot, str] = {}
         self._followers: dict[str, dict[Spot, None]] = {}  # in the order in which they came
         self._follows: dict[Spot, str] = {}
+        self._since: dict[Spot, float] = {}  # of each lease
+        self._ready: dict[Spot, str] = {}  # who waits and got ready, for which compute
         self._placing = False
 
     # --- what runs ask ----------------------------------------------------------------------------------------
@@ -63,6 +72,7 @@ class Dispatch:
 
     def withdraw(self, execution: Execution, index: int) -> None:
         self.waiting.remove(execution.id, index)
+        self._ready.pop((execution.id, index), None)
         key = self._follows.pop((execution.id, index), None)
         if key is not None:
             del self._followers[key][execution.id, index]
@@ -87,8 +97,18 @@ class Dispatch:
             self.waiting.shares.begin(need.owner, need.slots, need.gpus, at / 1e6)
 
     def release(self, run: int, index: int) -> None:
+        leased = self._since.pop((run, index), None)
+        held = [place for place in self.places.values() if (run, index) in place.holders]
+        if not held:
+            return
         self._free(run, index)
         self.place()
+        if leased is not None and time.monotonic() - leased < BRISK:
+            for place in held:
+                self._get_ready(place)
+
+    def pressed(self) -> bool:
+        return len(self.waiting) > 0
 
     def _free(self, run: int, index: int) -> None:
         for place in self.places.values():
@@ -117,6 +137,9 @@ class Dispatch:
         for index in [i for place in self.places.values() for r, i in place.holders if r == run]:
             self._free(run, index)
         self.waiting.remove_run(run)
+        for spot in [spot for spot in (*self._since, *self._ready) if spot[0] == run]:
+            self._since.pop(spot, None)
+            self._ready.pop(spot, None)
         for spot in [spot for spot in self._follows if spot[0] == run]:
             del self._followers[self._follows.pop(spot)][spot]
         for spot in [spot for spot in self._keys if spot[0] == run]:
@@ -132,11 +155,25 @@ class Dispatch:
         try:
             if self._room():
                 for need, place, cards in self.waiting.place(list(self.places.values()), self.now() / 1e6):
+                    self._ready.pop(need.spot, None)
+                    self._since[need.spot] = time.monotonic()
                     self.executions[need.run].granted(need.index, place.name, cards)
                     if not self._room():
                         break
         finally:
             self._placing = False
+
+    def _get_ready(self, place: Place) -> None:
+        """Let those who are next begin, up to their turn: only who can run here and nowhere else."""
+        away = self.paused is not None or place.unwell is not None or place.drained
+        if away or sum(name == place.name for name in self._ready.values()) > place.slots:
+            return
+        for need in self.waiting.first(place.slots * AHEAD, self.now() / 1e6):
+            if need.gpus or need.spot in self._ready:  # which cards it will have, its intent must say
+                continue
+            if candidates(need, list(self.places.values())) == [place]:
+                self._ready[need.spot] = place.name
+                self.executions[need.run].get_ready(need.index, place.name)
 
     def _room(self) -> bool:
         return self.max_running is None or sum(len(p.holders) for p in self.places.values()) < self.max_running
@@ -174,7 +211,7 @@ class Dispatch:
         if never is not None:
             return never
         reasons = refusals(need, list(self.places.values()))
-        words = [reason.text(self._held_by(reason)) + self._since(reason) for reason in reasons]
+        words = [reason.text(self._held_by(reason)) + self._ill_since(reason) for reason in reasons]
         words += self._kept_from(need)
         if any(reason.kind == "gpu" for reason in reasons):
             lead = "waits for a GPU" if need.gpus == 1 else f"waits for {need.gpus} GPUs"
@@ -203,7 +240,7 @@ class Dispatch:
         more = [f"{len(found) - 3} more"] if len(found) > 3 else []
         return " and ".join(filter(None, (", ".join((words + more)[:-1]), (words + more)[-1]))) if words else ""
 
-    def _since(self, reason: Refusal) -> str:
+    def _ill_since(self, reason: Refusal) -> str:
         """Local time of day; with the date, unless it is today's."""
         if reason.since is None:
             return ""

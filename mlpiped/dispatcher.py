@@ -40,5 +40,8 @@ class Dispatcher(Protocol):
     def taken(self, compute: str) -> None:
         """A submit went well."""
 
+    def pressed(self) -> bool:
+        """Whether steps wait for places."""
+
     def settled(self, run: int, index: int) -> None:
         """The step's attempt has ended for good or ill: who shares its key may be decided again."""

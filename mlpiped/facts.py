@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mlpiped.files.fingerprint import Fingerprinter
     from mlpiped.images import Find
     from mlpiped.ledger import Ledger
+    from mlpiped.model import OutputFact
     from mlpiped.spec import Port, Scalar, SourceSpec, StepSpec
 
 
@@ -173,11 +174,32 @@ class Facts:
                 change = before.change(now)
                 if change is not None:
                     return f"input {port}: {change}"
-        if step.upstream:
-            made = [(plan.outputs[i] or {})[output] for i, output in step.upstream]
-            for bad in await self.world.store.intact(made):
-                return f"input {made[bad].name}: it was changed in the store"
+        made = self._made(step, plan)
+        for bad in await self.world.store.intact(made):
+            return f"input {made[bad].name}: it was changed in the store"
         return None
+
+    def known_unchanged(self, index: int, plan: Plan) -> bool:
+        """Whether `changed_since` would say None without reading a byte; for threads."""
+        step, known = self.steps[index], self.world.datastores
+        before = [each for port, each in step.outside.items() if not self._same_file(each, step.paths.get(port, ()))]
+        if any(each.reference.datastore not in known for each in before):
+            return False
+        wanted = [(known[each.reference.datastore], each.reference) for each in before]
+        found = self.world.fingerprinter.at_hand(wanted) if wanted else []
+        if found is None:
+            return False
+        same = all(isinstance(now, RefFact) and was.change(now) is None for was, now in zip(before, found, strict=True))
+        return same and self.world.store.intact_at_hand(self._made(step, plan)) == set()
+
+    def _same_file(self, before: Outside, paths: Sequence[str]) -> bool:
+        """Whether it is one file that is still the one that the key was made of: what most inputs are."""
+        if len(paths) != 1 or before.reference.glob:
+            return False
+        return self.world.fingerprinter.recall_now(paths[0]) == before.digest
+
+    def _made(self, step: StepFacts, plan: Plan) -> list[OutputFact]:
+        return [(plan.outputs[i] or {})[output] for i, output in step.upstream]
 
     # --- gathering ------------------------------------------------------------------------------------------
     async def _references(self, indexes: Sequence[int]) -> dict[Reference, RefFact | Missing]:

@@ -109,8 +109,8 @@ class Hosts:
     async def look(self, name: str) -> None:
         """Ask it how it is and what it has, and place what fits now."""
         backend, breaker, place = self.backends[name], self.breakers[name], self.dispatch.places[name]
-        failed = self._failed.pop(name, [])
         why = await self._ask(backend)
+        failed = self._failed.pop(name, [])
         turned = breaker.looked(why)
         if why is None:
             for refusal in failed:
@@ -150,8 +150,10 @@ class Hosts:
     def took(self, name: str) -> None:
         """It has taken a submit."""
         breaker = self.breakers.get(name)
-        if breaker is not None and breaker.took():
-            self._tell(name, True)
+        if breaker is not None:
+            self._failed.pop(name, None)
+            if breaker.took():
+                self._tell(name, True)
 
     def _tell(self, name: str, turned: bool) -> None:
         """Placement at once; who reads events, once an incident."""

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from mlpiped.placement import Need, Spot
     from mlpiped.protocol import ActiveJson, ComputeJson, HolderJson
     from mlpiped.resolve import Decision
-    from mlpiped.run import Execution, Try
+    from mlpiped.run import Execution
     from mlpiped.scheduler import Scheduler
     from mlpiped.spec import PipelineSpec, Scalar
+    from mlpiped.tries import Try
 
 
 LOOK_UP_LIMIT = 5.0  # seconds for the images of a plan

@@ -8,8 +8,9 @@ One driver task owns the plan. A step that runs has a task of its own, which end
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -23,6 +24,7 @@ from mlpiped.ledger import StepRow, moves
 from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome, StepState
 from mlpiped.needs import bytes_to_travel, need_of
 from mlpiped.resolve import Decision, Graph, Plan
+from mlpiped.tries import Try
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -50,30 +52,6 @@ _OUTCOMES = {
     "fail": StepOutcome.FAILED,
     "cancel": StepOutcome.CANCELLED,
 }
-
-
-@dataclass(slots=True)
-class Try:
-    """What is held in memory of a step that has to run."""
-
-    state: StepState = StepState.QUEUED
-    since: int = 0  # µs: in this state
-    why: str = ""  # it has to run
-    again: str = ""  # it has to run once more
-    held: str | None = None  # why it cannot be decided just now
-    compute: str | None = None
-    tokens: int = 0
-    failures: int = 0  # attempts that were the code's fault
-    losses: int = 0
-    taints: int = 0
-    not_before: int | None = None  # µs: the pause of a retry ends
-    attempt: Attempt | None = None
-    stop: anyio.Event = field(default_factory=anyio.Event)
-
-    @property
-    def number(self) -> int:
-        """Of the next attempt, from 1."""
-        return 1 + self.failures + self.losses + self.taints
 
 
 class Execution:
@@ -105,7 +83,7 @@ class Execution:
         self.over = anyio.Event()
         self._recorded: set[int] = set()  # steps that have a row in the ledger
         self._again: list[int] = []
-        self._wake = anyio.Event()
+        self._wake = asyncio.Event()
         self._tasks: TaskGroup | None = None
         self._lookups = Lookups(self.facts.images, clock, self._hold)
 
@@ -125,7 +103,7 @@ class Execution:
                 if not self.plan.more_to_do():
                     break
                 await self._wake.wait()
-                self._wake = anyio.Event()
+                self._wake.clear()
             self._lookups.stop()
         outcome = self.outcome()
         await self.world.ledger.write(moves.finish_run(self.id, outcome, self.clock.now()))
@@ -250,7 +228,16 @@ class Execution:
 
     # --- attempts ---------------------------------------------------------------------------------------------
     def granted(self, index: int, compute: str, cards: Sequence[str] = ()) -> None:
-        """A place on `compute`, with these of its cards, is leased for step `index`: its attempt begins."""
+        """A place on `compute`, with these of its cards, is leased for step `index`: its attempt begins, or goes on."""
+        t = self.tries[index]
+        if t.attempt is None:
+            self.get_ready(index, compute, cards)
+        assert t.attempt is not None
+        t.state, t.since = StepState.SUBMITTING, self.clock.now()
+        t.attempt.go()
+
+    def get_ready(self, index: int, compute: str, cards: Sequence[str] = ()) -> None:
+        """The attempt of step `index` on `compute` begins, and waits for its turn when its intent is durable."""
         t = self.tries[index]
         t.tokens += 1
         token = f"mlp-{self.id}-{index}-{t.tokens}-{secrets.token_hex(8)}"
@@ -261,7 +248,7 @@ class Execution:
     ) -> None:
         assert self._tasks is not None
         t = self.tries[index]
-        t.compute, t.state, t.since = compute, StepState.SUBMITTING, self.clock.now()
+        t.compute = compute
         t.attempt = Attempt(
             self.facts,
             self.clock,
@@ -275,6 +262,7 @@ class Execution:
             on_running=lambda: self._running(index),
             on_exit=lambda: self.dispatcher.release(self.id, index),
             on_unavailable=lambda why: self.dispatcher.unavailable(compute, why),
+            pressed=self.dispatcher.pressed,
             cards=tuple(cards),
         )
         name = f"run {self.id} step {self.graph.steps[index].name}"
@@ -293,6 +281,7 @@ class Execution:
             else:
                 ended = await attempt.adopt(adopted)
         finally:
+            self.dispatcher.withdraw(self, index)  # it may have ended before its turn
             self.dispatcher.release(self.id, index)
         t = self.tries[index]
         t.attempt = None
@@ -370,6 +359,7 @@ class Execution:
         for i in [index] if index is not None else list(self.tries):
             t = self.tries.get(i)
             if t is not None and t.attempt is not None:
+                self.dispatcher.withdraw(self, i)
                 await t.attempt.cancel()
             elif self.plan.outcome[i] is None:
                 if t is not None:
@@ -440,4 +430,5 @@ class Execution:
             share = row.key if self._shareable(row.idx) else None
             need, since = self.need(row.idx), row.submitted_at or row.intent_at
             self.dispatcher.occupy(self, row.idx, need, row.compute, share, row.cards, since)
+            self.tries[row.idx].state = StepState.SUBMITTING
             self._begin(row.idx, row.compute, row.token, row.n, row)

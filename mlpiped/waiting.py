@@ -61,6 +61,20 @@ class Waiting:
     def get(self, run: int, index: int) -> Need | None:
         return self._here.get((run, index))
 
+    def first(self, count: int, now: float = 0.0) -> list[Need]:
+        """The best `count` of those who wait, in order as far as that can be known."""
+        heads, alone = self._heads(now)
+        taken: list[tuple[_Key, tuple[tuple[int, int, int], int, Need]]] = []
+        while heads and len(taken) < count:
+            _, n, key = heappop(heads)
+            taken.append((key, heappop(self._queues[key])))
+            following = self._head(key)
+            if following is not None:
+                heappush(heads, (self._rank(following, now, alone), n, key))
+        for key, entry in taken:
+            heappush(self._queues.setdefault(key, []), entry)
+        return [entry[2] for _, entry in taken]
+
     def place(self, places: Sequence[Place], now: float = 0.0) -> Iterator[tuple[Need, Place, tuple[str, ...]]]:
         """Take leases for as many as fit, best first: (who, where, which cards). Time in seconds.
 
@@ -72,16 +86,10 @@ class Waiting:
             yield from self._look(places, now)
 
     def _look(self, places: Sequence[Place], now: float) -> Iterator[tuple[Need, Place, tuple[str, ...]]]:
-        before, self.kept = self.kept, {}
-        if not self._here or all(place.full() for place in places):
+        if self._here and all(place.full() for place in places):
             return
-        alone = len({owner for owner, _ in self._queues}) == 1
-        heads: list[tuple[_Rank, int, _Key]] = []
-        for n, key in enumerate(list(self._queues)):
-            head = self._head(key)
-            if head is not None:
-                heads.append((self._rank(head, now, alone), n, key))
-        heapify(heads)
+        before, self.kept = self.kept, {}
+        heads, alone = self._heads(now)
         blocked: set[tuple[object, ...]] = set()
         while heads and len(blocked) < LOOK_AHEAD:
             rank, n, key = heappop(heads)
@@ -106,6 +114,17 @@ class Waiting:
             yield need, place, cards
             if all(place.full() for place in places):
                 break
+
+    def _heads(self, now: float) -> tuple[list[tuple[_Rank, int, _Key]], bool]:
+        """A heap of the first of each queue, and whether one owner has them all."""
+        alone = len({owner for owner, _ in self._queues}) == 1
+        heads: list[tuple[_Rank, int, _Key]] = []
+        for n, key in enumerate(list(self._queues)):
+            head = self._head(key)
+            if head is not None:
+                heads.append((self._rank(head, now, alone), n, key))
+        heapify(heads)
+        return heads, alone
 
     def _rank(self, need: Need, now: float, alone: bool) -> _Rank:
         share = 0.0 if alone else self.shares.of(need.owner, now)

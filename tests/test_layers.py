@@ -52,7 +52,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "host keys": (3, ("backends.host_keys",)),
     "fake backend": (3, ("backends.fake",)),
     "placement": (3, ("breaker", "placement", "shares", "waiting")),
-    "one run": (4, ("run", "attempt", "dispatcher", "facts", "images", "needs")),
+    "one run": (4, ("run", "attempt", "dispatcher", "facts", "images", "job_words", "needs", "tries")),
     "all runs": (5, ("scheduler", "dispatch", "hosts")),
     "retention": (5, ("retention.keeper", "retention.keeping")),
     "acts and questions": (6, ("actions", "inquiry")),

@@ -1,7 +1,8 @@
 """What a step made, checked and taken into the store. Blocking; all outputs of one step in one go.
 
 Order: check and hash, make read-only, fsync; then one rename each into its place; then fsync the folders. A marker
-beside the output says where it went, so that a daemon that died in between finds it again.
+beside the output says where it went, so that a daemon that died in between finds it again. Where the file system does
+so, a single file is made durable with its name, by one fsync after the rename.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mlpiped import crash
-from mlpiped.artifacts.copying import copy_tree, discard, protect, sync_folder
+from mlpiped.artifacts.copying import copy_tree, discard, protect, sync
 from mlpiped.errors import MlpipedError
 from mlpiped.files.hashing import (
     Hashed,
@@ -88,7 +89,8 @@ def check(folder: str, output: JobOutput, store: str) -> Found:
                 return _collected_before(output, parent, store)
             _check_kind(output, st)
             if output.kind == "file":
-                hashed = _take_file(parent, name, found, f"output `{output.name}`")
+                durable = not _syncs_names(store)
+                hashed = _take_file(parent, name, found, f"output `{output.name}`", durable)
                 found.digest, found.files = hashed.digest, [("", hashed)]
                 found.size = hashed.stamp[2]
             else:
@@ -131,7 +133,7 @@ def _collected_before(output: JobOutput, parent: int, store: str) -> Found:
     return Found(output, digest, size, "")
 
 
-def _take_file(parent: int, name: str, found: Found, spoken: str) -> Hashed:
+def _take_file(parent: int, name: str, found: Found, spoken: str, durable: bool = True) -> Hashed:
     fd = open_file(name, dir_fd=parent)
     try:
         st = os.fstat(fd)
@@ -150,7 +152,8 @@ def _take_file(parent: int, name: str, found: Found, spoken: str) -> Hashed:
             found.foreign = True
         else:
             os.fchmod(fd, 0o555 if st.st_mode & 0o111 else 0o444)
-        os.fsync(fd)
+        if durable:
+            os.fsync(fd)
         now = stamp_of(os.fstat(fd))
         if now[:4] != hashed.stamp[:4]:
             raise OutputFault(f"{spoken} is still written to by something that the step started")
@@ -262,7 +265,7 @@ def collect(
                 _Shelf(state, store, recall, entries, touched).put(item)
             crash.point("after_rename")
     for path in touched:
-        sync_folder(path)
+        sync(path)
     facts = [
         OutputFact(
             item.output.name,
@@ -277,7 +280,20 @@ def collect(
 
 
 _ONE_IS_ENOUGH = frozenset({"ext4", "xfs", "btrfs"})
-"""Where making a folder and naming it above is one journal entry: what makes the folder durable makes its name so."""
+"""Where making a folder and naming it above is one journal entry: what makes the folder durable makes its name so.
+
+There fsync of a file makes its last rename durable too: that is in the journal no later than what it changed of the
+file. (ext4 without a journal goes up from a file that was named anew, and writes its folders.)
+"""
+
+_kinds: dict[str, bool] = {}
+
+
+def _syncs_names(store: str) -> bool:
+    if store not in _kinds:
+        _kinds[store] = file_system(os.stat(store).st_dev) in _ONE_IS_ENOUGH
+    return _kinds[store]
+
 
 _locks = [threading.Lock() for _ in range(64)]
 
@@ -293,37 +309,44 @@ class _Shelf:
     store: str
     recall: Recall
     entries: list[Entry]
-    touched: dict[str, None]  # folders to fsync, in order
+    touched: dict[str, None]  # what is to be made durable
 
     def put(self, item: Found) -> None:
-        place = self._made(item.digest)
+        place, new = self._made(item.digest)
         final = f"{place}/{item.output.file_name}"
-        names = os.listdir(place)
-        for name in sorted(names, key=lambda name: name != item.output.file_name):
-            path = f"{place}/{name}"
-            if os.path.islink(path):
-                continue
-            before, began = stamp_of(os.lstat(path)), time.time_ns()
-            if measure(path, item.output.kind, self.recall)[1] == item.digest:
-                if path != final:
-                    self._alias(path, Hashed(item.digest, before, began), final, item)
-                return  # the same content is here, and intact: the new copy stays where it is and goes with its job
-        if os.path.lexists(final):
-            discard(final, f"{self.state}/incoming")
+        if not new:
+            names = os.listdir(place)
+            for name in sorted(names, key=lambda name: name != item.output.file_name):
+                path = f"{place}/{name}"
+                if os.path.islink(path):
+                    continue
+                before, began = stamp_of(os.lstat(path)), time.time_ns()
+                if measure(path, item.output.kind, self.recall)[1] == item.digest:
+                    self.touched[place] = None
+                    if item.output.kind == "file":
+                        self.touched[path] = None  # whoever put it there may not have come so far
+                    if path != final:
+                        self._alias(path, Hashed(item.digest, before, began), final, item)
+                    return  # the same content is here, and intact: the new copy stays where it is and goes with its job
+            if os.path.lexists(final):
+                discard(final, f"{self.state}/incoming")
         self._move(item, final)
+        one = item.output.kind == "file" and _syncs_names(self.store)
+        self.touched[final if one else place] = None
 
-    def _made(self, digest: str) -> str:
-        place = place_of(self.store, digest)
-        parent = os.path.dirname(place)
-        if not os.path.isdir(place):
-            os.makedirs(parent, exist_ok=True)
-            with suppress(FileExistsError):
-                os.mkdir(place)
-        os.utime(place)  # wanted now, whatever the ledger says until the commit: `Store.remove` looks at it
-        self.touched[place] = None
-        if file_system(os.stat(place).st_dev) not in _ONE_IS_ENOUGH:
-            self.touched[parent] = self.touched[self.store] = None
-        return place
+    def _made(self, digest: str) -> tuple[str, bool]:
+        """(the place, whether it was not there)."""
+        place, new = place_of(self.store, digest), True
+        try:
+            os.mkdir(place)
+        except FileNotFoundError:
+            os.makedirs(place, exist_ok=True)
+        except FileExistsError:
+            new = False
+            os.utime(place)  # wanted now, whatever the ledger says until the commit: `Store.remove` looks at it
+        if not _syncs_names(self.store):
+            self.touched[os.path.dirname(place)] = self.touched[self.store] = None
+        return place, new
 
     def _alias(self, path: str, known: Hashed, final: str, item: Found) -> None:
         """The same content under a second name."""
@@ -344,9 +367,11 @@ class _Shelf:
             self._copy(item, source, final)
             return
         marker = f"{item.folder}/{MARKER}"
-        with suppress(FileNotFoundError):
+        try:
+            os.symlink(item.digest, marker)
+        except FileExistsError:
             os.unlink(marker)
-        os.symlink(item.digest, marker)
+            os.symlink(item.digest, marker)
         try:
             os.rename(source, final)
         except OSError as fault:

@@ -52,21 +52,39 @@ class Store:
         self._fingerprinter = fingerprinter
         self._limiter = anyio.CapacityLimiter(4)  # its own: waiting for a disk must not keep `plan` waiting
 
-    async def collect(self, folder: Path, outputs: Sequence[JobOutput]) -> list[OutputFact]:
+    async def collect(
+        self, folder: Path, outputs: Sequence[JobOutput], wanted: Callable[[], bool] | None = None
+    ) -> list[OutputFact] | None:
         """Take `folder`/out/<name>/<file_name> of each output into the store; durable on return.
 
-        Raises OutputFault (the step's fault: missing, wrong kind, a link that leads outside, …) or OSError (the
-        machine's). May be repeated for the same folder, also by a later daemon.
+        `wanted` is asked first, in the same thread: None and nothing is taken if it says no. Raises OutputFault (the
+        step's fault: missing, wrong kind, a link that leads outside, …) or OSError (the machine's). May be repeated for
+        the same folder, also by a later daemon.
         """
-        facts, entries = await self._hop(
-            lambda: collecting.collect(str(folder), outputs, str(self.state_dir), self._fingerprinter.recall)
-        )
+
+        def work() -> tuple[list[OutputFact], list[collecting.Entry]] | None:
+            if wanted is not None and not wanted():
+                return None
+            return collecting.collect(str(folder), outputs, str(self.state_dir), self._fingerprinter.recall)
+
+        taken = await self._hop(work)
+        if taken is None:
+            return None
+        facts, entries = taken
         if entries:
             self._fingerprinter.remember(entries)
         return facts
 
     async def intact(self, facts: Sequence[OutputFact]) -> set[int]:
         """The indexes of those that are NOT what they were: gone, changed in any byte, name or exec bit."""
+        return await self._fingerprinter.survey(*self._looking(facts)) if facts else set()
+
+    def intact_at_hand(self, facts: Sequence[OutputFact]) -> set[int] | None:
+        """`intact`, if nothing has to be read for it; for threads."""
+        return self._fingerprinter.survey_at_hand(*self._looking(facts)) if facts else set()
+
+    @staticmethod
+    def _looking(facts: Sequence[OutputFact]) -> tuple[Callable[[], list[Seen]], Callable[[Digests], set[int]]]:
         trees: dict[int, list[Member]] = {}
 
         def look() -> list[Seen]:
@@ -97,7 +115,7 @@ class Store:
                     bad.add(index)
             return bad
 
-        return await self._fingerprinter.survey(look, use) if facts else set()
+        return look, use
 
     async def get(self, fact: OutputFact, dest: Path, *, force: bool = False) -> Path:
         """Copy an artifact out, writable by its owner; into `dest` if that is a folder. Returns where it is.

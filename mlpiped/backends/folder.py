@@ -230,6 +230,11 @@ def witness(folder: Place) -> Exited | None:
     return None if record is None else exited(record)
 
 
+def outlives(folder: Place, said: Exited) -> bool:
+    """Whether the witness counts after a reboot: a success does if its outputs were made durable before it was."""
+    return said.code != 0 or bool((_read_json(f"{folder}/exit.json") or {}).get("synced", True))
+
+
 def over(folder: Place) -> bool:
     """Whether the job has ended, so that its files do not change any more."""
     return not held(folder) and (witness(folder) is not None or read_claim(folder) is not None or fenced(folder))

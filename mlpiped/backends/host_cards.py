@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mlpiped.backends.base import Card, Job
 
 PATIENCE = 3 * cards.ANSWER + 10  # seconds: a driver that hangs keeps even `timeout` from ending
+SMI = "nvidia-smi"
 NOT_SEEN = "its GPUs have not been looked at yet"
 
 _one_at_a_time = threading.Lock()  # of all computes of this daemon: they share cards
@@ -43,7 +45,7 @@ class HostCards:
     ) -> None:
         self.wanted = gpus != 0
         self.seen: tuple[Card, ...] = ()
-        self.trouble: str | None = NOT_SEEN if self.wanted else None
+        self.trouble: str | None = NOT_SEEN if self.wanted and shutil.which(SMI) else None
         self._compute = compute
         self._most = None if gpus == "auto" else int(gpus)
         self._instance = instance
@@ -61,6 +63,9 @@ class HostCards:
         """
         if not self.wanted:
             return
+        if shutil.which(SMI) is None:
+            self.seen, self.trouble = (), f"there is no {SMI} on the daemon's PATH" if self._most else None
+            return
         try:
             found = cards.look(self._run(cards.arguments("look", self._instance, folder=self._folder))[1])
         except BackendUnavailable as fault:
@@ -76,7 +81,8 @@ class HostCards:
 
     def environment(self, job: Job) -> dict[str, str]:
         """Nothing where cards are not ours to give; else the leased ones, and none to a job that has leased none."""
-        return {"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if job.gpus or (self.wanted and self.seen) else {}
+        hidden = self.wanted and (self.seen or self.trouble is not None)
+        return {"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if job.gpus or hidden else {}
 
     # --- leases -----------------------------------------------------------------------------------------------
     def take(self, job: Job) -> None:

@@ -22,7 +22,7 @@ from mlpiped.backends import processes
 from mlpiped.backends.base import Capacity, Handle, Job, Lost, NeverRan, Outcome
 from mlpiped.backends.environments import Environments
 from mlpiped.backends.host_cards import HostCards
-from mlpiped.backends.launcher import MESSAGE, Call, Launcher
+from mlpiped.backends.launcher import MESSAGE, Launcher
 from mlpiped.backends.memory_group import MemoryGroup
 from mlpiped.backends.supervisor import boot_id
 from mlpiped.errors import BackendUnavailable, InvalidJob
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AsyncExitStack
 
+    from mlpiped.backends.launcher import Call
+
 T = TypeVar("T")
 log = structlog.get_logger("local")
 LOOK_AGAIN = 1.0  # seconds: hints may be lost, the folder is not
-SOON = 0.1  # seconds: one that began just now may be over by then, and is not watched before
 GATHER = 0.1  # seconds in which what is discarded gathers, or
 GATHERED = 64  # so many jobs
 MANY_PATHS = 256  # a command with more is put together in a thread
@@ -86,7 +87,10 @@ class LocalBackend:
             self._cards.set_right(self._lives)
 
         await self._do("make its folders", make)
-        await self._do_zygote()
+        try:
+            await self._launcher.zygote()
+        except OSError as error:
+            raise self._no_process(error) from error
 
     def capacity(self) -> Capacity:
         return replace(self._capacity, cards=self._cards.seen, no_cards=self._cards.trouble)
@@ -150,28 +154,31 @@ class LocalBackend:
     async def _launch(self, folder: str, order: str) -> Handle:
         token, until = os.path.basename(folder), time.monotonic() + NO_ANSWER
         message = f'{{"folder": {json.dumps(folder)}, "until": {until}, "order": {order}}}'.encode("ascii")
-        with self._launcher.listen(token) as call:
-            while time.monotonic() < until:
-                await self._do_zygote(call, message)
-                await self._pause(call, LOOK_AGAIN)
-                said, call.said, call.event = call.said or {}, None, anyio.Event()
-                if said.get("kind") == "claimed":
-                    return {**said["fact"], "token": token}
-                if said.get("kind") in ("refused", "failed"):
-                    raise BackendUnavailable(f"the job could not be started on `{self.name}`: {said['fact']}")
-                known = await self._do("look for the claim", lambda: self._claimed(folder))
-                if known is not None:
-                    return known
+        while time.monotonic() < until:
+            call = await self._ask(token, message)
+            timer = asyncio.get_running_loop().call_later(NO_ANSWER, call.tell)
+            try:
+                while not (call.claim or call.trouble or call.over) and time.monotonic() < until:
+                    await call.changed.wait()
+            finally:
+                timer.cancel()
+            if call.claim is not None:
+                return {**call.claim, "token": token}
+            if call.trouble is not None and call.trouble["kind"] in ("refused", "failed"):
+                raise BackendUnavailable(f"the job could not be started on `{self.name}`: {call.trouble['fact']}")
+            known = await self._do("look for the claim", lambda: self._claimed(folder))
+            if known is not None:
+                return known
         raise BackendUnavailable(f"no supervisor has claimed `{token}` on `{self.name}` in {NO_ANSWER:.0f} s")
 
-    async def _do_zygote(self, call: Call | None = None, message: bytes = b"") -> None:
+    async def _ask(self, token: str, message: bytes) -> Call:
         try:
-            if call is None:
-                await self._launcher.zygote()
-            else:
-                await self._launcher.ask(call, message)
+            return await self._launcher.ask(token, message)
         except OSError as error:
-            raise BackendUnavailable(f"no process can be started on `{self.name}`: {error.strerror}") from error
+            raise self._no_process(error) from error
+
+    def _no_process(self, error: OSError) -> BackendUnavailable:
+        return BackendUnavailable(f"no process can be started on `{self.name}`: {error.strerror}")
 
     async def wait(self, handle: Handle) -> Outcome:
         outcome = await self._ended(handle)
@@ -184,43 +191,42 @@ class LocalBackend:
 
     async def _ended(self, handle: Handle) -> Outcome:
         folder = self._folder(handle)
-        with self._launcher.listen(handle["token"]) as call:
-            new, call.exit = self._launcher.recall(call.token)
-            while True:
-                told = folders.exited(call.exit) if call.exit is not None else None
-                if told is not None:
-                    self._launcher.recall(call.token)
-                    return told  # said after exit.json was on the disk
-                call.event, call.exit = anyio.Event(), None
-                if new:
-                    new = False
-                    await self._pause(call, SOON)
-                    continue
-                outcome = await self._watch(call, folder, handle)
-                if outcome is not None:
-                    return outcome
+        call = self._launcher.known(handle["token"])
+        if call is not None:  # its supervisor is ours, and says so or ends
+            while not call.over:
+                await call.changed.wait()
+            told = folders.exited(call.exit) if call.exit is not None else None
+            self._launcher.forget(call)
+            if told is not None:
+                return told  # said after exit.json was there
+        while True:
+            outcome = await self._watch(folder, handle)
+            if outcome is not None:
+                return outcome
 
-    async def _watch(self, call: Call, folder: str, handle: Handle) -> Outcome | None:
-        """Until a hint, or its supervisor's end; how it ended, when the folder had to be asked."""
+    async def _watch(self, folder: str, handle: Handle) -> Outcome | None:
+        """How it ended, by its folder; None when it may have ended meanwhile."""
         pidfd = self._supervisor(handle)
-        if pidfd is None:
-            outcome = await self._do("look at the job", lambda: self._look(folder, handle))
-            if outcome is None:  # its pid may mean nothing to us: we were started in another container
-                await self._pause(call, LOOK_AGAIN)
-            return outcome
-        loop = asyncio.get_running_loop()
         try:
-            loop.add_reader(pidfd, call.event.set)
+            outcome = await self._do("look at the job", lambda: self._look(folder, handle))
+            if outcome is not None:
+                return outcome
+            if pidfd is None:  # its pid may mean nothing to us: we were started in another container
+                await anyio.sleep(LOOK_AGAIN)
+                return None
+            ended, loop = anyio.Event(), asyncio.get_running_loop()
+            loop.add_reader(pidfd, ended.set)
             try:
-                await call.event.wait()
+                await ended.wait()
             finally:
                 loop.remove_reader(pidfd)
         finally:
-            os.close(pidfd)
+            if pidfd is not None:
+                os.close(pidfd)
         return None
 
     def _supervisor(self, handle: Handle) -> int | None:
-        """A pidfd of it while it lives."""
+        """A pidfd of it while it lives. Of an earlier daemon's it ends with the attempt: nobody gives it more."""
         try:
             pidfd = processes.open_supervisor(handle, self._boot)
         except OSError as error:
@@ -231,18 +237,18 @@ class LocalBackend:
         return pidfd
 
     def _look(self, folder: str, handle: Handle) -> Outcome | None:
-        """How it ended; None while it lives. Liveness first: it may end between the two."""
-        pidfd = self._supervisor(handle)
-        if pidfd is not None:
-            os.close(pidfd)
-        alive = pidfd is not None or folders.held(folder)
+        """How it ended; None while it lives. Liveness first: it may end between the two.
+
+        It lives while its claim is locked: its supervisor may be at another job by now.
+        """
+        alive = folders.held(folder)
         said = folders.witness(folder)
         if said is None and not alive:
             return self._lost(folder, handle)
-        # A host that goes down sends SIGTERM to all, which a supervisor takes for a cancellation.
-        ended_by_host = said is not None and (said.cancelled or said.signal == signal.SIGTERM)
-        if ended_by_host and handle.get("boot") not in (self._boot, ""):
-            return Lost("host rebooted")
+        if said is not None and handle.get("boot") not in (self._boot, ""):
+            # A host that goes down sends SIGTERM to all, which a supervisor takes for a cancellation.
+            if said.cancelled or said.signal == signal.SIGTERM or not folders.outlives(folder, said):
+                return Lost("host rebooted")
         return said
 
     def _lives(self, token: str) -> bool:
@@ -268,17 +274,13 @@ class LocalBackend:
             return Lost("its job folder is gone")
         return Lost("its supervisor was killed; what was left of the step has been killed too")
 
-    async def _pause(self, call: Call, seconds: float) -> None:
-        """Until a hint, or so long."""
-        timer = asyncio.get_running_loop().call_later(seconds, call.event.set)
-        try:
-            await call.event.wait()
-        finally:
-            timer.cancel()
-
     async def cancel(self, handle: Handle) -> None:
-        self._folder(handle)
-        await self._do("cancel the job", lambda: processes.terminate(handle, self._boot))
+        folder, call = self._folder(handle), self._launcher.known(handle["token"])
+        if call is not None:
+            if not call.over:  # asked here on the loop, which alone gives out the next job: it cannot be at that yet
+                processes.terminate(handle, self._boot)
+            return
+        await self._do("cancel the job", lambda: folders.held(folder) and processes.terminate(handle, self._boot))
 
     async def find(self, tokens: Sequence[str]) -> dict[str, Handle]:
         def look() -> dict[str, Handle]:

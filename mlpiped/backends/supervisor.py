@@ -2,16 +2,21 @@
 
 Standard library only, and nothing of mlpiped: it runs as `python -I -S supervisor.py`, here and on other hosts.
 
-    --serve FD     the zygote: forks a supervisor for each packet on the socket FD; ends with it. A fork costs a
-                   fraction of a millisecond, a new interpreter thirty.
+    --serve FD     the zygote: forks a supervisor for each packet on the socket FD; ends with it. A new interpreter
+                   costs thirty milliseconds. With the packet comes a socket, the supervisor's line: it says there how
+                   the attempt goes, and is given the next one, while the daemon lives and the attempts are plain.
     --run FOLDER   one job, supervised by this very process. Exit status 75: somebody else had the token.
 
-A packet is {"folder": …, "order": …, "until": …}. The order is what job.json would hold, and so in no file; "make"
-(folders, parents first) and "params" (the text of params.json) name what the folder lacks. With null the folder has a
-job.json. After `until` (monotonic seconds) the folder and its claim may have been removed: it is not carried out.
+A packet is {"folder": …, "order": …, "until": …}. The order is what job.json would hold; "make" (folders, parents
+first) and "params" (the text of params.json) name what the folder lacks. With null the folder has a job.json. After
+`until` (monotonic seconds) the folder and its claim may have been removed: it is not carried out.
 
 A supervisor needs nobody: it enforces the timeout, carries out SIGTERM as a cancellation, ends everything that the step
-started, and writes exit.json, whether or not there is a daemon. What it says on the socket are hints.
+started, and writes exit.json, whether or not there is a daemon. What it says on the line are hints.
+
+A power cut must not take the claim, nor the witness with the outputs that it vouches for. A daemon that listens makes
+outputs and outcome durable itself, and the witness says `"synced": false`: it counts for as long as the host is up.
+Where nobody listens, the supervisor does it.
 """
 
 from __future__ import annotations
@@ -35,25 +40,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
-    Say = Callable[..., None]
-
 LOST_CLAIM = 75
-WORDS = {"None": "null", "True": "true", "False": "false"}
-SIGCHLD = int(signal.SIGCHLD)
 WAKES = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})  # blocked, and waited for
 CANCELS = frozenset({signal.SIGTERM, signal.SIGINT})
 DEFAULTED = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 STEP_FILES = 1024  # soft RLIMIT_NOFILE of a step: what programs expect, where the daemon has raised its own
 STEP_OOM_SCORE = 500  # when the host runs out of memory, steps go before the daemon and its supervisors
+APPENDED = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 WITNESS_SIZE = 2048  # bytes; what the JSON leaves is spaces
 PACKET = 100_000  # bytes; longer orders come as job.json
 HINT_WAIT = array("l", (0, 50_000)).tobytes()  # a timeval: so long a hint waits for a daemon with ten of them unread
+NO_END = {"code": None, "signal": None, "timed_out": False, "cancelled": False, "error": None}
+SHORT = 0.01  # seconds; of an attempt that is over by then, all is said at once
+ATTEMPTS = 1000  # of one supervisor: what leaks, leaks no further
 UNKILLABLE = 30.0  # seconds until a process that survives SIGKILL (in the kernel, on a dead disk) is left behind
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_quote = json.encoder.encode_basestring_ascii
-_decode = json.JSONDecoder().raw_decode
 
 
 # --- who is who: a pid alone is no name, it is given to somebody else one day
@@ -64,23 +67,13 @@ def boot_id() -> str:
 
 
 def _read(path: str) -> bytes:
-    """Without Python's file objects: a fork pays for each page of them that it touches."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(fd, 4096)
-    finally:
-        os.close(fd)
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 
 def _write(path: str, content: bytes) -> None:
     with open(path, "wb", buffering=0) as file:
         file.write(content)
-
-
-def flat(record: Mapping[str, Any]) -> str:
-    """JSON of a record of plain values, without `json`, of which a fork has to copy sixty pages to say as much."""
-    words = [_quote(v) if isinstance(v, str) else WORDS.get(str(v)) or repr(v) for v in record.values()]
-    return "{" + ", ".join(f'"{name}": {word}' for name, word in zip(record, words, strict=True)) + "}"
 
 
 def _try(act: Callable[..., object], *facts: Any) -> None:
@@ -109,12 +102,10 @@ def open_process(pid: int, start: int | None) -> int | None:
     """A pidfd of the process that has this pid *and* began then; None when it is gone. `start` None: whoever has it."""
     try:
         fd = os.pidfd_open(pid)
-    except (ProcessLookupError, OverflowError, ValueError):
+    except (OSError, OverflowError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
+            raise
         return None
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOENT):
-            return None
-        raise
     if start is not None and start_time(pid) != start:
         os.close(fd)
         return None
@@ -144,8 +135,8 @@ def descendants(ancestor: int) -> list[tuple[int, int, int]]:
 # --- the folder
 
 
-def sync_folder(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync_folder(path: str, kind: int = os.O_DIRECTORY) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | kind)
     try:
         os.fsync(fd)
     finally:
@@ -158,9 +149,10 @@ def claim(
     """Put `record` into the claim: the descriptor of its handle.json, locked; None when somebody else was first.
 
     One rename onto a folder that is not empty once it is there: only one can win, whose handle.json is complete and
-    locked the instant it can be seen. At the return the claim is on the disk; what its handle.json says is of no use
-    after a power cut. `files` come with it, and the folder and what is to `make` in it before: a full disk costs no
-    attempt. Each mkdir is the same for all who build for this token: a half-built folder is as good as none.
+    locked the instant it can be seen. At the return the claim is on the disk (who wins the fence after a power cut says
+    that it never ran); what its handle.json says is of no use by then. `files` come with it, and the folder and what is
+    to `make` in it before: a full disk costs no attempt. Each mkdir is the same for all who build for this token: a
+    half-built folder is as good as none.
     """
     if os.access(folder + "/claim", os.F_OK):
         return None
@@ -174,7 +166,7 @@ def claim(
                 made.append(path)
             except FileExistsError:
                 pass
-        lock = _create(private + "/handle.json", flat(record).encode())
+        lock = _create(private + "/handle.json", json.dumps(record).encode())
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name, content in (files or {}).items():
             os.close(_create(f"{private}/{name}", content))
@@ -196,26 +188,11 @@ def claim(
 
 def sync_tree(path: str) -> None:
     """Make durable what a step has made, links aside. What cannot be opened is the collector's to complain of."""
-    try:
-        names = os.listdir(path)
-    except OSError:
-        return
-    for name in names:
-        below = f"{path}/{name}"
-        try:
-            mode = os.lstat(below).st_mode
-            if stat.S_ISDIR(mode):
-                sync_tree(below)
-            elif stat.S_ISREG(mode):
-                fd = os.open(below, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-        except PermissionError:
-            pass
-    if names:
-        sync_folder(path)
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            if stat.S_ISREG(os.lstat(f"{folder}/{name}").st_mode) and os.access(f"{folder}/{name}", os.R_OK):
+                sync_folder(f"{folder}/{name}", os.O_NOFOLLOW)
+        sync_folder(folder)
 
 
 def _create(path: str, content: bytes) -> int:
@@ -229,15 +206,21 @@ def _create(path: str, content: bytes) -> int:
     return fd
 
 
-def testify(folder: str, end: Mapping[str, Any]) -> str:
+def testify(folder: str, end: dict[str, Any], durable: bool) -> str:
     """Make exit.json of the file that came with the claim, in space that no step can have filled; its content."""
-    text = flat(end)
+    out = folder + "/out"
+    if durable:
+        sync_tree(out)  # a witness that outlives a power cut must not vouch for bytes that do not
+    end["synced"] = durable or not os.access(out, os.F_OK)
+    text = json.dumps(end)
     fd = os.open(folder + "/claim/exit.json", os.O_WRONLY | os.O_CLOEXEC)
     os.pwrite(fd, text.encode().ljust(WITNESS_SIZE), 0)
-    os.fsync(fd)
+    if durable:
+        os.fsync(fd)
     os.close(fd)
     os.rename(folder + "/claim/exit.json", folder + "/exit.json")
-    sync_folder(folder)
+    if durable:
+        sync_folder(folder)
     return text
 
 
@@ -256,12 +239,10 @@ def _found(command: str, path: str) -> str | None:
 
 
 def spawn(folder: str, argv: list[str], env: dict[str, str]) -> int:
-    """Start the step, in a process group of its own; its pid. What it opens ends with this process."""
+    """Start the step, in a process group of its own; its pid."""
     os.chdir(folder + "/work")
-    mode = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    streams = [os.open(f"{folder}/{name}", mode, 0o644) for name in ("stdout", "stderr")]
-    actions = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)]
-    actions += [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(streams, 1)]  # type: ignore[misc]
+    files = (("/dev/null", os.O_RDONLY), *((f"{folder}/{name}", APPENDED) for name in ("stdout", "stderr")))
+    actions = [(os.POSIX_SPAWN_OPEN, number, path, flags, 0o644) for number, (path, flags) in enumerate(files)]
     shown = f"`{argv[0][:200]}`"
     try:
         if (name := _found(argv[0], env.get("PATH", os.defpath))) is None:
@@ -279,18 +260,36 @@ def spawn(folder: str, argv: list[str], env: dict[str, str]) -> int:
         raise CannotStart(f"cannot run {shown}: {error}") from None
 
 
-def _reap(main: int) -> tuple[int | None, bool]:
-    """Collect all that ended: (the status of `main` if it was among them, whether any child is left)."""
-    status = None
-    while True:
-        try:
-            pid, code = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return status, False
-        if pid == 0:
-            return status, True
-        if pid == main:
-            status = code
+class Children:
+    """What this attempt has started, and what came to us when its parent ended."""
+
+    def __init__(self) -> None:
+        self.cpu, self.max_rss = 0.0, 0
+
+    def reap(self, main: int = 0) -> tuple[int | None, bool]:
+        """Collect all that ended: (the status of `main` if it was among them, whether any child is left)."""
+        status = None
+        while True:
+            try:
+                pid, code, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return status, False
+            if pid == 0:
+                return status, True
+            self.cpu += usage.ru_utime + usage.ru_stime
+            self.max_rss = max(self.max_rss, usage.ru_maxrss * 1024)
+            if pid == main:
+                status = code
+
+    def bury(self, patience: float = UNKILLABLE) -> bool:
+        """SIGKILL until nothing is left of them. False: some live on after `patience` seconds."""
+        until = time.monotonic() + patience
+        while self.reap()[1]:
+            signal_all(signal.SIGKILL)
+            if time.monotonic() > until:
+                return False
+            signal.sigtimedwait({signal.SIGCHLD}, 0.02)
+        return True
 
 
 def signal_all(number: int, main: int = 0) -> None:
@@ -303,65 +302,55 @@ def signal_all(number: int, main: int = 0) -> None:
             os.close(fd)
 
 
-def bury(patience: float = UNKILLABLE) -> bool:
-    """SIGKILL until nothing that we started or adopted is left. False: some live on after `patience` seconds."""
-    until = time.monotonic() + patience
-    while _reap(0)[1]:
-        signal_all(signal.SIGKILL)
-        if time.monotonic() > until:
-            return False
-        signal.sigtimedwait({signal.SIGCHLD}, 0.02)
-    return True
-
-
-def watch(main: int, timeout: float | None, grace: float) -> dict[str, Any]:
-    """Until the step's first process has ended and nothing else of it lives; enforces the timeout and SIGTERM."""
-    end = _end()
-    limit = None if timeout is None else time.monotonic() + timeout
-    kill_at = None
-    while (reaped := _reap(main))[0] is None:
-        wake_at = kill_at if kill_at is not None else limit
-        pause = 3600.0 if wake_at is None else max(0.0, wake_at - time.monotonic())
-        got = signal.sigtimedwait(WAKES, pause)
+def watch(main: int, job: dict[str, Any], children: Children, lasts: Callable[[], object]) -> dict[str, Any]:
+    """Until the step's first process has ended and nothing else of it lives; enforces the timeout and SIGTERM.
+    `lasts` is called when it is not over in a moment."""
+    end: dict[str, Any] = {**NO_END}
+    began = time.monotonic()
+    limit = None if job.get("timeout") is None else began + job["timeout"]
+    kill_at: float | None = None
+    tell_at: float | None = began + SHORT
+    while (reaped := children.reap(main))[0] is None:
+        wake_at = min(at for at in (tell_at, kill_at or limit, began + 1e9) if at is not None)
+        got = signal.sigtimedwait(WAKES, min(3600.0, max(0.0, wake_at - time.monotonic())))
         now = time.monotonic()
+        if tell_at is not None and now >= tell_at:
+            tell_at = None
+            lasts()
         if kill_at is None:
             end["cancelled"] = got is not None and got.si_signo in CANCELS
             end["timed_out"] = not end["cancelled"] and limit is not None and now >= limit
             if end["cancelled"] or end["timed_out"]:
                 signal_all(signal.SIGTERM, main)
-                kill_at = now + grace
+                kill_at = now + job.get("grace", 10.0)
         elif now >= kill_at:
             signal_all(signal.SIGKILL, main)
             kill_at = now + 1.0
     code = os.waitstatus_to_exitcode(reaped[0] or 0)
     end["code"], end["signal"] = (code, None) if code >= 0 else (None, -code)
-    if reaped[1] and not bury():  # the step is over when its first process is
+    if reaped[1] and not children.bury():  # the step is over when its first process is
         end["error"] = "some of its processes survive SIGKILL: they hang in the kernel"
     return end
 
 
 def _memory_group(token: str, limit: int) -> Any:
     """By the file beside this one; None, and so no limit, where that is missing or the host allows no group."""
-    from importlib.machinery import SourceFileLoader
+    import runpy
 
     path = os.path.dirname(os.path.abspath(__file__)) + "/memory_group.py"
-    module = type(sys)("memory_group")
-    if not os.path.exists(path):
-        return None
-    SourceFileLoader("memory_group", path).exec_module(module)
-    return module.MemoryGroup.make(token, limit)
+    return runpy.run_path(path)["MemoryGroup"].make(token, limit) if os.path.exists(path) else None
 
 
-def run(folder: str, job: dict[str, Any]) -> dict[str, Any]:
+def run(folder: str, job: dict[str, Any], children: Children, lasts: Callable[[], object]) -> dict[str, Any]:
     """Execute what job.json says; the contents of exit.json, less the times."""
     if signal.sigtimedwait(CANCELS, 0) is not None:
-        return _end(cancelled=True)
+        return {**NO_END, "cancelled": True}
     group = _memory_group(job["token"], job["memory"]) if job.get("memory") else None
     try:
         step = folder, job["argv"], job["env"]
         main = group.spawn(lambda: spawn(*step)) if group else spawn(*step)
         _try(_write, f"/proc/{main}/oom_score_adj", b"%d" % STEP_OOM_SCORE)  # may be over already, or ours is higher
-        end = watch(main, job.get("timeout"), job.get("grace", 10.0))
+        end = watch(main, job, children, lasts)
         if group and end["code"] != 0 and group.killed():
             end["error"] = f"out of memory: it needed more than its limit of {job['memory'] / 2**20:.0f} MiB"
         return end
@@ -370,96 +359,130 @@ def run(folder: str, job: dict[str, Any]) -> dict[str, Any]:
             group.remove()
 
 
-def _end(cancelled: bool = False, error: str | None = None) -> dict[str, Any]:
-    return {"code": None, "signal": None, "timed_out": False, "cancelled": cancelled, "error": error}
+# --- the supervisor
 
 
-def supervise(folder: str, order: dict[str, Any] | None, boot: str, say: Say) -> int:
-    """One attempt, from claim to witness; the exit status of this process. WAKES are blocked."""
+class Line:
+    """To the daemon. Without a socket nobody listens. `more`: another attempt may come, of the `left` ones."""
+
+    def __init__(self, sock: socket.socket | None = None) -> None:
+        self.sock, self.more, self.left = sock, False, ATTEMPTS
+
+    def heard(self) -> bool:
+        """Whether somebody listens now."""
+        try:
+            return self.sock is not None and self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+
+    def say(self, kind: str, fact: str, claim: str = "null") -> bool:
+        """`fact` and `claim` are JSON. False: it is not heard; the folder says it all."""
+        more = "true" if self.more else "false"
+        message = f'{{"kind": "{kind}", "fact": {fact}, "claim": {claim}, "more": {more}}}'.encode()
+        try:
+            return self.sock is not None and self.sock.send(message, socket.MSG_NOSIGNAL) > 0
+        except OSError:
+            return False
+
+
+def settle() -> dict[str, Any]:
+    """Make this process one that can supervise; what its claims say. WAKES are blocked."""
     pid = os.getpid()
-    if os.getsid(0) != pid:
-        os.setsid()
+    _try(os.setsid)  # it leads a session already where a shell has started it
     for option, value in ((PR_SET_NAME, b"mlpiped-step"), (PR_SET_CHILD_SUBREAPER, 1)):
         _libc.prctl(option, value, 0, 0, 0)
-    record = {"v": 1, "pid": pid, "start": start_time(pid), "boot": boot}
-    files = {"exit.json": b" " * WITNESS_SIZE}
-    params = order.get("params") if order else None
-    if params is not None:
-        files["params.json"] = params.encode()
-    lock = claim(folder, record, files, order.get("make", ()) if order else None)
-    if lock is None:
-        say("lost_claim", "null")
-        return LOST_CLAIM
-    say("claimed", flat(record))
-    started = time.time()
+    return {"v": 1, "pid": pid, "start": start_time(pid), "boot": boot_id()}
+
+
+def supervise(folder: str, order: dict[str, Any] | None, claimed: str, line: Line) -> None:
+    """One job of which we hold the claim, to its witness."""
+    started, children, plain = time.time(), Children(), False
     try:
-        if params is not None:
-            os.chmod(folder + "/claim/params.json", 0o644)
-            os.rename(folder + "/claim/params.json", folder + "/params.json")
         if order is None:
             with open(folder + "/job.json") as file:
                 order = json.load(file)
             os.unlink(folder + "/job.json")
-        end = run(folder, order)
-        if end["code"] == 0:
-            sync_tree(folder + "/out")  # a witness that outlives a power cut must not vouch for bytes that do not
+        elif order.get("params") is not None:
+            os.chmod(folder + "/claim/params.json", 0o644)
+            os.rename(folder + "/claim/params.json", folder + "/params.json")
+        end = run(folder, order, children, lambda: line.say("claimed", "null", claimed))
+        plain = not (end["signal"] or end["cancelled"] or end["timed_out"] or end["error"] or order.get("memory"))
     except CannotStart as error:
-        end = _end(error=str(error))
+        end = {**NO_END, "error": str(error)}
     except Exception as error:
-        bury()
-        end = _end(error=f"the supervisor failed: {type(error).__name__}: {str(error)[:500]}")
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    end.update(v=1, started=started, ended=time.time(), cpu=usage.ru_utime + usage.ru_stime)
-    end["max_rss"] = usage.ru_maxrss * 1024
-    say("exited", testify(folder, end))
-    return 0
+        children.bury()
+        end = {**NO_END, "error": f"the supervisor failed: {type(error).__name__}: {str(error)[:500]}"}
+    end.update(v=1, started=started, ended=time.time(), cpu=children.cpu, max_rss=children.max_rss)
+    heard = line.heard()
+    line.more = heard and plain and line.left > 0
+    text = testify(folder, end, durable=not heard)
+    if heard and not line.say("exited", text, claimed):
+        line.more = False
+        os.rename(folder + "/exit.json", folder + "/claim/exit.json")  # still locked: it is taken for alive meanwhile
+        testify(folder, end, durable=True)
+
+
+def attempt(folder: str, order: dict[str, Any] | None, record: dict[str, Any], line: Line) -> int:
+    """One job; the exit status of a process that does no more. WAKES are blocked."""
+    line.more, line.left = False, line.left - 1
+    while line.sock and signal.sigtimedwait(CANCELS, 0):
+        pass  # it was meant for the attempt before: this one is cancelled by nobody who does not know its claim
+    files = {"exit.json": b" " * WITNESS_SIZE}
+    if order and order.get("params") is not None:
+        files["params.json"] = order["params"].encode()
+    try:
+        lock = claim(folder, record, files, order.get("make", ()) if order else None)
+        if lock is None:
+            line.say("lost_claim", "null")
+            return LOST_CLAIM
+        supervise(folder, order, json.dumps(record), line)
+        os.close(lock)  # after the witness: who finds it free finds that too
+        return 0
+    except Exception as error:  # before the claim: nothing was done. After it: no witness, so the attempt is lost
+        line.more = False
+        line.say("failed", json.dumps(f"{type(error).__name__}: {str(error)[:500]}"))
+        return 70
 
 
 # --- the two ways to be started
 
 
-def _attempt(folder: str, order: dict[str, Any] | None, boot: str, say: Say) -> int:
-    try:
-        return supervise(folder, order, boot, say)
-    except Exception as error:  # before the claim: nothing was done. After it: no witness, so the attempt is lost
-        say("failed", json.dumps(f"{type(error).__name__}: {str(error)[:500]}"))
-        return 70
+def attend(sock: socket.socket, packet: bytes) -> int:
+    """One attempt after the other, by the packets that come on the line; the exit status."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, HINT_WAIT)
+    line, record, status = Line(sock), settle(), 0
+    while packet:
+        ask = json.loads(packet)
+        if time.monotonic() > ask["until"]:
+            return LOST_CLAIM
+        status = attempt(ask["folder"], ask["order"], record, line)
+        packet = sock.recv(PACKET) if line.more else b""
+    return status
 
 
 def serve(fd: int) -> int:
     os.set_inheritable(fd, False)
     sock = socket.socket(fileno=fd)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, HINT_WAIT)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects the supervisors
     signal.pthread_sigmask(signal.SIG_BLOCK, WAKES)  # for the supervisors; the zygote itself ends with the socket
     _libc.prctl(PR_SET_NAME, b"mlpiped-zygote", 0, 0, 0)
-    boot = boot_id()
     gc.disable()
     gc.freeze()  # what is forked stays shared
-    while packet := sock.recv(PACKET):
-        failure = None
-        try:
-            if os.fork():
-                continue
-        except OSError as error:
-            failure = error.strerror
-        ask = _decode(packet.decode())[0]
-        token = os.path.basename(ask["folder"])
-
-        def say(kind: str, fact: str, token: str = token) -> None:
-            """`fact` is JSON."""
+    while True:
+        packet, lines, _, _ = socket.recv_fds(sock, PACKET, 1)
+        if not packet:
+            return 0
+        os.set_inheritable(lines[0], False)  # the step must not hold it: its end is the supervisor's end
+        with socket.socket(fileno=lines[0]) as line:
             try:
-                sock.send(f'{{"token": "{token}", "kind": "{kind}", "fact": {fact}}}'.encode(), socket.MSG_NOSIGNAL)
-            except OSError:
-                pass  # nobody listens: the folder says it all
-
-        if failure is not None:
-            say("refused", json.dumps(failure))
-            continue
-        _libc.signal(SIGCHLD, None)  # SIG_DFL
-        late = time.monotonic() > ask["until"]
-        os._exit(LOST_CLAIM if late else _attempt(ask["folder"], ask["order"], boot, say))
-    return 0
+                child = os.fork()
+            except OSError as error:
+                Line(line).say("refused", json.dumps(error.strerror))
+                continue
+            if child == 0:
+                sock.close()
+                _libc.signal(int(signal.SIGCHLD), None)  # SIG_DFL
+                os._exit(attend(line, packet))
 
 
 def main() -> int:
@@ -470,7 +493,7 @@ def main() -> int:
     if mode == "--serve":
         return serve(int(place))
     signal.pthread_sigmask(signal.SIG_BLOCK, WAKES)
-    return _attempt(os.path.abspath(place), None, boot_id(), lambda kind, fact: None)
+    return attempt(os.path.abspath(place), None, settle(), Line())
 
 
 if __name__ == "__main__":

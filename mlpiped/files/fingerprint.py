@@ -125,33 +125,34 @@ class Fingerprinter:
         return (await self._resolve([Resolution(str(root), ref, known)]))[0]
 
     async def _resolve(self, resolutions: Sequence[Resolution]) -> list[RefFact | Missing]:
-        beneath: dict[str, Beneath] = {}
+        return await self.survey(*_resolving(resolutions))
 
-        def look() -> list[Seen]:
-            seen: list[Seen] = []
-            for resolution in resolutions:
-                if resolution.root not in beneath:
-                    beneath[resolution.root] = Beneath(resolution.root)
-                seen += resolution.look(beneath[resolution.root])
-            return seen
-
-        return await self.survey(look, lambda digests: [resolution.fact(digests) for resolution in resolutions])
+    def at_hand(self, wanted: Sequence[tuple[Path, Reference]]) -> list[RefFact | Missing] | None:
+        """`references`, if nothing has to be read for it; for threads."""
+        look, use = _resolving([Resolution(str(root), ref, None) for root, ref in wanted])
+        return self.survey_at_hand(look, use)
 
     # --- what other rooms build on --------------------------------------------------------------------------
     async def survey(self, look: Callable[[], Iterable[Seen]], use: Callable[[Digests], T]) -> T:
         """`use(digests of look())`, both in a thread: one hop when every digest is known, without a query."""
-
-        def first() -> tuple[Digests, list[Seen], list[T]]:
-            known: dict[str, tuple[Stamp, str]] = {}
-            unknown = self._recall(look(), known)
-            digests = Digests(known, {})
-            return digests, unknown, [] if unknown else [use(digests)]
-
-        digests, unknown, used = await self.hop(first)
+        digests, unknown, used = await self.hop(lambda: self._first(look, use))
         if used:
             return used[0]
         await self._learn(unknown, digests)
         return await self.hop(lambda: use(digests))
+
+    def survey_at_hand(self, look: Callable[[], Iterable[Seen]], use: Callable[[Digests], T]) -> T | None:
+        """`survey`, if every digest is in memory; for threads."""
+        used = self._first(look, use)[2]
+        return used[0] if used else None
+
+    def _first(
+        self, look: Callable[[], Iterable[Seen]], use: Callable[[Digests], T]
+    ) -> tuple[Digests, list[Seen], list[T]]:
+        known: dict[str, tuple[Stamp, str]] = {}
+        unknown = self._recall(look(), known)
+        digests = Digests(known, {})
+        return digests, unknown, [] if unknown else [use(digests)]
 
     async def hop(self, work: Callable[[], T]) -> T:
         """Run `work` in one of this room's threads."""
@@ -161,6 +162,14 @@ class Fingerprinter:
         """The digest, if memory has it. For threads."""
         entry = self._memory.get(path)
         return entry[1] if entry is not None and entry[0] == stamp else None
+
+    def recall_now(self, path: str) -> str | None:
+        """The digest of the regular file that is there now, if memory has it; for threads."""
+        try:
+            st = os.lstat(path)
+        except (OSError, ValueError):
+            return None
+        return self.recall(path, stamp_of(st)) if stat.S_ISREG(st.st_mode) else None
 
     def remember(self, entries: Iterable[tuple[str, Stamp, str, int]]) -> None:
         """Take (path, stamp, digest, hashed_ns) into memory and the ledger; those that do not vouch are dropped."""
@@ -275,6 +284,22 @@ class Fingerprinter:
             self.bytes_read += done.stamp[2]
         current.clear()
         job.close()
+
+
+def _resolving(
+    resolutions: Sequence[Resolution],
+) -> tuple[Callable[[], list[Seen]], Callable[[Digests], list[RefFact | Missing]]]:
+    beneath: dict[str, Beneath] = {}
+
+    def look() -> list[Seen]:
+        seen: list[Seen] = []
+        for resolution in resolutions:
+            if resolution.root not in beneath:
+                beneath[resolution.root] = Beneath(resolution.root)
+            seen += resolution.look(beneath[resolution.root])
+        return seen
+
+    return look, lambda digests: [resolution.fact(digests) for resolution in resolutions]
 
 
 def _stamp_in(row: Any) -> Stamp:

@@ -342,10 +342,18 @@ def attempt_ended(
 
 
 def commit_result(
-    token: str, key: str, outputs: Sequence[OutputFact], cost_us: int, now: int, reusable: bool
+    token: str,
+    key: str,
+    outputs: Sequence[OutputFact],
+    cost_us: int,
+    now: int,
+    reusable: bool,
+    *,
+    usage_json: str | None = None,
+    started_at: int | None = None,
 ) -> Op[bool]:
     """The one way in which a step succeeds: attempt -> ended (committed), its outputs, step -> finished, its head and,
-    if `reusable`, what its key stands for from now on.
+    if `reusable`, what its key stands for from now on. `started_at` counts if no `handle` was told before.
 
     True also when this very attempt was committed before. False when the step has been finished without it (the attempt
     ends as superseded) or the attempt was given up earlier: then nothing of it is ever used.
@@ -361,12 +369,12 @@ def commit_result(
             raise IllegalMove(f"attempt `{token}` was begun for another key than it is committed for")
         values = {
             "attempt": a.id, "run_id": a.run_id, "idx": a.idx, "key": key, "cost_us": cost_us, "now": now,
-            "step": a.step_name, "pipeline": a.pipeline,
+            "step": a.step_name, "pipeline": a.pipeline, "started_at": started_at or now,
         }  # fmt: skip
         if one(c, "commit_step", values) is None:
             _end(c, a, AttemptEnd.SUPERSEDED, now, cost_us=cost_us)
             return False
-        _end(c, a, AttemptEnd.COMMITTED, now, cost_us=cost_us, exit_code=0)
+        _end(c, a, AttemptEnd.COMMITTED, now, cost_us=cost_us, exit_code=0, usage=usage_json)
         c.emit(a.run_id, a.idx, "step.finished", now, _FINISHED[StepOutcome.SUCCEEDED])
         for position, o in enumerate(outputs):
             path = fs_bytes(o.path)

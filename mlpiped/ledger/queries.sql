@@ -149,7 +149,7 @@ WHERE run_id = ?1 AND idx = ?2 AND {step -> finished};
 -- name: commit_step
 -- A step ends by the commit of an attempt.
 UPDATE steps SET state = 'finished', outcome = 'succeeded', finished_at = :now, key = :key, made_by = :attempt,
-    started_at = coalesce(started_at, :now),
+    started_at = coalesce(started_at, :started_at),
     exit_code = coalesce((SELECT exit_code FROM attempts WHERE id = :attempt), 0)
 WHERE run_id = :run_id AND idx = :idx AND {step -> finished} RETURNING name;
 

@@ -103,16 +103,17 @@ class Ledger(Queries):
     def on_full(self, call: Callable[[bool], None] | None) -> None:
         self._writer.on_full = call
 
-    async def write(self, *ops: Op[Any]) -> list[Any]:
+    async def write(self, *ops: Op[Any], within: float = 0) -> list[Any]:
         """Run `ops` in one transaction, shared with whoever writes now, and give their results after the fsync.
 
         They are carried out all or not at all; what one of them raises comes to this caller only. A caller that is
         cancelled has written nevertheless. An operation may be run twice (a full or locked disk): it must have no
-        effect but on the connection. Raises LedgerFull, LedgerError.
+        effect but on the connection. `within`: seconds that it may wait for company, to save a commit. Raises
+        LedgerFull, LedgerError.
         """
         if self._closed:
             raise LedgerError("the ledger is closed")
-        return await self._writer.put(ops)
+        return await self._writer.put(ops, within)
 
     def post(self, *ops: Op[Any]) -> None:
         """Write with the next commit, at the latest after 50 ms. Failures are logged, and those of the disk retried."""

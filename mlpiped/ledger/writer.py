@@ -76,10 +76,14 @@ class Writer:
             self._set_full(True)
 
     # --- on the loop ------------------------------------------------------------------------------------------
-    def put(self, ops: tuple[Op[Any], ...]) -> asyncio.Future[list[Any]]:
+    def put(self, ops: tuple[Op[Any], ...], within: float = 0) -> asyncio.Future[list[Any]]:
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._queue.append(_Entry(ops, future))
-        self._soon()
+        if within:
+            self._idle.clear()
+            self._later(within, self._soon)
+        else:
+            self._soon()
         return future
 
     def post(self, ops: tuple[Op[Any], ...]) -> None:

@@ -17,8 +17,8 @@ import anyio.to_thread
 import pytest
 
 from mlpiped.backends import folder as folders
-from mlpiped.backends import processes, supervisor
-from mlpiped.backends.base import Exited, Handle, Job, Lost, NeverRan, Part
+from mlpiped.backends import launcher, processes, supervisor
+from mlpiped.backends.base import Exited, Handle, Job, JobOutput, Lost, NeverRan, Part
 from mlpiped.backends.local import LocalBackend
 from mlpiped.errors import BackendUnavailable
 
@@ -46,6 +46,7 @@ async def main():
 
 anyio.run(main)
 """
+HUNGRY = "x = b'x' * (80 << 20); sum(range(10 ** 6))"
 UNTIL_GO = "echo began; while ! test -e go; do sleep 0.01; done; echo over; exit 3"
 
 
@@ -204,6 +205,51 @@ async def test_a_killed_supervisor_means_lost_and_nothing_of_the_step_lives_on(
     assert await backend.wait(handle) == outcome
 
 
+async def test_jobs_share_a_supervisor_one_after_the_other_and_none_has_the_usage_of_another(
+    backend: LocalBackend,
+) -> None:
+    hungry = Job(token="big", arguments=tuple((Part("text", text),) for text in (sys.executable, "-c", HUNGRY)))
+    big = await backend.submit(hungry)
+    first = await backend.wait(big)
+    small = await backend.submit(shell("small", "true"))
+    second = await backend.wait(small)
+    assert big["pid"] == small["pid"]
+    assert isinstance(first, Exited) and isinstance(second, Exited)
+    assert (first.max_rss or 0) > 64 << 20 > 4 * (second.max_rss or 0)
+    assert (first.cpu or 0) > (second.cpu or 0)
+    assert await backend.wait(big) == first  # its own witness, though its supervisor has been at another job
+
+
+async def test_what_was_meant_for_an_ended_job_does_not_reach_the_next_of_its_supervisor(
+    backend: LocalBackend, tmp_path: Path
+) -> None:
+    over = await backend.submit(shell("over", "true"))
+    await backend.wait(over)
+    os.kill(over["pid"], signal.SIGTERM)  # a cancellation that came as the job ended
+    running = await backend.submit(shell("next", UNTIL_GO))
+    assert running["pid"] == over["pid"]
+    await backend.cancel(over)
+    other = backend_at(tmp_path)  # as a later daemon would
+    await other.cancel(over)
+    let_go(tmp_path, "next")
+    outcome = await backend.wait(running)
+    assert isinstance(outcome, Exited) and outcome.code == 3
+
+
+async def test_a_job_that_was_cancelled_ends_its_supervisor_and_one_that_is_idle_ends_by_itself(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = await backend.submit(shell("one", "sleep 300"))
+    await backend.cancel(handle)
+    outcome = await backend.wait(handle)
+    assert isinstance(outcome, Exited) and outcome.cancelled
+    await gone(handle["pid"])
+    monkeypatch.setattr(launcher, "IDLE", 0.2)
+    handle = await backend.submit(shell("two", "true"))
+    await backend.wait(handle)
+    await gone(handle["pid"])
+
+
 async def test_a_killed_zygote_costs_no_job_and_is_replaced(backend: LocalBackend, tmp_path: Path) -> None:
     running = await backend.submit(shell("one", UNTIL_GO))
     zygote = backend._launcher.pid
@@ -256,6 +302,25 @@ async def test_B3_after_a_reboot_a_job_without_a_witness_is_lost_and_one_with_a_
     assert await backend.wait({**handle, "boot": "before"}) == done
     (backend.jobs_dir / "one/exit.json").unlink()
     assert await backend.wait({**handle, "boot": "before"}) == Lost("host rebooted")
+
+
+async def test_B4_after_a_reboot_a_success_counts_if_its_outputs_were_made_durable_before_it(
+    backend: LocalBackend, tmp_path: Path
+) -> None:
+    out = (JobOutput("out", "out", "file"),)
+    make = ((Part("text", "echo made > "), Part("output", "out")),)
+    handle = await backend.submit(Job(token="heard", arguments=make, outputs=out, shell=True))
+    assert isinstance(await backend.wait(handle), Exited)  # a daemon heard it, and makes the outputs durable itself
+    assert await backend.wait({**handle, "boot": "before"}) == Lost("host rebooted")
+    async with AsyncExitStack() as gone_soon:
+        other = backend_at(tmp_path)
+        await other.start(gone_soon)
+        arguments = ((Part("text", UNTIL_GO.replace("exit 3", "echo made > ")), Part("output", "out")),)
+        handle = await other.submit(Job(token="unheard", arguments=arguments, outputs=out, shell=True))
+    let_go(tmp_path, "unheard")
+    await gone(handle["pid"])
+    outcome = await backend.wait({**handle, "boot": "before"})
+    assert isinstance(outcome, Exited) and outcome.code == 0
 
 
 async def test_B4_a_zero_length_witness_counts_as_none(backend: LocalBackend) -> None:
@@ -383,15 +448,14 @@ async def test_A2_a_folder_that_was_left_half_built_is_finished_by_the_next_subm
 
 
 async def test_an_order_that_lay_too_long_is_not_carried_out(backend: LocalBackend, tmp_path: Path) -> None:
-    zygote = await backend._launcher.zygote()
-    order = {"token": "late", "argv": ["touch", str(tmp_path / "ran")], "env": {}, "make": ["work"], "params": None}
-    for token, until in (("late", 0.0), ("good", 1e12)):  # the second one tells that the first one's turn is over
+    order = {"argv": ["touch", str(tmp_path / "ran")], "env": {}, "make": ["work"], "params": None}
+    for token, until in (("late", 0.0), ("good", 1e12)):
         packet = {"folder": str(backend.jobs_dir / token), "until": until, "order": {**order, "token": token}}
-        with backend._launcher.listen(token) as call:
-            zygote.sock.send(json.dumps(packet).encode())
-            with anyio.move_on_after(0.5 if token == "late" else 20):
-                await call.event.wait()
-            assert (call.said is None) == (token == "late")
+        call = await backend._launcher.ask(token, json.dumps(packet).encode())
+        with anyio.fail_after(20):
+            while not call.over:
+                await call.changed.wait()
+        assert (call.exit is None) == (token == "late")
     assert not (backend.jobs_dir / "late").exists()
 
 
@@ -424,24 +488,35 @@ async def test_what_cannot_be_removed_is_told_by_health_until_a_removal_goes_wel
     assert await backend.health() is None
 
 
-async def test_a_thousand_waits_cost_one_descriptor_each_and_no_time(backend: LocalBackend, tmp_path: Path) -> None:
-    handle = await backend.submit(shell("one", UNTIL_GO))
-    outcomes = []
+@pytest.mark.parametrize("adopted", [False, True])
+async def test_a_thousand_waits_cost_one_descriptor_each_at_most_and_no_time(
+    backend: LocalBackend, tmp_path: Path, adopted: bool
+) -> None:
+    if adopted:
+        first, (handle,) = daemon(tmp_path, "one")
+        kill(first)
+    else:
+        handle = await backend.submit(shell("one", UNTIL_GO))
+    outcomes, begun = [], 0
     before = len(os.listdir("/proc/self/fd"))
+    expected = before + 1000 if adopted else before
 
     async def wait() -> None:
+        nonlocal begun
+        begun += 1
         outcomes.append(await backend.wait(handle))
 
     async with anyio.create_task_group() as group:
         for _ in range(1000):
             group.start_soon(wait)
         with anyio.fail_after(20):
-            while len(os.listdir("/proc/self/fd")) < before + 1000:
+            while begun < 1000 or len(os.listdir("/proc/self/fd")) < expected:
                 await anyio.sleep(0.02)
+        await anyio.sleep(0.5)  # the looks at the folder are over
         began = os.times()
         await anyio.sleep(0.5)
         ended = os.times()
         assert (ended.user + ended.system) - (began.user + began.system) < 0.1  # they wait, and do not ask
         let_go(tmp_path, "one")
     assert len(outcomes) == 1000 and len(set(outcomes)) == 1
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import pty
@@ -62,6 +63,7 @@ async def test_exit_statuses_are_those_of_the_contract() -> None:
             (0, "status"), (0, "pipelines"), (0, "schedules"), (0, "show digits"), (0, f"show {good}"), (0, "runs"),
             (0, "plan digits"), (0, f"why {good}/train"), (0, f"wait {good}"), (1, f"wait {bad}"), (0, "doctor"),
             (1, f"wait {going} --timeout 50ms"), (0, f"metrics {good}"), (0, "compute"), (0, "gc --plan"), (0, "gc"),
+            (0, "compute drain local"), (0, "compute undrain local"), (2, "compute drain lokal"), (2, "compute drain"),
             (0, "reload"), (0, "pause digits"), (0, "resume digits"), (0, f"cancel {going}"), (0, f"retry {bad}"),
             (1, f"cancel {good}"), (1, f"retry {going}"), (0, "events"), (0, "completion bash"), (0, f"logs {good}"),
             (2, "show digts"), (2, "show 99"), (2, "run digts"), (2, "run digits -p rat=1"), (2, "run digits -p rate"),
@@ -195,7 +197,8 @@ async def test_every_verb_prints_one_json_document() -> None:
         run = await stage.whole()
         (stage.folder / "p.py").write_text("")
         lines = ["status", "pipelines", "schedules", "show digits", f"show {run}", "plan digits", "plan p.py", "runs",
-                 f"why {run}/train", f"wait {run}", f"metrics {run}", "compute", "gc --plan", "gc", "reload",
+                 f"why {run}/train", f"wait {run}", f"metrics {run}", "compute", "compute drain local",
+                 "gc --plan", "gc", "reload",
                  "pause digits", "resume digits", "events", "doctor", "run digits", "submit p.py",
                  f"get {run}/clean"]  # fmt: skip
         for line in lines:
@@ -634,6 +637,20 @@ async def test_sentences_say_what_is_so_and_what_to_do(tmp_path: Path) -> None:
         done = await stage.ctl("wait", never)
         assert "there is no `x`" in done.err
         assert "mlpipectl logs" not in done.err  # it never ran, so it printed nothing
+
+
+async def test_compute_shows_each_card_who_is_on_it_and_what_is_drained() -> None:
+    async with staged() as stage:
+        shown = (await stage.ctl("compute")).out
+        assert "7/train" in shown and "in use by python (pid 4242), not ours" in shown and "1/2" in shown
+        done = await stage.ctl("compute", "drain", "local")
+        assert (done.code, done.out) == (0, "")
+        assert done.err == "`local` is drained: its steps finish, nothing new starts\n"
+        assert "drained: its steps finish" in (await stage.ctl("compute")).out
+        assert stage.acts.asked[-1] == ("drain", {"compute": "local", "drained": True, "who": getpass.getuser()})
+        await stage.ctl("compute", "undrain", "local")
+        assert "drained" not in (await stage.ctl("compute")).out
+        assert "did you mean `local`?" in (await stage.ctl("compute", "drain", "lokal")).err
 
 
 async def test_status_says_that_the_disk_of_the_ledger_is_full() -> None:

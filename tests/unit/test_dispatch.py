@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, cast
 
 import pytest
 
+from mlpiped.backends.base import Card
 from mlpiped.dispatch import Dispatch
 from mlpiped.placement import Need, Place
 
@@ -185,3 +187,77 @@ def test_who_can_never_have_a_place_is_told_so(lab: Lab) -> None:
     one = lab.run(1)
     lab.ask(one, 0, slots=50)
     assert lab.dispatch.why_waiting(1, 0) == "can never have a place: local has 2 slots in all, 50 are asked for"
+
+
+# --- sentences for who waits --------------------------------------------------------------------------------------
+MINUTE = 60_000_000
+NOW = 1_795_000_000_000_000
+
+
+def gpu_lab(*places: Place) -> Lab:
+    lab = Lab()
+    lab.dispatch = Dispatch(list(places) or [gpu_box()], {}, None, lambda: NOW)
+    return lab
+
+
+def gpu_box(name: str = "gpu1", cards: int = 2, **more: Any) -> Place:
+    return Place(name, 8, cards=tuple(Card(f"{name}-{n}", n, "RTX", 24 << 30) for n in range(cards)), **more)
+
+
+def owned(lab: Lab, number: int, owner: str, minutes: int) -> Walk:
+    walk = lab.run(number)
+    walk.owner = owner
+    walk.began = dict.fromkeys(range(10), NOW - minutes * MINUTE)
+    return walk
+
+
+def test_who_waits_for_a_card_is_told_who_has_them_and_for_how_long() -> None:
+    lab = gpu_lab()
+    bob, alice = owned(lab, 31, "bob", 40), owned(lab, 32, "alice", 0)
+    lab.ask(bob, 0, computes=(), gpus=2)
+    assert bob.cards == {0: ("gpu1-0", "gpu1-1")}
+    lab.ask(alice, 0, computes=(), gpus=1)
+    told = "waits for a GPU: gpu1 has 2, both held by run 31 (bob, 40 min so far)"
+    assert lab.dispatch.why_waiting(32, 0) == told
+
+
+def test_cards_of_several_runs_and_computes_are_told_apart() -> None:
+    lab = gpu_lab(gpu_box("gpu1"), gpu_box("gpu2", drained=True), Place("local", 4))
+    bob, eve, alice = owned(lab, 31, "bob", 90), owned(lab, 33, "eve", 2 * 1440), owned(lab, 32, "alice", 0)
+    lab.ask(bob, 0, computes=(), gpus=1)
+    lab.ask(eve, 0, computes=(), gpus=1)
+    lab.ask(alice, 0, computes=(), gpus=1)
+    assert lab.dispatch.why_waiting(32, 0) == (
+        "waits for a GPU: gpu1 has 2, both held by run 31 (bob, 1 h so far) and run 33 (eve, 2 d so far); "
+        "gpu2 is drained: its steps finish, nothing new starts"
+    )
+
+
+def test_a_compute_that_is_ill_is_told_with_its_sentence_and_since_when() -> None:
+    lab = gpu_lab(gpu_box(unwell="no route to host", unwell_since=NOW - MINUTE))
+    since = datetime.fromtimestamp((NOW - MINUTE) / 1e6)
+    alice = owned(lab, 32, "alice", 0)
+    lab.ask(alice, 0, computes=("gpu1",), gpus=1)
+    assert lab.dispatch.why_waiting(32, 0) == f"waits for a place: gpu1: no route to host (since {since:%H:%M})"
+
+
+def test_who_is_behind_a_step_that_needs_much_is_told_for_whom_the_place_is_kept() -> None:
+    lab = gpu_lab()
+    bob, alice, eve = owned(lab, 1, "bob", 5), owned(lab, 2, "alice", 0), owned(lab, 3, "eve", 0)
+    lab.ask(bob, 0, computes=(), gpus=1)
+    lab.ask(alice, 0, computes=(), gpus=2)
+    lab.ask(eve, 0, computes=(), gpus=1)
+    assert lab.dispatch.why_waiting(2, 0) == "waits for 2 GPUs: gpu1 has 2, 1 held by run 1 (bob, 5 min so far)"
+    assert lab.dispatch.why_waiting(3, 0) == (
+        "waits for a place: gpu1 is kept for run 2 (alice), which waits for 2 GPUs there"
+    )
+
+
+def test_who_can_never_have_a_card_is_told_of_every_compute_that_it_may_use() -> None:
+    lab = gpu_lab(gpu_box(), Place("local", 4))
+    alice = owned(lab, 2, "alice", 0)
+    lab.ask(alice, 0, computes=(), gpus=3)
+    never = "can never have a place: gpu1 has 2 GPUs in all, 3 are asked for; local has no GPU"
+    assert lab.dispatch.why_waiting(2, 0) == never
+    assert lab.dispatch.never(Need(2, 0, gpus=3)) == never
+    assert lab.dispatch.never(Need(2, 0, gpus=2)) is None

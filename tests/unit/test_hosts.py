@@ -39,7 +39,7 @@ async def test_an_incident_begins_once_and_ends_once_however_often_it_is_looked_
     assert [it.looked(None) for _ in range(3)] == [True, False, False]
 
 
-async def test_pauses_grow_to_a_limit_are_spread_and_are_short_again_after_it() -> None:
+async def test_H5_pauses_grow_to_a_limit_are_spread_and_are_short_again_after_it() -> None:
     it = breaker()
     assert it.pause() == LOOK
     pauses = []
@@ -171,6 +171,15 @@ async def test_who_waits_is_told_since_when_and_why_and_goes_on_when_it_is_well(
 
 
 async def test_a_compute_that_says_it_is_well_and_takes_nothing_is_one_incident(lab: Computes) -> None:
+    class Slow(Ill):
+        """No submit before it has been looked at after the last one, as pauses have it."""
+
+        async def submit(self, job: Job) -> Handle:
+            while lab.hosts._failed:
+                await anyio.sleep(0.001)
+            return await super().submit(job)
+
+    lab.one.__class__ = Slow
     lab.one.refuses = SUBMITS + 2
     execution = await lab.open({"name": "a", "compute": ["gpu1"]})
     async with anyio.create_task_group() as tasks:
@@ -181,6 +190,7 @@ async def test_a_compute_that_says_it_is_well_and_takes_nothing_is_one_incident(
                 await anyio.sleep(0.005)
     assert execution.outcome() is RunOutcome.SUCCEEDED
     assert lab.one.submitted == SUBMITS + 3
+    await lab.hosts.look("gpu1")
     assert await lab.events() == [("compute.unwell", "gpu1"), ("compute.well", "gpu1")]
 
 
@@ -239,6 +249,7 @@ async def test_a_drained_compute_gets_nothing_new_over_a_restart_too(lab: Comput
         told = "waits for a place: gpu1 is drained: its steps finish, nothing new starts"
         assert lab.dispatch.why_waiting(execution.id, 1) == told
         tasks.cancel_scope.cancel()
+    await lab.events()
     lab.begin()
     await lab.hosts.restore()
     assert lab.dispatch.places["gpu1"].drained and not lab.dispatch.places["gpu2"].drained
@@ -277,6 +288,7 @@ async def test_an_adopted_attempt_has_the_cards_that_it_had(lab: Computes) -> No
         tasks.cancel_scope.cancel()
     assert attempts[0].cards == lab.one.gpus == ("GPU-a",)
     world = lab.one.world
+    await lab.events()
     lab.begin()
     lab.one.world = world
     again = await lab.execution(execution.id)
@@ -304,6 +316,26 @@ async def test_what_owners_had_is_known_after_a_restart(lab: Computes) -> None:
     now = lab.clock.now() / 1e6
     assert shares.of("a", now) == pytest.approx(0.2, rel=0.5)
     assert shares.of("b", now) == 0.0
+
+
+async def test_a_step_goes_where_what_it_needs_lies_already(lab: Computes) -> None:
+    inner = lab.folder / "lab" / "big.bin"
+    inner.write_bytes(b"x" * (64 << 20))
+    asked: list[dict[str, int]] = []
+
+    class Far(Ill):
+        def missing(self, contents: Any) -> int:
+            asked.append(dict(contents))
+            return sum(contents.values())
+
+    lab.one.__class__ = Far
+    source = {"kind": "reference", "datastore": "lab", "path": "big.bin"}
+    step = {"inputs": [{"name": "big", "source": source}], "arguments": [{"kind": "input", "port": "big"}]}
+    execution = await lab.open({**ON_EITHER, **step}, {**ON_EITHER, "name": "b", "salt": "b"})
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    rows = await lab.ledger.steps(execution.id)
+    assert [row.compute for row in rows] == ["gpu2", "gpu1"]
+    assert [list(each.values()) for each in asked] == [[64 << 20]]
 
 
 async def test_two_computes_of_one_host_never_lease_the_same_card() -> None:

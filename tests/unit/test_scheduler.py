@@ -43,14 +43,14 @@ async def test_a_run_that_opens_just_as_the_one_before_ends_is_not_left_behind(t
         )
         write = ledger.write
 
-        async def write_when_nobody_is_left(*ops: Any) -> list[Any]:
+        async def write_when_nobody_is_left(*ops: Any, **facts: Any) -> list[Any]:
             """The ledger takes its time over the opening: the run before ends meanwhile."""
             if len(scheduler.executions) == 1 and any("open_run" in op.__qualname__ for op in ops):
                 with ledger.subscribe(kinds=("run.finished",)) as ends:
                     await ends.receive()
                 while scheduler.executions:
                     await anyio.lowlevel.checkpoint()
-            return await write(*ops)
+            return await write(*ops, **facts)
 
         cast(Any, ledger).write = write_when_nobody_is_left
         lab.backend.run_for = 0.2

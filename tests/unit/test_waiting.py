@@ -310,6 +310,17 @@ def test_of_one_owner_and_size_the_order_is_priority_run_step(steps: list[tuple[
     assert all(one != two for one, two in pairwise(found))
 
 
+def test_the_first_are_told_in_order_and_wait_on() -> None:
+    waiting = Waiting()
+    for index in range(6):
+        waiting.add(Need(1, index, cpus=1 + index % 3))
+    waiting.add(Need(2, 0, priority=1))
+    waiting.remove(1, 0)
+    assert [need.spot for need in waiting.first(3)] == [(2, 0), (1, 1), (1, 2)]
+    assert [need.spot for need in waiting.first(9)] == [(2, 0), *((1, n) for n in range(1, 6))]
+    assert len(list(waiting.place([Place("local", 9)]))) == 6
+
+
 def test_ten_thousand_steps_of_one_shape_cost_one_look_at_the_first() -> None:
     waiting = Waiting()
     for index in range(10_000):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-GAP = 0.06
+GAP = 0.4
 """Seconds by which the race of `liveness_after_exit` is widened: in the wild it is lost once in thousands of steps."""
 
 
@@ -39,11 +39,11 @@ def liveness_after_exit() -> None:
     watch, witness = LocalBackend._watch, folder.witness
     early: ContextVar[tuple[Any, ...]] = ContextVar("early", default=())  # what the exit file said before the look
 
-    async def late_watch(self: LocalBackend, call: Any, at: Any, handle: Any) -> Any:
+    async def late_watch(self: LocalBackend, at: Any, handle: Any) -> Any:
         token = early.set((witness(at),))
         try:
             await asyncio.sleep(GAP)
-            return await watch(self, call, at, handle)
+            return await watch(self, at, handle)
         finally:
             early.reset(token)
 
