@@ -104,6 +104,7 @@ def test_each_compute_is_built_by_its_kind(tmp_path: Path, rooms: None) -> None:
     local, box, gpu1 = built.values()
     assert isinstance(local, LocalBackend) and local.capacity().slots == 3
     assert isinstance(box, Built) and isinstance(gpu1, Built)
+    assert (tmp_path / "state/known_hosts").read_text() == ""
     instance = {"instance": computes.instance_of(tmp_path / "state")}
     assert (box.state_dir, box.settings, box.more) == (tmp_path / "state", found.compute["box"], instance)
     assert (gpu1.settings, gpu1.more) == (found.compute["gpu1"], instance | {"datastores": {"lab": tmp_path / "lab"}})
