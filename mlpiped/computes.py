@@ -71,6 +71,8 @@ def backends_of(settings: Settings) -> dict[str, Backend]:
             found[name] = docker.DockerBackend(name, state, compute, instance=instance)
         elif isinstance(compute, SshCompute):
             ssh = import_module("mlpiped.backends.ssh")
+            if compute.known_hosts is None:  # empty, it trusts nobody: that is then said in place of "no such file"
+                (state / "known_hosts").touch(0o644)
             found[name] = ssh.SshBackend(name, state, compute, instance=instance, datastores=datastores)
         else:
             found[name] = LocalBackend(

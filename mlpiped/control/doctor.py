@@ -134,7 +134,11 @@ async def _compute(service: Service) -> list[Finding]:
         if trouble:
             found.append(Finding("compute", "fail", f"`{name}`: {trouble}", _helps(name, kind)))
         else:
-            found.append(Finding("compute", "ok", f"`{name}` ({kind}): {compute['slots']} slots"))
+            has = f"{compute['slots']} slots" + (f", {len(compute['cards'])} cards" if compute["cards"] else "")
+            found.append(Finding("compute", "ok", f"`{name}` ({kind}): {has}{', drained' * compute['drained']}"))
+        if compute["cards_trouble"]:
+            hint = "run `nvidia-smi` there, as the user of the steps"
+            found.append(Finding("compute", "warn", f"the cards of `{name}`: {compute['cards_trouble']}", hint))
     return found or [Finding("compute", "ok", "none")]
 
 

@@ -733,6 +733,31 @@ async def orphans() -> dict[str, list[int]]:
     return {"mlp-1": [7, 8]}
 
 
+async def test_doctor_tells_each_compute_by_what_it_says_now() -> None:
+    async with staged() as stage:
+        one = next(iter(stage.acts.compute()))
+        card = {"uuid": "GPU-1", "index": 0, "name": "A", "memory": 1, "foreign": None, "holders": []}
+        stage.acts.compute = lambda: [  # type: ignore[method-assign]
+            {**one, "name": "gpu1", "kind": "ssh", "cards": [card, card], "drained": True},
+            {**one, "name": "gpu2", "kind": "ssh", "cards": [], "cards_trouble": "nvidia-smi is not there"},
+            {**one, "name": "box", "kind": "docker", "cards": []},
+        ]
+
+        async def healths() -> dict[str, str | None]:
+            return {"gpu1": None, "gpu2": None, "box": "the engine does not answer"}
+
+        stage.service.healths = healths
+        found = [
+            (c["level"], c["message"]) for c in (await stage.get("/v1/doctor"))["checks"] if c["name"] == "compute"
+        ]
+        assert found == [
+            ("ok", "`gpu1` (ssh): 2 slots, 2 cards, drained"),
+            ("ok", "`gpu2` (ssh): 2 slots"),
+            ("warn", "the cards of `gpu2`: nvidia-smi is not there"),
+            ("fail", "`box`: the engine does not answer"),
+        ]
+
+
 async def test_doctor_says_which_datastore_is_not_seen_by_inotify(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_host.mounts, "mount_of", lambda path: Mount(b"/", "nfs4"))
     async with staged() as stage:

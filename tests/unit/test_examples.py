@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from moons_rig import moons
 
 from mlpiped.config import settings as config
 from mlpiped.loader.load import Known, LoadResult, load_file
@@ -43,16 +42,6 @@ async def test_boxes_uses_a_gpu_box_and_a_container() -> None:
     assert (train.compute, train.resources.gpus, train.environment.image) == (("gpu",), 1, None)
     assert (evaluate.compute, evaluate.environment.image) == (("box",), "python:3.12-slim")
     assert [fault.hint for fault in (await loaded("boxes.py", "mlpiped.toml")).faults] != []
-
-
-def moons(path: Path, count: int, seed: int) -> None:
-    chance = random.Random(seed)
-    rows = []
-    for n in range(count):
-        label, angle = n % 2, chance.uniform(0, math.pi)
-        x, y = (1 - math.cos(angle), 0.5 - math.sin(angle)) if label else (math.cos(angle), math.sin(angle))
-        rows.append(f"{x + chance.gauss(0, 0.1):.4f},{y + chance.gauss(0, 0.1):.4f},{label}\n")
-    path.write_text("".join(rows))
 
 
 def script(name: str, *words: object, metrics: Path) -> None:

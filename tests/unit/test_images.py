@@ -25,14 +25,23 @@ pytestmark = pytest.mark.anyio
 ONE, TWO = (Image(f"sha256:{digit * 64}", f"sha256:{digit * 64}") for digit in "12")
 
 
-class Engine(FakeBackend):
+class Recorder(FakeBackend):
+    def __init__(self, name: str = "fake") -> None:
+        super().__init__(name)
+        self.jobs: list[Job] = []
+
+    async def submit(self, job: Job) -> Handle:
+        self.jobs.append(job)
+        return await super().submit(job)
+
+
+class Engine(Recorder):
     """Knows the images of `shelf`, by tag or by the text of a Dockerfile."""
 
-    def __init__(self, name: str = "fake", shelf: dict[str, Image] | None = None, **knobs: Any) -> None:
-        super().__init__(name, **knobs)
+    def __init__(self, name: str = "box", shelf: dict[str, Image] | None = None) -> None:
+        super().__init__(name)
         self.shelf = {"app:latest": ONE} if shelf is None else shelf
         self.asked: list[str] = []
-        self.jobs: list[Job] = []
         self.pulled: anyio.Event | None = None  # a look-up lasts until then
 
     def capacity(self) -> Capacity:
@@ -48,18 +57,15 @@ class Engine(FakeBackend):
             raise InvalidJob(f"no such image: {name}")
         return self.shelf[name]
 
-    async def submit(self, job: Job) -> Handle:
-        self.jobs.append(job)
-        return await super().submit(job)
-
 
 @pytest.fixture
 def engine(lab: Lab) -> Engine:
-    backend = lab.backend = Engine()
-    w = lab.world
-    finder = Finder({"fake": backend}, {})
+    """A box for containers, beside a compute that runs none."""
+    box = Engine()
+    lab.others = [box]
+    w, finder = lab.world, Finder({"box": box}, {})
     lab.world = World(w.ledger, w.fingerprinter, w.code, w.store, w.datastores, finder)
-    return backend
+    return box
 
 
 def contained(name: str = "a", image: str = "app:latest", **more: Any) -> dict[str, Any]:
@@ -85,8 +91,9 @@ async def test_the_attempt_runs_the_digest_that_is_in_the_key(lab: Lab, engine: 
 
 
 async def test_a_step_without_an_image_asks_no_engine(lab: Lab, engine: Engine) -> None:
+    plain = lab.backend = Recorder()
     assert await (await lab.open({"name": "a"})).run() is RunOutcome.SUCCEEDED
-    assert (engine.asked, engine.jobs[0].image) == ([], None)
+    assert (engine.asked, plain.jobs[0].image) == ([], None)
 
 
 async def test_a_tag_that_means_the_same_is_reused_and_one_that_moved_runs_and_says_so(
@@ -166,7 +173,7 @@ async def test_a_step_whose_engine_is_away_is_held_with_its_reason_and_goes_on_b
     engine.unavailable_for = 3
     execution = await lab.open(contained())
     assert await execution.run() is RunOutcome.SUCCEEDED
-    assert held == ["image `app:latest`: fake: `fake` does not answer"] * 3
+    assert held == ["image `app:latest`: box: `box` does not answer"] * 3
     assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
 
 
@@ -225,7 +232,7 @@ async def test_a_plan_says_what_it_cannot_know(lab: Lab, engine: Engine, monkeyp
     execution = await lab.open(contained(), contained("b", after=["a"]))
     engine.unavailable_for = 1
     later = ("unknown", "depends on what `a` will make")
-    assert await planned(lab, execution) == [("unknown", "image `app:latest`: fake: `fake` does not answer"), later]
+    assert await planned(lab, execution) == [("unknown", "image `app:latest`: box: `box` does not answer"), later]
     engine.pulled = anyio.Event()
     monkeypatch.setattr(inquiry, "LOOK_UP_LIMIT", 0.01)
     assert await planned(lab, execution) == [("unknown", "image `app:latest` is looked up"), later]
@@ -261,14 +268,15 @@ async def test_an_image_is_absent_only_when_every_engine_has_said_so() -> None:
 
 
 # --- what is there already --------------------------------------------------------------------------------------
-async def test_a_job_names_the_content_of_each_of_its_inputs(lab: Lab, engine: Engine) -> None:
+async def test_a_job_names_the_content_of_each_of_its_inputs(lab: Lab) -> None:
+    backend = lab.backend = Recorder()
     folder = lab.folder / "lab"
     (folder / "tree").mkdir()
     for name in ("1.csv", "2.csv", "tree/x"):
         (folder / name).write_text(name)
     for path in ("1.csv", "*.csv", "tree", "tr*"):
         await (await lab.open(reading(path, salt=path))).run()
-    one, glob, tree, trees = (job.contents for job in engine.jobs)
+    one, glob, tree, trees = (job.contents for job in backend.jobs)
     assert list(one) == [str(folder / "1.csv")] and list(glob) == [str(folder / "1.csv"), str(folder / "2.csv")]
     assert one[str(folder / "1.csv")] == glob[str(folder / "1.csv")] != glob[str(folder / "2.csv")]
     assert list(tree) == [str(folder / "tree")] and tree == trees
