@@ -177,7 +177,13 @@ def _claim_record(folder: Place) -> dict[str, Any] | None:
 def fence(folder: Place) -> NeverRan | Handle:
     """Make the claim ourselves, so that no supervisor can; or the handle of the one that was first."""
     new = not os.path.exists(folder)
-    lock = claim(os.fspath(folder), FENCED, make=())  # makes the folder too
+    while True:
+        try:
+            lock = claim(os.fspath(folder), FENCED, make=())  # makes the folder too
+            break
+        except FileNotFoundError:  # a builder has put its folder in the place of ours, which was empty
+            if not os.path.isdir(folder):
+                raise
     if lock is not None:
         os.close(lock)
     if new:
@@ -221,7 +227,7 @@ def exited(record: Mapping[str, Any]) -> Exited | None:
     """The outcome that an exit.json tells; None when it tells none."""
     if record.get("v") != 1 or not {"code", "signal", "error"} <= record.keys():
         return None
-    names = ("code", "signal", "timed_out", "cancelled", "error", "started", "ended", "cpu", "max_rss")
+    names = ("code", "signal", "timed_out", "cancelled", "error", "out_of_memory", "started", "ended", "cpu", "max_rss")
     return Exited(**{name: record[name] for name in names if name in record})
 
 
