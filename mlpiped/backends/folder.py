@@ -167,11 +167,12 @@ def fenced(folder: Place) -> bool:
 
 
 def _claim_record(folder: Place) -> dict[str, Any] | None:
-    record = _read_json(f"{folder}/claim/handle.json")
-    if record is not None:
+    path = f"{folder}/claim/handle.json"
+    record = _read_json(path)
+    if record is not None or not os.path.exists(f"{folder}/claim"):
         return record
-    # a claim whose handle a power cut took: somebody began, and is gone
-    return {"v": 1, "pid": 0, "start": 0, "boot": ""} if os.path.exists(f"{folder}/claim") else None
+    # made since we looked; or a claim whose handle a power cut took: somebody began, and is gone
+    return _read_json(path) or {"v": 1, "pid": 0, "start": 0, "boot": ""}
 
 
 def fence(folder: Place) -> NeverRan | Handle:

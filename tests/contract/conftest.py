@@ -131,7 +131,8 @@ class DockerBench(Bench):
         return (await anyio.run_process(command, check=False)).returncode
 
     def job(self, *arguments: str | Part, **fields: Any) -> Job:
-        fields.setdefault("image", self.engine.image(PYTHON))
+        if "image" not in fields:
+            fields["image"] = self.engine.image(PYTHON)
         return super().job(*arguments, **fields)
 
 

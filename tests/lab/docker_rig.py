@@ -126,12 +126,19 @@ class Engine:
         return self.docker("version", check=False).returncode == 0
 
     def kill(self) -> None:
-        """SIGKILL: no time for anything. Its containerd dies with it, what runs in containers does not."""
+        """SIGKILL: no time for anything. Its containerd dies with it, what runs in containers does not.
+
+        A dockerd mistakes a dead containerd that nobody has reaped for one that lives, and waits for it in vain.
+        """
         assert self.process is not None
         self.process.kill()
         self.process.wait()
         self.process = None
-        (self.folder / "pid").unlink(missing_ok=True)
+        own = self.folder / "exec/containerd"
+        pid = int((own / "containerd.pid").read_text())
+        until(lambda: _gone(pid), "containerd dies with dockerd")
+        for path in (self.folder / "pid", own / "containerd.pid", *own.glob("*.sock*")):
+            path.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """SIGTERM, as `systemctl stop docker` does."""
@@ -191,9 +198,10 @@ class Engine:
         found: list[dict[str, Any]] = json.loads(done.stdout or "[]")
         return found[0] if found else None
 
-    def containers(self, instance: str) -> set[str]:
-        """Names of all containers with this label."""
-        told = self.docker("ps", "--all", "--filter", f"label=mlpiped.instance={instance}", "--format", "{{.Names}}")
+    def containers(self, instance: str | None = None) -> set[str]:
+        """Names of all containers of this daemon, or of any."""
+        label = "label=mlpiped.instance" if instance is None else f"label=mlpiped.instance={instance}"
+        told = self.docker("ps", "--all", "--filter", label, "--format", "{{.Names}}")
         return set(told.stdout.split())
 
     def image(self, name: str) -> str:
@@ -218,6 +226,13 @@ class Engine:
                 check=True, capture_output=True,
             )  # fmt: skip
         assert tar.returncode == 0
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def _die_with_us() -> None:

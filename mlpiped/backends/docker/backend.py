@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 from weakref import WeakValueDictionary
@@ -134,9 +135,7 @@ class DockerBackend:
         async with self._alone(job.token):
             if (known := await self._claimed(folder)) is not None:
                 return known
-            shell = await self._has_shell(job.image)
-            config = await self._do("make the job's folder", lambda: self._prepare(job, folder, shell))
-            container = await self._create(job, config)
+            container, shell = await self._made(job, job.image, folder)
             record = jobs.record(job, container, shell, self._folders.boot)
             if not await self._do("claim the job", lambda: self._folders.claim(folder, record)):
                 self._remover.add(container)
@@ -149,6 +148,22 @@ class DockerBackend:
             except Refused:
                 pass  # the engine keeps its reason with the container, and `wait` reads it there
             return {**record, "token": job.token}
+
+    async def _made(self, job: Job, image: str, folder: str) -> tuple[str, bool]:
+        """The token's container, and whether its image has a shell: one that was not seen before is looked into."""
+        shell = self._shells.get(image, True)
+        while True:
+            config = await self._do("make the job's folder", partial(self._prepare, job, folder, shell))
+            container = await self._create(job, config)
+            try:
+                if image not in self._shells:
+                    self._shells[image] = await self._engine.has_file(container, script.SHELL)
+                if self._shells[image] is shell:
+                    return container, shell
+                await self._engine.remove(container, force=False)
+            except Refused as no:
+                raise BackendUnavailable(f"no container can be made on `{self.name}`: {no.words}") from None
+            shell = not shell
 
     def _prepare(self, job: Job, folder: str, shell: bool) -> Facts:
         """Make the folder; the container's configuration. Blocks."""
@@ -175,7 +190,7 @@ class DockerBackend:
                 return await self._engine.create(job.token, config)
             except Refused as no:
                 if no.status == 404:
-                    raise InvalidJob(f"the step's image is gone from `{self.name}`: {no.words}") from None
+                    raise InvalidJob(f"no image `{job.image}` on `{self.name}`") from None
                 if no.status == 400 and "bind source path does not exist" not in no.words:
                     raise InvalidJob(f"the engine refuses the step's container: {no.words}") from None
                 if no.status != 409:
@@ -190,22 +205,6 @@ class DockerBackend:
             raise BackendUnavailable(
                 f"a container that is not ours has the name `{job.token}`", hint=f"see `docker inspect {job.token}`"
             )
-
-    async def _has_shell(self, image: str) -> bool:
-        """Whether the image has a /bin/sh: seen in a container that is never started."""
-        if image not in self._shells:
-            config = {"Image": image, "Cmd": ["-"], "Labels": {containers.INSTANCE: self._instance}}
-            try:
-                container = await self._engine.create("", config)
-                try:
-                    self._shells[image] = await self._engine.has_file(container, script.SHELL)
-                finally:
-                    self._remover.add(container)
-            except Refused as no:
-                if no.status == 404:
-                    raise InvalidJob(f"no image `{image}` on `{self.name}`") from None
-                raise BackendUnavailable(f"no container can be made on `{self.name}`: {no.words}") from None
-        return self._shells[image]
 
     async def _claimed(self, folder: str) -> Handle | None:
         known = await self._do("look for the job", lambda: folders.read_claim(folder))
@@ -380,12 +379,8 @@ class DockerBackend:
         except Refused:
             return
         for each in found:
-            token, created = each["Labels"].get(containers.TOKEN), each["Created"]
-
-            def useless(token: str | None = token, created: float = created) -> bool:
-                return self._folders.needs_no_container(token, created)
-
-            if await self._do("look at the job", useless):
+            token = each["Labels"].get(containers.TOKEN, "")
+            if await self._do("look at the job", partial(self._folders.needs_no_container, token)):
                 self._remover.add(each["Id"])
 
     async def health(self) -> str | None:

@@ -12,6 +12,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import anyio
 from aiodocker import Docker
 from aiodocker.exceptions import DockerError, DockerStreamError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SCHEME = "unix://"
 ANSWER, CONNECT = 60.0, 5.0  # seconds
+AT_ONCE = 16  # questions: more make the engine no faster, and a connection each
 NO_CONNECTION = 900  # aiodocker's status for it
 
 Facts = dict[str, Any]
@@ -42,7 +44,8 @@ class Engine:
         self._connector: aiohttp.UnixConnector | None = None
 
     def open(self) -> None:
-        """Connects when something is asked. Each call of its own connection: hundreds may wait at once."""
+        """Connects when something is asked."""
+        self._turns = anyio.Semaphore(AT_ONCE)
         self._connector = aiohttp.UnixConnector(self.path, limit=0)
         timeout = aiohttp.ClientTimeout(total=ANSWER, sock_connect=CONNECT)
         self._docker = Docker(url=f"{SCHEME}localhost", connector=self._connector, timeout=timeout)
@@ -54,11 +57,15 @@ class Engine:
             self._docker = None
 
     @asynccontextmanager
-    async def _asked(self) -> AsyncIterator[Docker]:
+    async def _asked(self, *, long: bool = False) -> AsyncIterator[Docker]:
         if self._docker is None:
             raise BackendUnavailable(f"the Docker engine at `{self.path}` is not asked any more")
         try:
-            yield self._docker
+            if long:
+                yield self._docker
+            else:
+                async with self._turns:
+                    yield self._docker
         except DockerError as error:
             if error.status == NO_CONNECTION:
                 raise self._silent(error.__context__ or error) from None
@@ -137,9 +144,12 @@ class Engine:
     async def has_file(self, container: str, path: str) -> bool:
         try:
             async with self._asked() as docker:
-                async with docker._query(f"containers/{container}/archive", "HEAD", params={"path": path}) as answer:
-                    answer.release()
-                return True
+                try:
+                    query = docker._query(f"containers/{container}/archive", "HEAD", params={"path": path})
+                    async with query as answer, answer:
+                        return True
+                except json.JSONDecodeError:  # aiodocker wants to read why not, and HEAD has no body
+                    return False
         except Refused as no:
             if no.status == 404:
                 return False
@@ -154,7 +164,7 @@ class Engine:
 
     async def events(self, labels: Sequence[str]) -> AsyncGenerator[Facts | None]:
         """What happens to containers with these labels, from now on; first None, once the engine listens."""
-        async with self._asked() as docker:
+        async with self._asked(long=True) as docker:
             filters = {"type": ["container"], "event": ["die", "destroy"], "label": list(labels)}
             endless = aiohttp.ClientTimeout(sock_connect=CONNECT)
             params = {"filters": json.dumps(filters)}
@@ -175,7 +185,7 @@ class Engine:
 
     async def pull(self, name: str) -> AsyncIterator[Facts]:
         """What the engine says meanwhile."""
-        async with self._asked() as docker:
+        async with self._asked(long=True) as docker:
             try:
                 async for said in docker.images.pull(name, stream=True):
                     yield said
@@ -184,7 +194,7 @@ class Engine:
 
     async def build(self, context: bytes, tag: str, labels: Mapping[str, str]) -> AsyncIterator[Facts]:
         """From a tar archive with a Dockerfile in it. What the engine says meanwhile."""
-        async with self._asked() as docker:
+        async with self._asked(long=True) as docker:
             try:
                 stream = docker.images.build(
                     fileobj=BytesIO(context), encoding="identity", tag=tag, labels=labels, forcerm=True, stream=True

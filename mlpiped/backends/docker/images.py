@@ -14,7 +14,6 @@ from blake3 import blake3
 
 from mlpiped.backends.base import Image
 from mlpiped.backends.docker import dockerfile as dockerfiles
-from mlpiped.backends.docker.container import INSTANCE
 from mlpiped.backends.docker.engine import Engine, Refused
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
@@ -38,6 +37,7 @@ UNREACHABLE = re.compile(
     r"|TLS handshake|proxyconnect|Temporary failure resolving|Could not resolve|Failed to establish a new connection",
     re.IGNORECASE,
 )
+BUILT_BY = "mlpiped.built-by"  # a label; not the one of our containers, which people's own would inherit
 BUILT = "mlpiped-built"  # the repository of what Dockerfiles make; the tag is the content's hash
 
 
@@ -109,7 +109,7 @@ class ImageRoom:
         log.info("building an image", compute=self._name, image=tag)
         said: list[str] = []
         try:
-            stream = self._engine.build(_context(text), tag, {INSTANCE: self._instance})
+            stream = self._engine.build(_context(text), tag, {BUILT_BY: self._instance})
             await self._spoken("building an image", tag, stream, said)
         except Refused as no:
             last = "; ".join(line for line in "".join(said).splitlines()[-4:] if line.strip())

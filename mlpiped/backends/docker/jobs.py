@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 CANCELLED, WITHDRAWN = "claim/cancelled", "claim/withdrawn"
 LONGEST_ERROR = 1000  # characters: the witness has little room
 SDK = ("__init__.py", "errors.py", "sdk")  # of this package: what `from mlpiped import Run` needs
-QUESTION = 600.0  # seconds; one takes less than one
 NEVER_STARTED = "its container was never started"
 
 
@@ -203,11 +202,11 @@ class Folders:
             except FileNotFoundError:
                 return  # the folder is gone
 
-    def needs_no_container(self, token: str | None, created: float) -> bool:
-        """Whether the container of this token (None: it has none, and served a question) is of no use any more."""
-        if token is None:
-            return time.time() - created > QUESTION
-        folder = self.at(token) if folders.TOKEN.fullmatch(token) else ""
+    def needs_no_container(self, token: str) -> bool:
+        """Whether the container of this token is of no use any more."""
+        if not folders.TOKEN.fullmatch(token):
+            return False
+        folder = self.at(token)
         return not os.path.isdir(folder) or self.told(folder) is not None
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from mlpiped.backends.docker.container import INSTANCE
+from mlpiped.backends.docker.container import INSTANCE, TOKEN
 from mlpiped.backends.docker.engine import Refused
 from mlpiped.errors import BackendUnavailable
 
@@ -73,7 +73,8 @@ class Remover:
 
     async def _remove(self, container: str) -> None:
         found = await self._engine.look(container)
-        if found is None or found["Config"]["Labels"].get(INSTANCE) != self._instance:
+        labels = {} if found is None else found["Config"]["Labels"] or {}
+        if found is None or labels.get(INSTANCE) != self._instance or TOKEN not in labels:
             return
         try:
             await self._engine.remove(found["Id"], force=True)
