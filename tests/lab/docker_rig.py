@@ -1,7 +1,8 @@
 """A Docker engine of our own: a dockerd on a private folder, in a network and mount namespace that a process holds.
 
 Whatever ends us ends that process and tells dockerd to stop; containers that outlive a dockerd which was killed are
-ended by `close`. Its images are made here, of the lab's Debian root folder: nothing is pulled.
+ended by `close`. What it stores is in memory, in that namespace. Its images are made here, of the lab's Debian root
+folder: nothing is pulled.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from lab import rootfs
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PACKAGES = {"dockerd": "docker.io", "docker": "docker.io", "docker-init": "tini", "iptables": "iptables"}
+PACKAGES = {
+    "dockerd": "docker.io",
+    "docker": "docker.io",
+    "docker-init": "tini",
+    "iptables": "iptables",
+    "busybox": "busybox-static",
+    "docker-registry": "docker-registry",
+}
 PYTHON = "lab-python:latest"  # a Debian with python, sh and coreutils
-BARE = "lab-bare:latest"  # two static programs, no shell
+BARE = "lab-bare:latest"  # one static program, /busybox: `/busybox sleep 1`; no shell
 READY = 60.0  # seconds
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
-LEFT_OUT = (
-    "usr/share/doc",
-    "usr/share/man",
-    "usr/share/locale",
-    "usr/share/i18n",
-    "var/lib/apt",
-    "var/cache",
-    "usr/lib/systemd",
-)
+LEFT_OUT = ("usr/share", "usr/lib/systemd", "usr/lib/x86_64-linux-gnu/perl*", "usr/lib/x86_64-linux-gnu/gconv", "var/*")
 ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent"}
+HOLD = 'ip link set lo up; mkdir "$1/data"; mount -t tmpfs -o mode=711 lab "$1/data"; echo; exec cat'
 GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -94,7 +95,7 @@ class Engine:
         self.group = f"/{self.folder.name}"
         self.process: subprocess.Popen[bytes] | None = None
         self._holder = subprocess.Popen(
-            ["unshare", "--net", "--mount", "--propagation", "slave", "sh", "-c", "ip link set lo up; echo; exec cat"],
+            ["unshare", "--net", "--mount", "--propagation", "slave", "sh", "-ec", HOLD, "hold", self.folder],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV, preexec_fn=_die_with_us, start_new_session=True,
         )  # fmt: skip
         assert self._holder.stdout is not None
@@ -214,9 +215,9 @@ class Engine:
         self._import("lab-base", ["tar", "-C", root, *out, "-c", "."])
         self.docker("build", "--tag", PYTHON, "-", stdin="FROM lab-base\nRUN ln -s python3 /usr/bin/python\n")
         with tempfile.TemporaryDirectory() as place:
-            for program in (shutil.which("docker-init", path=ENV["PATH"]), "/sbin/ldconfig"):
-                assert program is not None
-                shutil.copy(program, place)
+            busybox = shutil.which("busybox", path=ENV["PATH"])
+            assert busybox is not None
+            shutil.copy(busybox, place)
             self._import("lab-bare", ["tar", "-C", place, "-c", "."])
 
     def _import(self, name: str, command: list[Any]) -> None:
@@ -226,6 +227,35 @@ class Engine:
                 check=True, capture_output=True,
             )  # fmt: skip
         assert tar.returncode == 0
+
+
+class Registry:
+    """A real one on 127.0.0.1:5000, where only this engine sees it: its namespace is the engine's."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        config = engine.folder / "registry.yml"
+        config.write_text(
+            f"version: 0.1\nstorage: {{filesystem: {{rootdirectory: {engine.folder}/registry}}}}\n"
+            "log: {level: error}\nhttp: {addr: 127.0.0.1:5000}\n"
+        )
+        with (engine.folder / "registry.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                engine.enter("docker-registry", "serve", config),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENV, preexec_fn=_die_with_us,
+            )  # fmt: skip
+
+    def push(self, image: str, name: str) -> str:
+        """Into it and out of the engine; how it is called there."""
+        full = f"127.0.0.1:5000/{name}"
+        self.engine.docker("tag", image, full)
+        until(lambda: self.engine.docker("push", full, check=False).returncode == 0, "the registry takes an image")
+        self.engine.docker("rmi", full)
+        return full
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def _gone(pid: int) -> bool:
@@ -268,4 +298,13 @@ def own_engine() -> Iterator[Engine]:
     yield from engine()
 
 
-__all__ = ["BARE", "PYTHON", "Engine", "docker_engine", "install", "not_here", "own_engine", "until"]
+@pytest.fixture(scope="session")
+def registry(docker_engine: Engine) -> Iterator[Registry]:
+    made = Registry(docker_engine)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+__all__ = ["BARE", "PYTHON", "Engine", "Registry", "docker_engine", "install", "not_here", "own_engine", "registry"]

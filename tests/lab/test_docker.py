@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+import structlog
 from contract.conftest import DockerBench
 from lab.docker_rig import BARE, PYTHON
 
@@ -23,7 +24,7 @@ from mlpiped.errors import BackendUnavailable, InvalidJob
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from lab.docker_rig import Engine
+    from lab.docker_rig import Engine, Registry
 
     from mlpiped.backends.base import Handle, Job, Outcome
     from mlpiped.backends.docker import DockerBackend
@@ -167,11 +168,9 @@ async def test_I2_without_live_restore_a_step_that_ran_is_lost_and_has_not_faile
 
 async def test_I2_a_step_of_an_image_without_a_shell_is_lost_with_its_engine_too(shaken: DockerBench) -> None:
     async with served(shaken) as backend:
-        job = shaken.job(
-            "/docker-init", "-s", "--", "/docker-init", "--", "/ldconfig", "-p", image=shaken.engine.image(BARE)
-        )
-        handle = await backend.submit(job)
-        assert isinstance(await backend.wait(handle), Exited)
+        handle = await backend.submit(shaken.job("/busybox", "sleep", "300", image=shaken.engine.image(BARE)))
+        await anyio.to_thread.run_sync(restarted, shaken.engine, "stopped", False)
+        assert isinstance(await finally_(backend, handle), Lost)
 
 
 async def test_an_engine_that_comes_back_is_found_again_by_a_backend_that_began_without_it(
@@ -548,6 +547,25 @@ async def test_what_is_no_name_of_an_image_is_refused(bench: DockerBench, name: 
             await backend.image(name, None)
 
 
+async def test_an_image_is_pulled_from_a_registry_and_known_by_its_digest_there(
+    bench: DockerBench, registry: Registry
+) -> None:
+    name = registry.push(BARE, f"pulled-{secrets.token_hex(4)}:v1")
+    async with served(bench) as backend:
+        with structlog.testing.capture_logs() as told:
+            image = await backend.image(name, None)
+        assert [each["event"] for each in told] == ["pulling an image"]
+        digests = bench.engine.docker("image", "inspect", "--format", "{{.RepoDigests}}", name).stdout
+        assert f"@{image.identity}" in digests and image.run == bench.engine.image(name)
+        assert await backend.image(f"{name.rpartition(':')[0]}@{image.identity}", None) == image
+        with pytest.raises(InvalidJob, match="its registry gives none"):
+            await backend.image("127.0.0.1:5000/there-is-no:v1", None)
+        base = registry.push(BARE, f"base-{secrets.token_hex(4)}:v1")
+        made = await backend.image(None, f'FROM {base}\nRUN ["/busybox", "touch", "/made"]\n')
+    outcome, _ = await said(bench, "/busybox", "test", "-e", "/made", image=made.run)
+    assert isinstance(outcome, Exited) and outcome.code == 0
+
+
 async def test_an_image_that_may_not_be_pulled_is_a_fault_of_the_step(bench: DockerBench) -> None:
     never = DockerBench(bench.place, bench.stack, bench.engine, pull="never")
     async with served(never) as backend:
@@ -684,12 +702,26 @@ async def test_a_script_logs_metrics_by_the_sdk_in_a_container(bench: DockerBenc
 
 async def test_an_image_without_a_shell_runs_and_its_output_is_kept(bench: DockerBench) -> None:
     image = bench.engine.image(BARE)
-    outcome, text = await said(bench, "/ldconfig", "--version", image=image)
-    assert isinstance(outcome, Exited) and outcome.code == 0 and text.startswith("ldconfig")
-    outcome, text = await said(bench, "/ldconfig", "--no-such-option", image=image)
-    assert isinstance(outcome, Exited) and outcome.code not in (0, None) and "no-such-option" in text
+    outcome, text = await said(bench, "/busybox", "echo", "said", image=image, env={"PATH": "/x", "A": "b:"})
+    assert isinstance(outcome, Exited) and outcome.code == 0 and text == "said\n"
+    outcome, text = await said(bench, "/busybox", "ls", "/missing", image=image)
+    assert isinstance(outcome, Exited) and outcome.code == 1 and "No such file" in text
     outcome, _ = await said(bench, "/no/such/program", image=image)
     assert isinstance(outcome, Exited) and outcome.error == "command not found: `/no/such/program`"
+    with pytest.raises(InvalidJob, match="no UTF-8"):
+        await said(bench, "/busybox", "echo", os.fsdecode(b"\xff"), image=image)
+
+
+async def test_a_step_of_an_image_without_a_shell_can_be_cancelled_and_timed(bench: DockerBench) -> None:
+    sleep: dict[str, Any] = {"image": bench.engine.image(BARE), "grace": 0.5}
+    async with served(bench) as backend:
+        handle = await backend.submit(bench.job("/busybox", "sleep", "300", **sleep))
+        await backend.cancel(handle)
+        outcome = await backend.wait(handle)
+        assert isinstance(outcome, Exited) and outcome.cancelled and outcome.signal == 15
+        handle = await backend.submit(bench.job("/busybox", "sleep", "300", timeout=0.2, **sleep))
+        outcome = await backend.wait(handle)
+        assert isinstance(outcome, Exited) and outcome.timed_out and outcome.signal == 15
 
 
 # --- time and cancellation
