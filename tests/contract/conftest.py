@@ -137,7 +137,7 @@ class DockerBench(Bench):
 
 
 BENCHES = {"local": LocalBench, "fake": FakeBench, "docker": DockerBench}
-ALL = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items()]
+EVERY = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items()]
 EXECUTING = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items() if bench.executes]
 
 
