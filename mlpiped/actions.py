@@ -28,6 +28,7 @@ class Actions:
         load_file: Callable[[Path], Awaitable[LoadResult]],
         reread: Callable[[], str],
         kinds: Mapping[str, str],
+        drain: Callable[[str, bool, str], Awaitable[None]],
     ) -> None:
         self.scheduler = scheduler
         self.registry = registry
@@ -39,6 +40,11 @@ class Actions:
         self.retry = scheduler.retry
         self.pause = scheduler.pause
         self.resume = scheduler.resume
+        self._drain = drain
+
+    async def drain(self, compute: str, drained: bool, who: str) -> None:
+        """Nothing new starts there, or it does again. Raises UnknownName."""
+        await self._drain(compute, drained, who)
 
     async def submit(
         self,
@@ -63,7 +69,8 @@ class Actions:
         else:
             spec = self.scheduler.loaded(pipeline_or_file).spec
         values = parameters_for(spec, parameters)
-        return await inquiry.plan(self.scheduler.world, spec, values, force, target)
+        never = self.scheduler.dispatch.never
+        return await inquiry.plan(self.scheduler.world, spec, values, force, target, never)
 
     async def _from_file(self, file: str) -> PipelineSpec:
         result = await self.load_file(Path(file))

@@ -19,7 +19,7 @@ from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
 from mlpiped.ledger import moves
 from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
 from mlpiped.publish import destination
-from mlpiped.spec import Concat
+from mlpiped.spec import Concat, Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,6 +63,8 @@ class Attempt:
         number: int,
         on_running: Callable[[], None],
         on_exit: Callable[[], None],
+        on_unavailable: Callable[[str | None], None],
+        cards: tuple[str, ...] = (),
     ) -> None:
         self.facts = facts
         self.world = facts.world
@@ -80,6 +82,8 @@ class Attempt:
         self.held: str | None = None  # why the backend cannot be asked just now
         self._on_running = on_running
         self._on_exit = on_exit
+        self._on_unavailable = on_unavailable
+        self.cards = cards  # UUIDs of the GPUs that are leased to it
         self._cancelled = False
         self._told_exit = False  # the step is in `collecting`, says the ledger
 
@@ -100,6 +104,8 @@ class Attempt:
             step.key,
             json.dumps(step.parts),
             self.clock.now(),
+            slots=self.step.resources.slots,
+            cards=self.cards,
         )
         await self.world.ledger.write(intent)
         self.begun = True
@@ -111,6 +117,7 @@ class Attempt:
         except InvalidJob as fault:
             return Ended(StepOutcome.FAILED, _with_hint(fault), AttemptEnd.FAILED, final=True)
         except BackendUnavailable as fault:
+            self._on_unavailable(fault.message)
             return await self._found_or_fenced(fault.message)
         crash.point("after_submit")
         return await self._observe(handle)
@@ -163,6 +170,7 @@ class Attempt:
                 break
             except BackendUnavailable as fault:
                 self.held = fault.message
+                self._on_unavailable(None)
                 await self.clock.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
         self.held = None
@@ -279,11 +287,32 @@ class Attempt:
             code=code,
             requirements=step.environment.requirements,
             python=step.environment.python,
+            image=None if facts.image is None else facts.image.run,
+            network=step.resources.network,
+            shm_size=step.resources.shm_size,
+            contents=self._contents(facts),
             cpus=step.resources.cpus,
             memory=step.resources.memory,
+            gpus=self.cards,
+            gpu_memory=step.resources.gpu_memory,
             timeout=step.timeout,
             grace=step.grace,
         )
+
+    def _contents(self, facts: StepFacts) -> dict[str, str]:
+        """Input path -> the digest that is in the key, of files and folders."""
+        found: dict[str, str] = {}
+        for port in self.step.inputs:
+            if isinstance(port.source, Upstream):
+                made = (self.plan.outputs[self.plan.graph.index[port.source.step]] or {})[port.source.output]
+                found[made.path] = made.digest
+                continue
+            outside, paths = facts.outside[port.name], facts.paths[port.name]
+            if not port.source.glob:
+                found[paths[0]] = outside.digest
+            elif outside.entries is not None and len(outside.entries) == len(paths):  # else two names print alike
+                found.update(zip(paths, outside.entries.values(), strict=True))
+        return found
 
     def _outputs(self) -> tuple[JobOutput, ...]:
         return tuple(JobOutput(o.name, o.file_name, o.output_kind) for o in self.step.outputs)

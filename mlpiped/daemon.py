@@ -26,10 +26,11 @@ import mlpiped
 from mlpiped import logs, notify_systemd
 from mlpiped.actions import Actions
 from mlpiped.artifacts import Store
-from mlpiped.backends.local import LocalBackend
 from mlpiped.clock import SystemClock
 from mlpiped.code import CodeReader
+from mlpiped.computes import backends_of
 from mlpiped.config import settings as config
+from mlpiped.config.computes import images_of
 from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
@@ -37,6 +38,8 @@ from mlpiped.dispatch import Dispatch
 from mlpiped.errors import LedgerError, MlpipedError
 from mlpiped.facts import World
 from mlpiped.files.fingerprint import Fingerprinter
+from mlpiped.hosts import Hosts
+from mlpiped.images import Finder
 from mlpiped.ledger import Ledger, moves, sqlite_version
 from mlpiped.loader import Known, Registry, load_file
 from mlpiped.placement import Place
@@ -64,6 +67,7 @@ FEEDS = 3  # of systemd's watchdog within the time that it waits
 LAG_LIMIT = 5.0  # seconds that the loop may be late before the watchdog is let bark
 STOP_LIMIT = 5.0  # seconds for each room to close
 M_ARENA_MAX = -8  # malloc.h
+HEALTH_LIMIT = 10.0  # seconds for each compute to say how it is
 CANCEL_LIMIT = 20.0  # seconds for all runs to end, with on_stop = "cancel"
 
 
@@ -127,22 +131,16 @@ class Daemon:
         self.store = Store(state, self.fingerprinter)
         datastores = {name: each.path for name, each in settings.datastores.items()}
         code = CodeReader(self.fingerprinter, state)
-        self.world = World(ledger, self.fingerprinter, code, self.store, datastores)
-        self.backends: dict[str, Backend] = {
-            name: LocalBackend(
-                name,
-                state / "jobs",
-                state / "envs",
-                slots=each.slots,
-                memory=each.memory,
-                cpus=each.cpus,
-                python=str(settings.daemon.python or sys.executable),
-            )
-            for name, each in settings.compute.items()
-        }
+        self.backends = backends_of(settings)
+        find_image = Finder(self.backends, settings.pools)
+        self.world = World(ledger, self.fingerprinter, code, self.store, datastores, find_image)
         capacities = {name: backend.capacity() for name, backend in self.backends.items()}
-        places = [Place(name, c.slots, c.cpus, c.memory) for name, c in capacities.items()]
-        self.dispatch = Dispatch(places, settings.pools, settings.daemon.max_running_steps)
+        places = [Place(name, c.slots) for name, c in capacities.items()]
+        for place in places:
+            place.offers(capacities[place.name])
+        self.dispatch = Dispatch(places, settings.pools, settings.daemon.max_running_steps, self.clock.now)
+        self.hosts = Hosts(self.backends, self.dispatch, ledger, self.clock, self._begin)
+        self.dispatch.on_unavailable, self.dispatch.on_taken = self.hosts.unavailable, self.hosts.took
         self.registry = Registry(settings.daemon.plugins, state, self._known, cron.check, self._plugins_changed)
         self.scheduler = Scheduler(self.world, self.registry, self.backends, self.clock, self.dispatch)
         memory = LedgerMemory(ledger, moves, self.clock)
@@ -171,9 +169,10 @@ class Daemon:
         started = self.clock.monotonic()
         tasks.start_soon(self._signals, name="signals")
         await self.registry.start()
-        for backend in self.backends.values():
-            await backend.start(self.rooms)
+        await self.hosts.restore()
+        await self.hosts.start()
         resumed = await self.scheduler.recover(tasks)
+        self.hosts.watch(tasks)
         self.ledger.on_full = self._disk
         self._disk(self.ledger.full)
         self._set_triggers()
@@ -192,6 +191,9 @@ class Daemon:
             seconds=round(self.clock.monotonic() - started, 3),
         )
 
+    async def _begin(self, backend: Backend) -> None:
+        await backend.start(self.rooms)
+
     async def _listen(self) -> None:
         settings = self.settings
         actions = Actions(
@@ -200,6 +202,7 @@ class Daemon:
             self._load,
             self._reread,
             {name: backend.kind for name, backend in self.backends.items()},
+            self.hosts.drain,
         )
         self.service = Service(
             access=Access(settings.control.group, settings.control.operators),
@@ -225,6 +228,7 @@ class Daemon:
             gc=self.keeper.clean,
             ledger_faults=self.ledger.faults,
             orphans=self.keeper.orphans,
+            healths=self._healths,
             loop_lag=lambda: self.lag,
         )
         await ControlServer(settings.control.socket, self.service).start(self.server)
@@ -307,7 +311,9 @@ class Daemon:
     # --- what people ask --------------------------------------------------------------------------------------
     def _known(self) -> Known:
         settings = self.settings
-        return Known(set(settings.datastores), {*settings.compute, *settings.pools})
+        kinds = {name: each.kind for name, each in settings.compute.items()}
+        names = {*settings.compute, *settings.pools}
+        return Known(set(settings.datastores), names, images_of(kinds, settings.pools))
 
     async def _load(self, path: Path) -> LoadResult:
         return await load_file(path, known=self._known(), check_cron=cron.check)
@@ -316,6 +322,22 @@ class Daemon:
         if self.settings.path is None or config.load(self.settings.path) == self.settings:
             return "unchanged"
         return "changed: restart the daemon to use it (steps run on meanwhile)"
+
+    async def _healths(self) -> dict[str, str | None]:
+        found: dict[str, str | None] = dict.fromkeys(self.backends)
+
+        async def ask(name: str, backend: Backend) -> None:
+            found[name] = f"gave no answer in {HEALTH_LIMIT:.0f} s"
+            with anyio.move_on_after(HEALTH_LIMIT):
+                try:
+                    found[name] = await backend.health()
+                except MlpipedError as fault:
+                    found[name] = fault.message
+
+        async with anyio.create_task_group() as tasks:
+            for name, backend in self.backends.items():
+                tasks.start_soon(ask, name, backend, name=f"health of {name}")
+        return found
 
     def _schedules(self) -> list[ScheduleView]:
         return [*self.clockwork.next_fires(), *self.arrivals.status()]

@@ -6,24 +6,37 @@ the leader is settled each follower is decided again, and then reuses what the l
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import datetime
 from typing import TYPE_CHECKING
 
-from mlpiped.placement import Need, Place, Waiting, candidates, refusals
+from mlpiped.placement import Need, Place, candidates, refusals
+from mlpiped.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from mlpiped.placement import Refusal, Spot
     from mlpiped.run import Execution
-
-Spot = tuple[int, int]
-"""(run id, step index)"""
 
 
 class Dispatch:
-    """The `Dispatcher` of `run.py`. `pools`: name -> names of computes."""
+    """The `Dispatcher` of `run.py`. `pools`: name -> names of computes; `now`: microseconds since the epoch."""
 
-    def __init__(self, places: Sequence[Place], pools: Mapping[str, Sequence[str]], max_running: int | None) -> None:
+    def __init__(
+        self,
+        places: Sequence[Place],
+        pools: Mapping[str, Sequence[str]],
+        max_running: int | None,
+        now: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.places = {place.name: place for place in places}
+        leased: dict[str, dict[Spot, int | None]] = {}
+        for place in places:
+            place.leased = leased  # a card may be offered by two computes: this host, and an engine on it
+        self.now = now
+        self.on_unavailable: Callable[[str, str | None], None] = lambda compute, why: None
+        self.on_taken: Callable[[str], None] = lambda compute: None
         self.pools = pools
         self.max_running = max_running
         self.paused: str | None = None  # why nothing is dispatched at all, if so
@@ -54,18 +67,40 @@ class Dispatch:
         if key is not None:
             del self._followers[key][execution.id, index]
 
-    def occupy(self, execution: Execution, index: int, need: Need, compute: str, share: str | None) -> None:
+    def occupy(
+        self,
+        execution: Execution,
+        index: int,
+        need: Need,
+        compute: str,
+        share: str | None,
+        cards: Sequence[str] = (),
+        since: int | None = None,
+    ) -> None:
         spot = (execution.id, index)
         if share is not None:
             self._leaders[share] = spot
             self._keys[spot] = share
         if compute in self.places:
-            self.places[compute].take(need)
+            self.places[compute].take(need, cards)
+            at = self.now() if since is None else since
+            self.waiting.shares.begin(need.owner, need.slots, need.gpus, at / 1e6)
 
     def release(self, run: int, index: int) -> None:
-        for place in self.places.values():
-            place.give_back(run, index)
+        self._free(run, index)
         self.place()
+
+    def _free(self, run: int, index: int) -> None:
+        for place in self.places.values():
+            need = place.give_back(run, index)
+            if need is not None:
+                self.waiting.shares.end(need.owner, need.slots, need.gpus, self.now() / 1e6)
+
+    def unavailable(self, compute: str, why: str | None) -> None:
+        self.on_unavailable(compute, why)
+
+    def taken(self, compute: str) -> None:
+        self.on_taken(compute)
 
     def settled(self, run: int, index: int) -> None:
         key = self._keys.pop((run, index), None)
@@ -80,8 +115,7 @@ class Dispatch:
     def forget(self, run: int) -> None:
         """The run's walk was interrupted: nothing of it waits, holds or leads any more."""
         for index in [i for place in self.places.values() for r, i in place.holders if r == run]:
-            for place in self.places.values():
-                place.give_back(run, index)
+            self._free(run, index)
         self.waiting.remove_run(run)
         for spot in [spot for spot in self._follows if spot[0] == run]:
             del self._followers[self._follows.pop(spot)][spot]
@@ -97,8 +131,8 @@ class Dispatch:
         self._placing = True
         try:
             if self._room():
-                for need, place in self.waiting.place(list(self.places.values())):
-                    self.executions[need.run].granted(need.index, place.name)
+                for need, place, cards in self.waiting.place(list(self.places.values()), self.now() / 1e6):
+                    self.executions[need.run].granted(need.index, place.name, cards)
                     if not self._room():
                         break
         finally:
@@ -112,11 +146,16 @@ class Dispatch:
         if not any(name in self.pools for name in need.computes):
             return need
         names = [n for name in need.computes for n in self.pools.get(name, (name,))]
-        return Need(
-            need.run, need.index, need.priority, need.slots, need.cpus, need.memory, tuple(dict.fromkeys(names))
-        )
+        return replace(need, computes=tuple(dict.fromkeys(names)))
 
     # --- what people ask --------------------------------------------------------------------------------------
+    def never(self, need: Need) -> str | None:
+        """Why a step can never have a place, whatever goes on; None if it can."""
+        need, places = self._resolved(need), list(self.places.values())
+        if any(place.could_ever(need) for place in candidates(need, places)):
+            return None
+        return "can never have a place: " + "; ".join(reason.text() for reason in refusals(need, places))
+
     def why_waiting(self, run: int, index: int) -> str | None:
         """Present tense: why the queued step has no place yet."""
         key = self._follows.get((run, index))
@@ -131,19 +170,56 @@ class Dispatch:
             return f"nothing is started: {self.paused}"
         if not self._room():
             return f"max_running_steps = {self.max_running} is reached"
-        places = candidates(need, list(self.places.values()))
-        lead = "waits for a place" if any(place.could_ever(need) for place in places) else "can never have a place"
-        return f"{lead}: " + "; ".join(f"{reason}{self._held_by(place)}" for place, reason in self._refusals(need))
+        never = self.never(need)
+        if never is not None:
+            return never
+        reasons = refusals(need, list(self.places.values()))
+        words = [reason.text(self._held_by(reason)) + self._since(reason) for reason in reasons]
+        words += self._kept_from(need)
+        if any(reason.kind == "gpu" for reason in reasons):
+            lead = "waits for a GPU" if need.gpus == 1 else f"waits for {need.gpus} GPUs"
+        else:
+            lead = "waits for a place"
+        return f"{lead}: {'; '.join(words) or 'its turn has not come'}"
 
-    def _refusals(self, need: Need) -> list[tuple[Place | None, str]]:
-        found = refusals(need, list(self.places.values()))
-        named = [(self.places.get(reason.split(maxsplit=1)[0].rstrip(":")), reason) for reason in found]
-        return list(named) or [(None, "its turn has not come")]
+    def _kept_from(self, need: Need) -> list[str]:
+        """Where it would fit, if a place were not kept for another."""
+        found = []
+        for place in candidates(need, list(self.places.values())):
+            first = self.waiting.kept.get(place.name)
+            if first is not None and first.spot != need.spot and place.refusal(need) is None:
+                what = f"{first.gpus} GPUs" if first.gpus > 1 else f"{first.slots} slots" if first.slots > 1 else "room"
+                found.append(f"{place.name} is kept for {self._run(first.run)}, which waits for {what} there")
+        return found
 
-    def _held_by(self, place: Place | None) -> str:
-        if place is None or not place.holders:
+    def _held_by(self, reason: Refusal) -> str:
+        """`run 31 (bob, 40 min so far) and run 32 (alice, 5 s so far)`"""
+        found: dict[int, int | None] = {}
+        for run, index in reason.spots:
+            if run in self.executions:
+                since = self.executions[run].since(index)
+                found[run] = min(filter(None, (found.get(run), since)), default=None)
+        words = [self._run(run, since) for run, since in list(found.items())[:3]]
+        more = [f"{len(found) - 3} more"] if len(found) > 3 else []
+        return " and ".join(filter(None, (", ".join((words + more)[:-1]), (words + more)[-1]))) if words else ""
+
+    def _since(self, reason: Refusal) -> str:
+        """Local time of day; with the date, unless it is today's."""
+        if reason.since is None:
             return ""
-        runs = list(dict.fromkeys(run for run, _ in place.holders))
-        words = [f"run {r} ({self.executions[r].row.owner})" for r in runs[:3] if r in self.executions]
-        more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-        return f", held by {', '.join(words)}{more}" if words else ""
+        when, today = datetime.fromtimestamp(reason.since / 1e6), datetime.fromtimestamp(self.now() / 1e6)
+        return f" (since {when:%H:%M})" if when.date() == today.date() else f" (since {when:%Y-%m-%d %H:%M})"
+
+    def _run(self, run: int, since: int | None = None) -> str:
+        owner = self.executions[run].row.owner if run in self.executions else ""
+        so_far = f"{_lasting(self.now() - since)} so far" if since is not None else ""
+        inner = ", ".join(filter(None, (owner, so_far)))
+        return f"run {run} ({inner})" if inner else f"run {run}"
+
+
+def _lasting(us: int) -> str:
+    seconds = max(0, us) // 1_000_000
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

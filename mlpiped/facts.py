@@ -10,9 +10,12 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
+
 from mlpiped import keys, resolve
-from mlpiped.errors import MlpipedError
+from mlpiped.errors import InvalidJob, MlpipedError
 from mlpiped.files.fingerprint import Missing, RefFact
+from mlpiped.images import RunImages, wanted_by
 from mlpiped.resolve import Decision, Graph, Known, PastResult, Plan
 from mlpiped.spec import Reference, Upstream
 
@@ -21,8 +24,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mlpiped.artifacts import Store
+    from mlpiped.backends.base import Image
     from mlpiped.code import CodeFact, CodeReader
     from mlpiped.files.fingerprint import Fingerprinter
+    from mlpiped.images import Find
     from mlpiped.ledger import Ledger
     from mlpiped.spec import Port, Scalar, SourceSpec, StepSpec
 
@@ -36,6 +41,7 @@ class World:
     code: CodeReader
     store: Store
     datastores: Mapping[str, Path]
+    find_image: Find | None = None  # None: nothing here runs containers
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class Outside:
     reference: Reference
     digest: str
     entries: Mapping[str, str] | None
+    size: int = 0  # bytes, all files together; 0 after a restart
 
     def change(self, now: RefFact) -> str | None:
         """What of it is no longer so, or None. Files that are new in a glob were not passed, and do not count."""
@@ -72,6 +79,7 @@ class StepFacts:
     upstream: tuple[tuple[int, str], ...]  # (step, output) of inputs that other steps made
     source: SourceSpec | None
     code: CodeFact | None
+    image: Image | None = None  # of a step that runs in a container
 
 
 class Facts:
@@ -81,10 +89,14 @@ class Facts:
         self.world = world
         self.graph = graph
         self.parameters = parameters
+        self.images = RunImages(world.find_image)
         self.steps: dict[int, StepFacts] = {}
 
     async def decide(self, plan: Plan, indexes: Sequence[int]) -> list[Decision]:
-        """A decision for each of `indexes`, all of them ready. Facts of those that run are kept in `steps`."""
+        """A decision for each of `indexes`, all of them ready. Facts of those that run are kept in `steps`.
+
+        "hold" is for a step whose image is not known: `images.look_up` it, and decide the step again.
+        """
         decisions: list[Decision] = []
         open_: list[int] = []
         for i in indexes:
@@ -106,9 +118,13 @@ class Facts:
             if isinstance(fault_or_code, str):
                 decisions.append(Decision(i, "fail", fault_or_code))
                 continue
+            undecided = self._without_image(i)
+            if undecided is not None:
+                decisions.append(undecided)
+                continue
             values = resolve.parameter_values(plan, i, self.parameters)
-            key = self.graph.static[i].key(fault_or_code.key if fault_or_code else None, values, inputs)
-            keyed[i] = (key, inputs)
+            code = fault_or_code.key if fault_or_code else None
+            keyed[i] = (self.graph.static[i].key(code, values, inputs, self._image_part(i)), inputs)
         past = await self._past({key for i, (key, _) in keyed.items() if resolve.always_runs(plan, i) is None})
         to_run: list[int] = []
         for i, (key, _) in keyed.items():
@@ -133,7 +149,17 @@ class Facts:
                     part = kept.get(self.graph.static[i].ports[port.name], {})
                     outside[port.name] = Outside(port.source, part.get("digest", ""), part.get("entries"))
             values = resolve.parameter_values(plan, i, self.parameters)
-            self.steps[i] = StepFacts(key, parts, values, {}, outside, self._upstream(step), None, None)
+            wanted = wanted_by(step)
+            image = None if wanted is None else self.images.recall(wanted, parts)
+            self.steps[i] = StepFacts(key, parts, values, {}, outside, self._upstream(step), None, None, image)
+
+    async def recall_images(self, keys: Mapping[int, str]) -> None:
+        """After a restart: what attempts of this run were given, so that their retries are given no other."""
+        for i, key in keys.items():
+            wanted = wanted_by(self.graph.steps[i])
+            text = None if wanted is None else await self.world.ledger.parts(key)
+            if wanted is not None and text:
+                self.images.recall(wanted, json.loads(text))
 
     async def changed_since(self, index: int, plan: Plan) -> str | None:
         """What of the inputs of step `index` is no longer what its key says, as a sentence's end, or None."""
@@ -178,6 +204,26 @@ class Facts:
                 except OSError as fault:
                     found[source] = f"its code cannot be read: {fault.filename}: {fault.strerror}"
         return found
+
+    def _without_image(self, index: int) -> Decision | None:
+        """The decision for a step that cannot have a key for want of its image; else None."""
+        wanted = wanted_by(self.graph.steps[index])
+        if wanted is None:
+            return None
+        try:
+            found = self.images.of(wanted)
+        except InvalidJob as fault:
+            return Decision(index, "fail", fault.message)
+        return Decision(index, "hold", self.images.why_not(wanted)) if found is None else None
+
+    def _image_part(self, index: int) -> keys.ImagePart | None:
+        wanted = wanted_by(self.graph.steps[index])
+        image = None if wanted is None else self.images.of(wanted)
+        if wanted is None or image is None:
+            return None
+        text = wanted.dockerfile
+        source = None if text is None else "b3:" + blake3(text.encode()).hexdigest()
+        return keys.ImagePart(image.identity, image.run, wanted.reference or "", source)
 
     def _code_of(self, index: int, codes: Mapping[SourceSpec, CodeFact | str]) -> CodeFact | str | None:
         source = self.graph.steps[index].source
@@ -231,7 +277,8 @@ class Facts:
             assert not isinstance(code, str)
             values = resolve.parameter_values(plan, i, self.parameters)
             part = keys.CodePart(code.key, code.raw, code.files) if code else None
-            parts = self.graph.static[i].parts(part, values, inputs)
+            wanted = wanted_by(step)
+            parts = self.graph.static[i].parts(part, values, inputs, self._image_part(i))
             head = heads.get(step.name)
             changes: list[str] = []
             last = json.loads(head.parts) if head is not None and head.parts else None
@@ -246,6 +293,7 @@ class Facts:
                 upstream=self._upstream(step),
                 source=step.source,
                 code=code,
+                image=None if wanted is None else self.images.of(wanted),
             )
             found.append(resolve.decide(plan, i, Known(key, past.get(key), last, changes)))
         return found
@@ -280,5 +328,5 @@ def _outside(step: StepSpec, references: Mapping[Reference, RefFact | Missing]) 
         if isinstance(port.source, Reference):
             fact = references[port.source]
             assert isinstance(fact, RefFact)
-            found[port.name] = Outside(port.source, fact.digest, fact.entries)
+            found[port.name] = Outside(port.source, fact.digest, fact.entries, fact.size)
     return found

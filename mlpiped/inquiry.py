@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
+from mlpiped.errors import BackendUnavailable
 from mlpiped.facts import Facts
+from mlpiped.images import wanted_by
 from mlpiped.model import OutputFact, StepOutcome, StepState
+from mlpiped.needs import need_of
 from mlpiped.resolve import Graph, Plan
 from mlpiped.spec import version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from mlpiped.dispatch import Dispatch
     from mlpiped.facts import World
+    from mlpiped.placement import Need, Spot
     from mlpiped.protocol import ActiveJson, ComputeJson, HolderJson
     from mlpiped.resolve import Decision
     from mlpiped.run import Execution, Try
     from mlpiped.scheduler import Scheduler
     from mlpiped.spec import PipelineSpec, Scalar
+
+
+LOOK_UP_LIMIT = 5.0  # seconds for the images of a plan
 
 
 async def plan(
@@ -27,9 +37,11 @@ async def plan(
     parameters: Mapping[str, Scalar],
     force: bool | Sequence[str],
     target: str | None,
+    never: Callable[[Need], str | None] = lambda need: None,
 ) -> dict[str, Any]:
     """The walk of a run without its acts. What comes after a step that would run is `unknown`: it depends on what
-    that step makes. `seconds` is what the step took when it last ran, or None."""
+    that step makes. `seconds` is what the step took when it last ran, or None. `never` says why a step that must run
+    cannot have a place."""
     graph = Graph(spec)
     forced = range(len(graph.steps)) if force is True else [graph.step(name) for name in force or ()]
     walk = Plan(graph, target=graph.step(target) if target else None, force=forced)
@@ -43,21 +55,34 @@ async def plan(
             names = [graph.steps[need].name for need in graph.before[i] if need in uncertain]
             why = f"depends on what {' and '.join(f'`{n}`' for n in names[:3])} will make"
             _note(found, uncertain, walk, i, "unknown", why)
+        await _look_up_images(facts, known)
         for decision in await facts.decide(walk, known):
             _tell(found, uncertain, walk, decision)
     steps = []
     for i in sorted(found):
         cost = costs.get(graph.steps[i].name)
         seconds = None if cost is None or found[i]["action"] in ("reuse", "skip") else cost / 1e6
+        if found[i]["action"] == "run" and (reason := never(need_of(graph, i, 0, ""))) is not None:
+            found[i]["why"] += f"; {reason}"
         steps.append({"name": graph.steps[i].name, **found[i], "seconds": seconds})
     total = sum(step["seconds"] or 0.0 for step in steps)
     return {"pipeline": spec.name, "version": version_of(spec), "steps": steps, "seconds": round(total, 3)}
 
 
+async def _look_up_images(facts: Facts, indexes: Sequence[int]) -> None:
+    """As far as that goes in a short time: a plan does not wait until an image has been pulled or built."""
+    wanted = {one for i in indexes if (one := wanted_by(facts.graph.steps[i])) is not None}
+    with anyio.move_on_after(LOOK_UP_LIMIT):
+        for one in sorted(wanted, key=str):
+            with suppress(BackendUnavailable):
+                await facts.images.look_up(one)
+
+
 def _tell(found: dict[int, dict[str, Any]], uncertain: set[int], walk: Plan, decision: Decision) -> None:
     i = decision.index
-    if decision.action == "run":
-        _note(found, uncertain, walk, i, "run", decision.why)
+    if decision.action in ("run", "hold"):
+        action = "run" if decision.action == "run" else "unknown"
+        _note(found, uncertain, walk, i, action, decision.why)
         return
     found[i] = {"action": "skip" if decision.action == "fail" else decision.action, "why": decision.why}
     outcome = StepOutcome.REUSED if decision.action == "reuse" else StepOutcome.SKIPPED
@@ -87,6 +112,8 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
     if t.state is StepState.QUEUED:
         if t.not_before is not None:
             return f"tried again in {max(0, t.not_before - now) / 1e6:.0f} s: {t.again}"
+        if t.held is not None:
+            return f"held: {t.held}"
         waits = scheduler.dispatch.why_waiting(run_id, index) or "about to start"
         return f"{waits}; run again: {t.again}" if t.again else waits
     if t.attempt is None:
@@ -130,26 +157,41 @@ def active(dispatch: Dispatch) -> list[ActiveJson]:
 
 def compute(dispatch: Dispatch, kinds: Mapping[str, str]) -> list[ComputeJson]:
     """Each compute with what is taken and by whom."""
-    found: list[ComputeJson] = []
-    for place in dispatch.places.values():
-        holders: list[HolderJson] = []
-        for (run, index), need in place.holders.items():
-            execution = dispatch.executions.get(run)
-            if execution is not None:
-                t = execution.tries.get(index)
-                name = execution.graph.steps[index].name
-                since = t.since if t else None
-                holders.append({"run": run, "step": name, "since": since, "slots": need.slots})
-        found.append(
-            {
-                "name": place.name,
-                "kind": kinds.get(place.name, "local"),
-                "slots": place.slots,
-                "used": place.used_slots,
-                "memory": place.memory,
-                "memory_used": place.used_memory,
-                "holders": holders,
-                "health": place.unwell,
-            }
-        )
+    return [
+        {
+            "name": place.name,
+            "kind": kinds.get(place.name, "local"),
+            "slots": place.slots,
+            "used": place.used_slots,
+            "memory": place.memory,
+            "memory_used": place.used_memory,
+            "holders": _holders(dispatch, place.holders),
+            "health": place.unwell,
+            "unwell_since": place.unwell_since if place.unwell is not None else None,
+            "drained": place.drained,
+            "cards": [
+                {
+                    "uuid": card.uuid,
+                    "index": card.index,
+                    "name": card.name,
+                    "memory": card.memory,
+                    "foreign": card.foreign,
+                    "holders": _holders(dispatch, place.leased.get(card.uuid, ())),
+                }
+                for card in place.cards
+            ],
+            "cards_trouble": place.no_cards,
+        }
+        for place in dispatch.places.values()
+    ]
+
+
+def _holders(dispatch: Dispatch, spots: Iterable[Spot]) -> list[HolderJson]:
+    found: list[HolderJson] = []
+    for run, index in spots:
+        execution = dispatch.executions.get(run)
+        if execution is not None:
+            step = execution.graph.steps[index]
+            since, slots = execution.since(index), step.resources.slots
+            found.append({"run": run, "step": step.name, "since": since, "slots": slots})
     return found

@@ -5,7 +5,7 @@ The key is `b3:` + BLAKE3 over canonical JSON of SCHEME and the seven parts
     command      arguments, with data and parameters as typed placeholders
     code         digest of the step's source (Python by its syntax tree)
     parameters   the values of those that it uses
-    environment  requirements, interpreter, variables
+    environment  requirements, interpreter, variables; of a container the identity of its image, not its name
     inputs       content digest by port
     outputs      declared names, kinds and file names
     salt         the author's `version=`
@@ -53,6 +53,18 @@ class CodePart:
     files: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """A container's image as it enters a key: `identity`. `run` is what an engine starts, for who goes on with the
+    attempt; `label` ("app:latest", or "" of a Dockerfile) and `source`, the digest of a Dockerfile, serve explanations.
+    """
+
+    identity: str
+    run: str
+    label: str
+    source: str | None = None
+
+
 class StaticParts:
     """What of a step's key follows from its definition alone: computed once per version of a pipeline."""
 
@@ -68,7 +80,8 @@ class StaticParts:
     def _named(self, places: dict[str, str]) -> dict[str, Any]:
         step = self.step
         environment = {name: value for name, value in step.environment.model_dump().items() if value}
-        if _runs_python(step) and "python" not in environment:
+        contained = environment.pop("image", None) or environment.pop("dockerfile", None)
+        if _runs_python(step) and "python" not in environment and not contained:
             environment["python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
         return {
             "command": {"shell": step.shell, "arguments": [_placeholder(a, places) for a in step.arguments]},
@@ -77,19 +90,37 @@ class StaticParts:
             "salt": step.salt,
         }
 
-    def key(self, code: str | None, parameters: Mapping[str, Scalar], inputs: Mapping[str, InputPart]) -> str:
-        """`b3:<hex>`; `inputs` by port name."""
+    def key(
+        self,
+        code: str | None,
+        parameters: Mapping[str, Scalar],
+        inputs: Mapping[str, InputPart],
+        image: ImagePart | None = None,
+    ) -> str:
+        """`b3:<hex>`; `inputs` by port name; `image` of a step that runs in a container."""
+        head = self.head if image is None else _json([SCHEME, *self._with(image).values()])
         digests = sorted((self.ports[name], part.digest) for name, part in inputs.items())
         dynamic = _json([code, sorted(parameters.items()), digests])
-        return "b3:" + blake3((self.head + "\n" + dynamic).encode()).hexdigest()
+        return "b3:" + blake3((head + "\n" + dynamic).encode()).hexdigest()
+
+    def _with(self, image: ImagePart) -> dict[str, Any]:
+        named = self._named({})
+        named["environment"]["image"] = image.identity
+        return named
 
     def parts(
-        self, code: CodePart | None, parameters: Mapping[str, Scalar], inputs: Mapping[str, InputPart]
+        self,
+        code: CodePart | None,
+        parameters: Mapping[str, Scalar],
+        inputs: Mapping[str, InputPart],
+        image: ImagePart | None = None,
     ) -> dict[str, Any]:
         """The named parts as plain JSON: what `why` compares later."""
+        kept = {} if image is None else {"image": {"run": image.run, "label": image.label, "source": image.source}}
         return {
             "scheme": SCHEME,
-            **self._named({}),
+            **(self._named({}) if image is None else self._with(image)),
+            **kept,
             "code": None if code is None else {"digest": code.digest, "raw": code.raw, "files": dict(code.files)},
             "parameters": dict(parameters),
             "inputs": {
@@ -123,7 +154,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], code_change: str | N
     found += _mapping_changes("parameter", old["parameters"], new["parameters"])
     found += _input_changes(old["inputs"], new["inputs"])
     if old["environment"] != new["environment"]:
-        found.append("environment: " + ", ".join(_mapping_changes("", old["environment"], new["environment"])))
+        found.append("environment: " + ", ".join(_environment_changes(old, new)))
     if old["command"] != new["command"]:
         found.append(f"command changed: {_command_change(old['command'], new['command'])}")
     if old["outputs"] != new["outputs"]:
@@ -162,6 +193,33 @@ def _input_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             found.append(f"input {now['label']} changed: {detail}")
     found += [f"input {old[port]['label']} is no longer taken" for port in old.keys() - new.keys()]
     return found
+
+
+def _environment_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    before, now = dict(old["environment"]), dict(new["environment"])
+    was, image = before.pop("image", None), now.pop("image", None)
+    found = []
+    if was != image:
+        found.append(_image_change(old.get("image") or {}, new.get("image") or {}, was, image))
+    return found + _mapping_changes("", before, now)
+
+
+def _image_change(old: Mapping[str, Any], new: Mapping[str, Any], was: str | None, now: str | None) -> str:
+    if now is None:
+        return f"image {old.get('label') or 'of a Dockerfile'} is gone"
+    if new.get("source") is not None and old.get("source") is not None:
+        same = new["source"] == old["source"]
+        return f"what the Dockerfile builds on is now {_digits(now)}" if same else "the Dockerfile changed"
+    label = new.get("label") or "of a Dockerfile"
+    if was is None or old.get("label") == label:
+        return f"image {label} is {'new' if was is None else 'now'}{' ' if was else ': '}{_digits(now)}"
+    return f"image {old.get('label') or 'of a Dockerfile'} -> {label}"
+
+
+def _digits(digest: str) -> str:
+    """`sha256:0123456789ab`: as many as Docker shows."""
+    kind, _, rest = digest.partition(":")
+    return f"{kind}:{rest[:12]}"
 
 
 def _mapping_changes(word: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

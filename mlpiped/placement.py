@@ -1,19 +1,25 @@
-"""Who gets which place: waiting steps and free capacity in, leases out, with the reason for each refusal. Pure.
+"""Which place a step may have, and the reason for each refusal. Pure.
 
-Order: higher priority first, then the older run, then the order of steps in the pipeline. A step that does not fit now
-(memory, say) does not hold up smaller ones behind it, up to LOOK_AHEAD of them.
+A place is chosen among those that fit now: where the fewest bytes have to travel (to NEARBY), then in the order in
+which the step or its pool names them; a step that names none gets the one with the most room, and leaves machines with
+cards to those that need one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Mapping, Sequence
 
-LOOK_AHEAD = 256
+    from mlpiped.backends.base import Capacity, Card
+
+Spot = tuple[int, int]
+"""(run id, step index)"""
+
+NEARBY = 16 << 20
+"""So many bytes travel in no time: less does not outweigh the order in which somebody named the computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +33,40 @@ class Need:
     cpus: float = 1.0
     memory: int | None = None
     computes: tuple[str, ...] = ()
+    gpus: int = 0
+    gpu_memory: int | None = None  # bytes of each card: it may be shared; None: the cards are the step's alone
+    owner: str = ""
+    images: bool = False  # it has an image: it runs in containers only
+    data: Mapping[str, int] = field(default_factory=dict, compare=False)  # compute -> bytes that would have to travel
+
+    @property
+    def spot(self) -> Spot:
+        return self.run, self.index
 
     def rank(self) -> tuple[int, int, int]:
         return (-self.priority, self.run, self.index)
+
+    def shape(self) -> tuple[object, ...]:
+        """Two needs of one shape fit where either does."""
+        return (self.slots, self.cpus, self.memory, self.computes, self.gpus, self.gpu_memory, self.images)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a step cannot have a place. `head`, who holds what is missing (`spots`), `tail` make the sentence.
+
+    never: whatever goes on there · away: nothing is sent there now · gpu: its cards are taken · full: anything else is.
+    """
+
+    kind: Literal["never", "away", "gpu", "full"]
+    head: str
+    spots: tuple[Spot, ...] = ()
+    joint: str = ", held by "
+    tail: str = ""
+    since: int | None = None  # µs: it is so
+
+    def text(self, holders: str = "") -> str:
+        return self.head + (f"{self.joint}{holders}" if holders else "") + self.tail
 
 
 @dataclass(slots=True)
@@ -44,102 +81,151 @@ class Place:
     used_cpus: float = 0.0
     used_memory: int = 0
     unwell: str | None = None
-    holders: dict[tuple[int, int], Need] = field(default_factory=dict)
+    unwell_since: int | None = None  # µs
+    drained: bool = False
+    images: bool = False
+    cards: tuple[Card, ...] = ()
+    no_cards: str | None = None  # why they cannot be used, in a sentence
+    holders: dict[Spot, Need] = field(default_factory=dict)
+    leased: dict[str, dict[Spot, int | None]] = field(default_factory=dict)  # card -> bytes for each; None: all of it
+    late: set[Spot] = field(default_factory=set)  # of `holders`, those placed while it was kept for somebody else
 
-    def refusal(self, need: Need) -> str | None:
+    def offers(self, capacity: Capacity) -> None:
+        """What its backend says that it has, now."""
+        self.slots, self.cpus, self.memory = capacity.slots, capacity.cpus, capacity.memory
+        self.images, self.cards, self.no_cards = capacity.images, capacity.cards, capacity.no_cards
+
+    # --- why not ----------------------------------------------------------------------------------------------
+    def refusal(self, need: Need) -> Refusal | None:
         """Why `need` cannot have a place here now, or None."""
-        if self.unwell:
-            return f"{self.name}: {self.unwell}"
-        if need.slots > self.slots:
-            return f"{self.name} has {self.slots} slots in all, {need.slots} are asked for"
-        if self.memory is not None and (need.memory or 0) > self.memory:
-            return f"{self.name} has {_bytes(self.memory)} of memory in all, {_bytes(need.memory or 0)} are asked for"
-        if self.cpus is not None and need.cpus > self.cpus:
-            return f"{self.name} has {self.cpus:g} CPUs in all, {need.cpus:g} are asked for"
-        if self.used_slots + need.slots > self.slots:
-            return f"{self.name} has {self.slots} {'slot' if self.slots == 1 else 'slots'}, {self.used_slots} in use"
-        if self.cpus is not None and self.used_cpus + need.cpus > self.cpus:
-            return f"{self.name} has {self.cpus - self.used_cpus:g} CPUs free, {need.cpus:g} are asked for"
-        if self.memory is not None and self.used_memory + (need.memory or 0) > self.memory:
-            free = self.memory - self.used_memory
-            return f"{self.name} has {_bytes(free)} of memory free, {_bytes(need.memory or 0)} are asked for"
-        return None
+        return self._never(need) or self._away() or self._full(need) or self._no_card(need)
 
     def could_ever(self, need: Need) -> bool:
         """Whether `need` fits when nothing else is here."""
-        return Place(self.name, self.slots, self.cpus, self.memory).refusal(need) is None
+        return self._never(need) is None
 
-    def take(self, need: Need) -> None:
-        self.holders[need.run, need.index] = need
+    def could_soon(self, need: Need) -> bool:
+        """Whether `need` fits as soon as what is here of ours has ended."""
+        return self._never(need) is None and self._away() is None and len(self._usable(need)) >= need.gpus
+
+    def full(self) -> bool:
+        return self.unwell is not None or self.drained or self.used_slots >= self.slots
+
+    def _never(self, need: Need) -> Refusal | None:
+        if need.images != self.images:
+            why = "runs containers only, and the step has no image" if self.images else "runs no containers"
+            return Refusal("never", f"{self.name} {why}")
+        if need.slots > self.slots:
+            return Refusal("never", f"{self.name} has {self.slots} slots in all, {need.slots} are asked for")
+        if self.memory is not None and (need.memory or 0) > self.memory:
+            asked = _bytes(need.memory or 0)
+            return Refusal("never", f"{self.name} has {_bytes(self.memory)} of memory in all, {asked} are asked for")
+        if self.cpus is not None and need.cpus > self.cpus:
+            return Refusal("never", f"{self.name} has {self.cpus:g} CPUs in all, {need.cpus:g} are asked for")
+        if not need.gpus or self.no_cards is not None or (self.unwell is not None and not self.cards):
+            return None  # what cannot be seen just now may be there
+        if need.gpus > len(self.cards):
+            return Refusal("never", f"{self.name} has {_gpus(len(self.cards))}" + _in_all(len(self.cards), need.gpus))
+        fit = sum(card.memory >= (need.gpu_memory or 0) for card in self.cards)
+        if fit < need.gpus:
+            large = f"with {_bytes(need.gpu_memory or 0)} of memory"
+            return Refusal("never", f"{self.name} has {_gpus(fit)} {large}" + _in_all(fit, need.gpus))
+        return None
+
+    def _away(self) -> Refusal | None:
+        if self.drained:
+            return Refusal("away", f"{self.name} is drained: its steps finish, nothing new starts")
+        if self.unwell is not None:
+            return Refusal("away", f"{self.name}: {self.unwell}", since=self.unwell_since)
+        return None
+
+    def _full(self, need: Need) -> Refusal | None:
+        what = None
+        if self.used_slots + need.slots > self.slots:
+            what = f"{self.slots} {'slot' if self.slots == 1 else 'slots'}, {self.used_slots} in use"
+        elif self.cpus is not None and self.used_cpus + need.cpus > self.cpus:
+            what = f"{self.cpus - self.used_cpus:g} CPUs free, {need.cpus:g} are asked for"
+        elif self.memory is not None and self.used_memory + (need.memory or 0) > self.memory:
+            free = _bytes(self.memory - self.used_memory)
+            what = f"{free} of memory free, {_bytes(need.memory or 0)} are asked for"
+        return Refusal("full", f"{self.name} has {what}", tuple(self.holders)) if what else None
+
+    def _no_card(self, need: Need) -> Refusal | None:
+        if not need.gpus or len(self.pick(need)) == need.gpus:
+            return None
+        if not self.cards or self.no_cards is not None:
+            return Refusal("away", f"{self.name}: {self.no_cards or 'its GPUs have not been seen'}")
+        foreign = [f"card {card.index} is {card.foreign}" for card in self.cards if card.foreign is not None]
+        taken = [card.uuid for card in self.cards if card.foreign is None and self.leased.get(card.uuid)]
+        if not taken:
+            return Refusal("gpu", f"{self.name}: {'; '.join(foreign)}")
+        spots = tuple(dict.fromkeys(spot for uuid in taken for spot in self.leased[uuid]))
+        some, total = len(taken), len(self.cards)
+        how = "" if total == 1 else " both" if some == total == 2 else f" all {some}" if some == total else f" {some}"
+        tail = "".join(f"; {each}" for each in foreign)
+        return Refusal("gpu", f"{self.name} has {total},{how} held", spots, " by ", tail)
+
+    # --- cards ------------------------------------------------------------------------------------------------
+    def pick(self, need: Need) -> tuple[str, ...]:
+        """The cards that it would get now: as many as it asks for, or fewer. Of shared ones the fullest that fits."""
+        if not need.gpus or self.no_cards is not None:
+            return ()
+        found = []
+        for position, card in enumerate(self._usable(need)):
+            on = self.leased.get(card.uuid)
+            if not on:
+                found.append((1, 0, position, card.uuid))
+            elif need.gpu_memory is not None and None not in on.values():
+                free = card.memory - sum(bytes_ or 0 for bytes_ in on.values())
+                if free >= need.gpu_memory:
+                    found.append((0, free, position, card.uuid))
+        return tuple(uuid for *_, uuid in sorted(found)[: need.gpus])
+
+    def _usable(self, need: Need) -> list[Card]:
+        """Those that nobody else is on, and large enough."""
+        least = need.gpu_memory or 0
+        return [card for card in self.cards if card.foreign is None and card.memory >= least]
+
+    # --- taken and given back ---------------------------------------------------------------------------------
+    def take(self, need: Need, cards: Sequence[str] | None = None, *, late: bool = False) -> tuple[str, ...]:
+        """The cards that it has now. `cards`: those that it has already, of an attempt that is adopted."""
+        uuids = self.pick(need) if cards is None else tuple(cards)
+        self.holders[need.spot] = need
         self.used_slots += need.slots
         self.used_cpus += need.cpus
         self.used_memory += need.memory or 0
+        for uuid in uuids:
+            self.leased.setdefault(uuid, {})[need.spot] = need.gpu_memory
+        if late:
+            self.late.add(need.spot)
+        return uuids
 
-    def give_back(self, run: int, index: int) -> None:
+    def give_back(self, run: int, index: int) -> Need | None:
         need = self.holders.pop((run, index), None)
-        if need is not None:
-            self.used_slots -= need.slots
-            self.used_cpus -= need.cpus
-            self.used_memory -= need.memory or 0
+        if need is None:
+            return None
+        self.used_slots -= need.slots
+        self.used_cpus -= need.cpus
+        self.used_memory -= need.memory or 0
+        self.late.discard((run, index))
+        if need.gpus:
+            for uuid in [uuid for uuid, on in self.leased.items() if on.pop(need.spot, 0) != 0 and not on]:
+                del self.leased[uuid]
+        return need
 
-    def full(self) -> bool:
-        return self.unwell is not None or self.used_slots >= self.slots
-
-
-class Waiting:
-    """The steps that wait for a place, best first."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int, int], Need]] = []
-        self._gone: set[tuple[int, int]] = set()
-        self._here: dict[tuple[int, int], Need] = {}
-
-    def __len__(self) -> int:
-        return len(self._here)
-
-    def add(self, need: Need) -> None:
-        spot = (need.run, need.index)
-        if spot in self._gone:  # an old heap entry of the same step would shadow this one
-            self._gone.discard(spot)
-            self._heap = [entry for entry in self._heap if (entry[1].run, entry[1].index) != spot]
-            heapify(self._heap)
-        self._here[spot] = need
-        heappush(self._heap, (need.rank(), need))
-
-    def remove(self, run: int, index: int) -> bool:
-        if self._here.pop((run, index), None) is None:
+    def leaves_room(self, need: Need, first: Need) -> bool:
+        """Whether `need` may come here although it is kept for `first`: both fit, with all that came so before."""
+        after = [self.holders[spot] for spot in self.late] + [need, first]
+        if sum(each.slots for each in after) > self.slots:
             return False
-        self._gone.add((run, index))
-        return True
-
-    def remove_run(self, run: int) -> None:
-        for spot in [spot for spot in self._here if spot[0] == run]:
-            self.remove(*spot)
-
-    def get(self, run: int, index: int) -> Need | None:
-        return self._here.get((run, index))
-
-    def place(self, places: Sequence[Place]) -> Iterator[tuple[Need, Place]]:
-        """Take leases for as many as fit, best first."""
-        passed: list[tuple[tuple[int, int, int], Need]] = []
-        try:
-            while self._heap and len(passed) < LOOK_AHEAD and not all(place.full() for place in places):
-                entry = heappop(self._heap)
-                need = entry[1]
-                spot = (need.run, need.index)
-                if spot in self._gone:
-                    self._gone.discard(spot)
-                    continue
-                place = choose(need, places)
-                if place is None:
-                    passed.append(entry)
-                    continue
-                del self._here[spot]
-                place.take(need)
-                yield need, place
-        finally:  # whoever takes the leases may stop early
-            for entry in passed:
-                heappush(self._heap, entry)
+        if self.cpus is not None and sum(each.cpus for each in after) > self.cpus:
+            return False
+        if self.memory is not None and sum(each.memory or 0 for each in after) > self.memory:
+            return False
+        if not first.gpus or not need.gpus:
+            return True
+        on_late = sum(not self.late.isdisjoint(spots) for spots in self.leased.values())
+        return on_late + need.gpus + first.gpus <= len(self._usable(first))
 
 
 def candidates(need: Need, places: Sequence[Place]) -> list[Place]:
@@ -149,19 +235,40 @@ def candidates(need: Need, places: Sequence[Place]) -> list[Place]:
     return [by_name[name] for name in need.computes if name in by_name]
 
 
-def choose(need: Need, places: Sequence[Place]) -> Place | None:
-    for place in candidates(need, places):
-        if place.refusal(need) is None:
-            return place
-    return None
+def choose(need: Need, places: Sequence[Place], kept: Mapping[str, Need] | None = None) -> Place | None:
+    """The best place that fits now. `kept`: those that are kept for a step that comes before this one."""
+    best: tuple[tuple[float, ...], Place] | None = None
+    for position, place in enumerate(candidates(need, places)):
+        if place.refusal(need) is not None:
+            continue
+        if kept and place.name in kept and not place.leaves_room(need, kept[place.name]):
+            continue
+        order: tuple[float, ...] = (need.data.get(place.name, 0) // NEARBY,)
+        if not need.computes:
+            order += (bool(place.cards) and not need.gpus, place.used_slots / place.slots)
+        if best is None or (*order, position) < best[0]:
+            best = ((*order, position), place)
+    return None if best is None else best[1]
 
 
-def refusals(need: Need, places: Sequence[Place]) -> list[str]:
-    """For each compute that could take it, why not now."""
+def refusals(need: Need, places: Sequence[Place]) -> list[Refusal]:
+    """For each compute that could take it, why not now; for none of them why never."""
     found = candidates(need, places)
     if not found:
-        return [f"no compute named {' or '.join(f'`{name}`' for name in need.computes)} in the config"]
-    return [reason for place in found if (reason := place.refusal(need)) is not None]
+        names = " or ".join(f"`{name}`" for name in need.computes)
+        return [Refusal("never", f"no compute named {names} in the config")]
+    reasons = [reason for place in found if (reason := place.refusal(need)) is not None]
+    if any(place.could_ever(need) for place in found):
+        reasons = [reason for reason in reasons if reason.kind != "never"]
+    return reasons
+
+
+def _gpus(n: int) -> str:
+    return "no GPU" if n == 0 else "1 GPU" if n == 1 else f"{n} GPUs"
+
+
+def _in_all(n: int, asked: int) -> str:
+    return f" in all, {asked} are asked for" if n else ""
 
 
 def _bytes(n: int) -> str:

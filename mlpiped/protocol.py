@@ -89,6 +89,17 @@ class HolderJson(TypedDict):
     slots: int
 
 
+class CardJson(TypedDict):
+    """`foreign` ends a sentence: somebody else is on the card. `memory` in bytes, 0 when it is not told."""
+
+    uuid: str
+    index: int
+    name: str
+    memory: int
+    foreign: str | None
+    holders: list[HolderJson]
+
+
 class ComputeJson(TypedDict):
     name: str
     kind: str
@@ -98,6 +109,10 @@ class ComputeJson(TypedDict):
     memory_used: int
     holders: list[HolderJson]
     health: str | None
+    unwell_since: int | None
+    drained: bool
+    cards: list[CardJson]
+    cards_trouble: str | None
 
 
 def path(*segments: object, **query: object) -> str:

@@ -65,7 +65,8 @@ class Graph:
         return found
 
 
-Action = Literal["run", "reuse", "skip", "fail", "cancel", "unknown"]
+Action = Literal["run", "reuse", "skip", "fail", "cancel", "hold", "unknown"]
+"""`hold`: it cannot be told now; decide it again when that may have changed."""
 
 
 @dataclass(frozen=True, slots=True)

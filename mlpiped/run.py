@@ -9,8 +9,8 @@ One driver task owns the plan. A step that runs has a task of its own, which end
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import anyio
 import structlog
@@ -18,20 +18,23 @@ import structlog
 from mlpiped.attempt import Attempt, Ended, publish
 from mlpiped.errors import MlpipedError, StaleReuse
 from mlpiped.facts import Facts
+from mlpiped.images import Lookups
 from mlpiped.ledger import StepRow, moves
 from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome, StepState
-from mlpiped.placement import Need
+from mlpiped.needs import bytes_to_travel, need_of
 from mlpiped.resolve import Decision, Graph, Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from anyio.abc import TaskGroup
 
     from mlpiped.backends.base import Backend
     from mlpiped.clock import Clock
+    from mlpiped.dispatcher import Dispatcher
     from mlpiped.facts import World
     from mlpiped.ledger import AttemptRow, RunRow
+    from mlpiped.placement import Need
 
 log = structlog.get_logger("run")
 
@@ -49,24 +52,6 @@ _OUTCOMES = {
 }
 
 
-class Dispatcher(Protocol):
-    """What a run asks of the scheduler, which answers a `request` by `Execution.granted`, or `decide_again`."""
-
-    def request(self, execution: Execution, index: int, need: Need, share: str | None) -> None:
-        """A place for step `index`; `share` is the key under which equal steps of all runs share one attempt."""
-
-    def withdraw(self, execution: Execution, index: int) -> None: ...
-
-    def occupy(self, execution: Execution, index: int, need: Need, compute: str, share: str | None) -> None:
-        """An adopted attempt holds a place already."""
-
-    def release(self, run: int, index: int) -> None:
-        """The process has ended: its place is free. Said twice, it is heard once."""
-
-    def settled(self, run: int, index: int) -> None:
-        """The step's attempt has ended for good or ill: who shares its key may be decided again."""
-
-
 @dataclass(slots=True)
 class Try:
     """What is held in memory of a step that has to run."""
@@ -75,6 +60,7 @@ class Try:
     since: int = 0  # µs: in this state
     why: str = ""  # it has to run
     again: str = ""  # it has to run once more
+    held: str | None = None  # why it cannot be decided just now
     compute: str | None = None
     tokens: int = 0
     failures: int = 0  # attempts that were the code's fault
@@ -121,6 +107,7 @@ class Execution:
         self._again: list[int] = []
         self._wake = anyio.Event()
         self._tasks: TaskGroup | None = None
+        self._lookups = Lookups(self.facts.images, clock, self._hold)
 
     # --- the driver -------------------------------------------------------------------------------------------
     async def run(self) -> RunOutcome:
@@ -139,6 +126,7 @@ class Execution:
                     break
                 await self._wake.wait()
                 self._wake = anyio.Event()
+            self._lookups.stop()
         outcome = self.outcome()
         await self.world.ledger.write(moves.finish_run(self.id, outcome, self.clock.now()))
         self.over.set()
@@ -166,8 +154,17 @@ class Execution:
                 await self._settle([Decision(i, "cancel", "the run was cancelled") for i in indexes])
                 continue
             decisions = [d for d in decisions if self.plan.outcome[d.index] is None]
+            for d in [d for d in decisions if d.action == "hold"]:
+                self._lookups.begin(self._tasks, d.index, self.graph.steps[d.index], d.why)
             self._queue([d for d in decisions if d.action == "run"])
-            await self._settle([d for d in decisions if d.action != "run"])
+            await self._settle([d for d in decisions if d.action not in ("run", "hold")])
+
+    def _hold(self, indexes: Iterable[int], why: str | None) -> None:
+        """Why these cannot be decided just now; None: they can again."""
+        for i in [i for i in indexes if self.plan.outcome[i] is None]:
+            self.tries.setdefault(i, Try(since=self.clock.now())).held = why
+            if why is None:
+                self.decide_again(i)
 
     def _undecided(self) -> list[int]:
         again, self._again = self._again, []
@@ -240,20 +237,28 @@ class Execution:
         return step.allow_reuse and not step.effect and index not in self.plan.force
 
     def need(self, index: int) -> Need:
-        step = self.graph.steps[index]
-        r = step.resources
-        priority = self.graph.spec.priority + step.priority
-        return Need(self.id, index, priority, r.slots, r.cpus, r.memory, step.compute)
+        need = need_of(self.graph, index, self.id, self.row.owner)
+        facts = self.facts.steps.get(index)
+        if facts is None or len(self.backends) < 2:
+            return need
+        return replace(need, data=bytes_to_travel(self.plan, index, facts, self.backends))
+
+    def since(self, index: int) -> int | None:
+        """When the step got into the state that it is in, in microseconds."""
+        t = self.tries.get(index)
+        return t.since if t is not None else None
 
     # --- attempts ---------------------------------------------------------------------------------------------
-    def granted(self, index: int, compute: str) -> None:
-        """A place on `compute` is leased for step `index`: its attempt begins."""
+    def granted(self, index: int, compute: str, cards: Sequence[str] = ()) -> None:
+        """A place on `compute`, with these of its cards, is leased for step `index`: its attempt begins."""
         t = self.tries[index]
         t.tokens += 1
         token = f"mlp-{self.id}-{index}-{t.tokens}-{secrets.token_hex(8)}"
-        self._begin(index, compute, token, t.tokens, None)
+        self._begin(index, compute, token, t.tokens, None, cards)
 
-    def _begin(self, index: int, compute: str, token: str, n: int, adopted: AttemptRow | None) -> None:
+    def _begin(
+        self, index: int, compute: str, token: str, n: int, adopted: AttemptRow | None, cards: Sequence[str] = ()
+    ) -> None:
         assert self._tasks is not None
         t = self.tries[index]
         t.compute, t.state, t.since = compute, StepState.SUBMITTING, self.clock.now()
@@ -269,12 +274,16 @@ class Execution:
             t.number,
             on_running=lambda: self._running(index),
             on_exit=lambda: self.dispatcher.release(self.id, index),
+            on_unavailable=lambda why: self.dispatcher.unavailable(compute, why),
+            cards=tuple(cards),
         )
         name = f"run {self.id} step {self.graph.steps[index].name}"
         self._tasks.start_soon(self._try, index, t.attempt, adopted, name=name)
 
     def _running(self, index: int) -> None:
         t = self.tries[index]
+        if t.compute is not None:
+            self.dispatcher.taken(t.compute)
         t.state, t.since = StepState.RUNNING, self.clock.now()
 
     async def _try(self, index: int, attempt: Attempt, adopted: AttemptRow | None) -> None:
@@ -380,6 +389,7 @@ class Execution:
             if row.outcome is not None:
                 self.plan.finished(row.idx, row.outcome, made.get(row.idx, ()))
         attempts = await ledger.attempts_of_run(self.id)
+        await self.facts.recall_images({idx: found[-1].key for idx, found in attempts.items() if found})
         live: list[AttemptRow] = []
         for row in rows:
             if row.outcome is not None:
@@ -428,5 +438,6 @@ class Execution:
                 self.tries[row.idx].compute = row.compute
                 continue
             share = row.key if self._shareable(row.idx) else None
-            self.dispatcher.occupy(self, row.idx, self.need(row.idx), row.compute, share)
+            need, since = self.need(row.idx), row.submitted_at or row.intent_at
+            self.dispatcher.occupy(self, row.idx, need, row.compute, share, row.cards, since)
             self._begin(row.idx, row.compute, row.token, row.n, row)

@@ -152,7 +152,9 @@ class ResourceSpec(_Plain):
     cpus: float = 1
     memory: int | None = None  # bytes
     gpus: int = 0
-    gpu_memory: int | None = None  # bytes, for sharing a card
+    gpu_memory: int | None = None  # bytes of each, for sharing it
+    shm_size: int | None = None  # bytes of a container's /dev/shm
+    network: bool = False  # of a container: whether it reaches anything
     nodes: int = 1
     slots: int = 1
     scratch: int | None = None  # bytes
@@ -286,6 +288,10 @@ class PipelineSpec(_Plain):
     tags: dict[str, str] = Field(default_factory=dict)
 
 
+def runs_in_container(step: StepSpec) -> bool:
+    return step.environment.image is not None or step.environment.dockerfile is not None
+
+
 def canonical(value: _Plain | dict[str, Any] | list[Any]) -> str:
     """Compact JSON with sorted keys: the form that is hashed."""
     plain = value.model_dump() if isinstance(value, _Plain) else value
@@ -296,8 +302,15 @@ def version_of(spec: PipelineSpec) -> str:
     """12 hex digits over everything but the places where things were written."""
     found = hashlib.sha256(canonical(_placeless(spec.model_dump(exclude={"steps"}))).encode())
     for step in spec.steps:  # one by one: the plain form of a large pipeline would not be small
-        found.update(canonical(_placeless(step.model_dump())).encode())
+        plain = step.model_dump()
+        resources = plain["resources"]
+        plain["resources"] = {k: v for k, v in resources.items() if k not in _ADDED or v != _ADDED[k]}
+        found.update(canonical(_placeless(plain)).encode())
     return found.hexdigest()[:12]
+
+
+_ADDED: dict[str, Scalar] = {"shm_size": None, "network": False}
+"""Resources that came later: with these values they leave the version of a pipeline what it was."""
 
 
 def _placeless(value: Any) -> Any:

@@ -25,15 +25,20 @@ from mlpiped.spec import (
     SuccessSpec,
     Text,
     Upstream,
+    runs_in_container,
 )
+from mlpiped.spec_cycles import cycles_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from mlpiped.spec import Arg, Output, ParameterSpec, PipelineSpec, StepSpec, Trigger, Where
 
     CheckCron = Callable[[str, str], str | None]
     """(expression, time zone) -> a sentence, or None when it can be used."""
+
+    Images = Mapping[str, frozenset[bool]]
+    """Name of a compute or pool -> whether those in it run steps in containers: a pool may have both."""
 
 PUBLISH_FIELDS = ("pipeline", "run_id", "step", "output")
 """What `{…}` may name in the path that an output is published at."""
@@ -48,9 +53,10 @@ def faults_of(
     datastores: Collection[str] | None = None,
     computes: Collection[str] | None = None,
     check_cron: CheckCron | None = None,
+    images: Images | None = None,
 ) -> list[Fault]:
     """Every fault of `spec`, in the order of the file. What is None is not checked; `computes` includes pools."""
-    check = _Check(spec, datastores, computes, check_cron)
+    check = _Check(spec, datastores, computes, check_cron, images)
     check.pipeline()
     for step in spec.steps:
         check.step(step)
@@ -74,72 +80,6 @@ def path_fault(path: str) -> str | None:
     return "is too long" if len(path.encode(errors="replace")) > 4096 else None
 
 
-def cycles_of(before: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """One shortest cycle of each knot of the graph `node -> those it waits for`, as [a, b, a] in running order."""
-    found = []
-    for knot in _knots(before):
-        start = knot[0]
-        inside = set(knot)
-        if len(knot) == 1:
-            if start in before[start]:
-                found.append([start, start])
-            continue
-        parent: dict[str, str] = {}
-        layer = [start]
-        while start not in parent:
-            following = []
-            for node in layer:
-                for earlier in before[node]:
-                    if earlier in inside and earlier not in parent:
-                        parent[earlier] = node
-                        following.append(earlier)
-            layer = following
-        path = [start]
-        node = parent[start]
-        while node != start:
-            path.append(node)
-            node = parent[node]
-        found.append([*path, start])
-    return found
-
-
-def _knots(before: Mapping[str, Sequence[str]]) -> Iterator[list[str]]:
-    """The strongly connected parts (Tarjan, without recursion: a chain of 10,000 steps is fine)."""
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    on_stack: set[str] = set()
-    order = {node: number for number, node in enumerate(before)}
-    for root in before:
-        if root in index:
-            continue
-        work = [(root, iter(before[root]))]
-        index[root] = low[root] = len(index)
-        stack.append(root)
-        on_stack.add(root)
-        while work:
-            node, rest = work[-1]
-            for other in rest:
-                if other not in index:
-                    index[other] = low[other] = len(index)
-                    stack.append(other)
-                    on_stack.add(other)
-                    work.append((other, iter(before[other])))
-                    break
-                if other in on_stack:
-                    low[node] = min(low[node], index[other])
-            else:
-                work.pop()
-                if work:
-                    low[work[-1][0]] = min(low[work[-1][0]], low[node])
-                if low[node] == index[node]:
-                    knot: list[str] = []
-                    while not knot or knot[-1] != node:
-                        knot.append(stack.pop())
-                    on_stack.difference_update(knot)
-                    yield sorted(knot, key=order.__getitem__)
-
-
 class _Check:
     """The faults of one spec as they are found."""
 
@@ -149,11 +89,14 @@ class _Check:
         datastores: Collection[str] | None,
         computes: Collection[str] | None,
         check_cron: CheckCron | None,
+        images: Images | None,
     ) -> None:
         self.spec = spec
         self.datastores = datastores
         self.computes = computes
         self.check_cron = check_cron
+        self.images = images
+        self.any_images = frozenset(one for found in (images or {}).values() for one in found)
         self.faults: list[Fault] = []
         self.declared = {parameter.name: parameter for parameter in spec.parameters}
         self.outputs = {step.name: {output.name for output in step.outputs} for step in spec.steps}
@@ -242,16 +185,45 @@ class _Check:
             self._uses(name, where)
         self._arguments(step)
         self._code(step)
-        if step.resources.gpus and self.computes is not None:
-            message = f"step `{step.name}` asks for GPUs, and no compute leases them yet"
-            self.fault(where, message, "leave `gpus=` out: the step then sees every card of its machine")
         if self.computes is not None:
             for name in step.compute:
                 if name not in self.computes:
                     self._near("compute or pool", name, self.computes, where, "add it to the config: `[compute.NAME]`")
+        self._container(step)
         for what, seconds in (("timeout", step.timeout), ("grace", step.grace)):
             if seconds is not None and not 0 <= seconds < _FINITE[1]:
                 self.fault(where, f"{what} is not a duration: {seconds}")
+
+    def _container(self, step: StepSpec) -> None:
+        """A step with an image runs in a container, one without does not; and no compute does both."""
+        environment, resources, where = step.environment, step.resources, step.where
+        bases = {"an image": environment.image, "a Dockerfile": environment.dockerfile}
+        bases["requirements"] = environment.requirements
+        given = [name for name, value in bases.items() if value is not None]
+        if len(given) > 1:
+            self.fault(where, f"step `{step.name}` has {' and '.join(given)}: an environment is of one kind")
+        if resources.gpu_memory is not None and not resources.gpus:
+            self.fault(where, f"step `{step.name}` asks for memory of a card, and for no card", "add `gpus=1`")
+        if self.images is None:
+            return
+        wanted = runs_in_container(step)
+        known = [name for name in step.compute if name in self.images]
+        if len(known) < len(step.compute) or not self.images:
+            return  # named already
+        offered = frozenset(one for name in known for one in self.images[name]) if known else self.any_images
+        if wanted in offered:
+            return
+        names = " and ".join(f"`{name}`" for name in known) or "no compute of the config"
+        if wanted:
+            lead, hint = f"step `{step.name}` runs in a container", 'with `kind = "docker"`'
+            able = " or ".join(f"`{name}`" for name, found in self.images.items() if True in found)
+            verb = ("runs none" if len(known) == 1 else "run none") if known else "runs any"
+            self.fault(where, f"{lead}, and {names} {verb}", f"{able} can" if able else f"add a compute {hint}")
+        else:
+            verb = "runs" if len(known) == 1 else "run"
+            rest = f"{names} {verb} containers only" if known else "every compute of the config runs containers only"
+            hint = "give it `Environment(image=…)`" + (", or name another compute" if known else "")
+            self.fault(where, f"step `{step.name}` has no image, and {rest}", hint)
 
     def _upstream(self, source: Upstream, where: Where) -> None:
         if source.step not in self.outputs:

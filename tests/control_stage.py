@@ -17,7 +17,7 @@ from mlpiped.clock import SystemClock
 from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
-from mlpiped.errors import Fault
+from mlpiped.errors import Fault, UnknownName
 from mlpiped.ledger import Ledger, StepRow, moves
 from mlpiped.model import AttemptEnd, Cause, CauseKind, Event, OutputFact, RunOutcome, StepOutcome, StepState
 from mlpiped.protocol import typed_parameters
@@ -105,6 +105,7 @@ class Acts:
         self.stage = stage
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.keys: dict[str, int] = {}
+        self.drained = False
         self.waiting: str | None = "waits for a slot on `local`: 2 slots, 2 in use"
         self.raises: BaseException | None = None
 
@@ -151,6 +152,12 @@ class Acts:
         self._note("resume", pipeline=pipeline, who=who)
         await self.stage.ledger.write(moves.set_paused(pipeline, False, who, self.stage.now))
 
+    async def drain(self, compute: str, drained: bool, who: str) -> None:
+        if compute != "local":
+            raise UnknownName.among("compute", compute, ["local"])
+        self._note("drain", compute=compute, drained=drained, who=who)
+        self.drained = drained
+
     async def reload(self, who: str) -> dict[str, Any]:
         self._note("reload", who=who)
         return {"pipelines": 1, "broken": [], "config": "unchanged"}
@@ -171,7 +178,14 @@ class Acts:
         return [
             {
                 "name": "local", "kind": "local", "slots": 2, "used": 1, "memory": 1 << 30, "memory_used": 0,
-                "holders": [holder], "health": None,
+                "holders": [holder], "health": None, "unwell_since": None, "drained": self.drained,
+                "cards_trouble": None,
+                "cards": [
+                    {"uuid": "GPU-1", "index": 0, "name": "RTX", "memory": 24 << 30, "foreign": None,
+                     "holders": [holder]},
+                    {"uuid": "GPU-2", "index": 1, "name": "RTX", "memory": 24 << 30, "holders": [],
+                     "foreign": "in use by python (pid 4242), not ours"},
+                ],
             }
         ]  # fmt: skip
 

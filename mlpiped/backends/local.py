@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -20,6 +21,7 @@ from mlpiped.backends import folder as folders
 from mlpiped.backends import processes
 from mlpiped.backends.base import Capacity, Handle, Job, Lost, NeverRan, Outcome
 from mlpiped.backends.environments import Environments
+from mlpiped.backends.host_cards import HostCards
 from mlpiped.backends.launcher import MESSAGE, Call, Launcher
 from mlpiped.backends.memory_group import MemoryGroup
 from mlpiped.backends.supervisor import boot_id
@@ -55,6 +57,8 @@ class LocalBackend:
         memory: int | None,
         cpus: float | None,
         python: str = sys.executable,
+        gpus: Literal["auto"] | int = 0,
+        instance: str = "",
     ) -> None:
         self.name = name
         self.jobs_dir = jobs_dir.absolute()
@@ -62,6 +66,7 @@ class LocalBackend:
         self._capacity = Capacity(slots=slots, cpus=cpus, memory=memory)
         self._environments = Environments(envs_dir.absolute(), python)
         self._launcher = Launcher(python)
+        self._cards = HostCards(name, gpus, instance, self.jobs_dir.parent / "gpus")
         self._boot = boot_id()
         self._base: dict[str, str] | None = None  # of a job that wants no environment of its own
         self._remover = _Remover(name)
@@ -78,17 +83,28 @@ class LocalBackend:
         def make() -> None:
             folders.prepare(self.jobs_dir)
             self._environments.prepare()
+            self._cards.set_right(self._lives)
 
         await self._do("make its folders", make)
         await self._do_zygote()
 
     def capacity(self) -> Capacity:
-        return self._capacity
+        return replace(self._capacity, cards=self._cards.seen, no_cards=self._cards.trouble)
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return 0
 
     async def submit(self, job: Job) -> Handle:
+        if not job.gpus:
+            return await self._submit(job)
+        await self._do("lease the cards", lambda: self._cards.take(job))
+        try:
+            return await self._submit(job)
+        except InvalidJob:
+            await self._give_back(job.token)
+            raise
+
+    async def _submit(self, job: Job) -> Handle:
         folder = folders.at(self._jobs, job.token)
         if self._environments.wanted(job):
             known = await self._do("look for the job", lambda: folders.read_claim(folder))
@@ -110,8 +126,7 @@ class LocalBackend:
         for name in ("PATH", "PYTHONPATH"):  # the step's own come first; the environment's stay reachable
             if name in job.env:
                 env[name] = f"{job.env[name]}:{base[name]}"
-        if job.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
+        env.update(self._cards.environment(job))
         order = folders.order(job.argv(folders.output_paths(folder, job)), env, job)
         make, params = folders.contents(job)
         return json.dumps({**order, "make": make, "params": params})
@@ -159,6 +174,15 @@ class LocalBackend:
             raise BackendUnavailable(f"no process can be started on `{self.name}`: {error.strerror}") from error
 
     async def wait(self, handle: Handle) -> Outcome:
+        outcome = await self._ended(handle)
+        await self._give_back(handle["token"])
+        return outcome
+
+    async def _give_back(self, token: str) -> None:
+        if self._cards.leased(token):
+            await self._do("give back the cards", lambda: self._cards.give(token))
+
+    async def _ended(self, handle: Handle) -> Outcome:
         folder = self._folder(handle)
         with self._launcher.listen(handle["token"]) as call:
             new, call.exit = self._launcher.recall(call.token)
@@ -221,6 +245,17 @@ class LocalBackend:
             return Lost("host rebooted")
         return said
 
+    def _lives(self, token: str) -> bool:
+        """Whether a job that has cards runs, or may yet start."""
+        folder = folders.at(self._jobs, token)
+        handle = folders.read_claim(folder)
+        if handle is None:
+            return not folders.fenced(folder)
+        try:
+            return self._look(folder, {**handle, "token": token}) is None
+        except BackendUnavailable:
+            return True
+
     def _lost(self, folder: str, handle: Handle) -> Lost | NeverRan:
         if folders.fenced(folder):
             return NeverRan("its token was fenced before it started")
@@ -254,7 +289,10 @@ class LocalBackend:
 
     async def fence(self, token: str) -> NeverRan | Handle:
         folder = folders.at(self._jobs, token)
-        return await self._do("fence the job", lambda: folders.fence(folder))
+        found = await self._do("fence the job", lambda: folders.fence(folder))
+        if isinstance(found, NeverRan):
+            await self._give_back(token)
+        return found
 
     async def logs(
         self, handle: Handle, stream: Literal["stdout", "stderr"], offset: int, follow: bool
@@ -289,6 +327,7 @@ class LocalBackend:
 
     async def health(self) -> str | None:
         def look() -> str | None:
+            self._cards.look()
             if not os.access(self.jobs_dir, os.W_OK | os.X_OK):
                 return f"the folder of its jobs cannot be written: {self.jobs_dir}"
             space = os.statvfs(self.jobs_dir)

@@ -42,6 +42,17 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("files", nargs="*", type=Path, metavar="FILE", help="plugin files to check in place of all")
     check.set_defaults(call=_check)
 
+    trust = verbs.add_parser(
+        "trust",
+        help="look at the host key of a box, and trust it",
+        description="Shows the key with which the box of `[compute.NAME]` names itself, and after a yes keeps it where "
+        "that compute looks for it. A box whose key is not trusted, or is another than before, is not used.",
+    )
+    _add_config(trust)
+    trust.add_argument("--yes", action="store_true", help="trust it without a question: it was compared already")
+    trust.add_argument("name", metavar="NAME", help='a compute with kind = "ssh"')
+    trust.set_defaults(call=_trust)
+
     init = verbs.add_parser("init", help="make a folder with a working config, datastore and example plugin")
     init.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
     init.set_defaults(call=_init)
@@ -108,6 +119,15 @@ def _check(args: argparse.Namespace) -> int:
     from mlpiped.cli.check import check
 
     return check(args.config, args.files, as_json=args.json)
+
+
+def _trust(args: argparse.Namespace) -> int:
+    from mlpiped.config import settings as config
+
+    settings = config.load(config.find(args.config, os.environ))
+    from mlpiped.cli.trust import trust  # needs asyncssh, of which `load` has said so if it is missing
+
+    return trust(settings, args.name, yes=args.yes)
 
 
 def _init(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from mlpiped.cli import check_computes
 from mlpiped.cli.front import printable
 from mlpiped.config import settings as config
 from mlpiped.errors import ConfigError, Fault, UsageError
@@ -71,7 +72,7 @@ def _check_config(explicit: Path | None, findings: Findings, *, needed: bool) ->
     try:
         settings = config.load(path)
         findings.checked.append(("config", str(path), _summary(settings)))
-        findings.warnings += _warnings(settings)
+        findings.warnings += _warnings(settings) + check_computes.warnings_of(settings)
     except ConfigError as error:
         findings.checked.append(("config", str(path), ""))
         findings.faults += error.faults
@@ -144,7 +145,7 @@ def _installed(outline: Outline, findings: Findings) -> list[str]:
 
 async def _check_plugins(plugins: list[str], outline: Outline | None, strict: bool, findings: Findings) -> None:
     results: list[LoadResult | None] = [None] * len(plugins)
-    known = Known(outline.datastores, outline.computes) if outline else None
+    known = Known(outline.datastores, outline.computes, outline.images) if outline else None
     trusted = Trust(strict=strict, authors=_service(outline)) if strict else Trust()
     roots = [str(folder) for folder in outline.plugins] if outline and strict else []
     limiter = anyio.CapacityLimiter(AT_ONCE)

@@ -143,12 +143,24 @@ def _add_looks(add: Any) -> None:
     events.add_argument("-f", "--follow", action="store_true", help="go on with what happens")
     events.add_argument("--run", metavar="RUN", help="of one run only")
     events.add_argument("-n", dest="limit", type=_count, default=100, metavar="N", help="so many (default: 100)")
-    add("compute", "overview:compute", "slots, who holds them, health of each compute")
+    _add_compute(add)
     gc = add("gc", "overview:gc", "remove what is older than `[retention]` allows, as the daemon does every hour")
     gc.add_argument("--plan", action="store_true", help="only say what would be removed, and what it took to make")
     add("doctor", "overview:doctor", "find what is wrong; 1 when something is")
     completion = add("completion", "overview:completion", "print the completion script of a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
+
+
+def _add_compute(add: Any) -> None:
+    compute = add("compute", "overview:compute", "slots and GPUs, who holds them, health of each compute")
+    deeds = compute.add_subparsers(metavar="DEED", parser_class=Parser)
+    texts = {"drain": "its steps finish, nothing new starts there", "undrain": "steps start there again"}
+    for name, text in texts.items():
+        deed = deeds.add_parser(name, help=text, description=text, formatter_class=_Formatter)
+        deed.add_argument("compute", metavar="NAME", help="a compute of the config")
+        deed.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+        deed.add_argument("--socket", metavar="SOCKET", default=argparse.SUPPRESS, help="the daemon's socket")
+        deed.set_defaults(call=f"act:{name}")
 
 
 def _add_runs(add: Any) -> None:

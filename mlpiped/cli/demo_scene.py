@@ -70,7 +70,7 @@ class Scene:
         for folder in (self.incoming, self.root / "ready", self.socket.parent):
             folder.mkdir(parents=True)
         (self.root / "mlpiped.toml").write_text(CONFIG.format(root=self.root))
-        shutil.copytree(PLUGINS, self.root / "plugins", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PLUGINS, self.root / "plugins", ignore=shutil.ignore_patterns("__pycache__", "boxes*"))
         numpy = importlib.import_module("numpy")
         pixels, digits = importlib.import_module("sklearn.datasets").load_digits(return_X_y=True)
         rows = numpy.column_stack([pixels, digits]).astype(int)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -38,14 +38,17 @@ _BOUNDS = {
 
 
 class FaultList:
-    """Collects the faults of one file."""
+    """Collects the faults of one file.
+
+    A section of `named_sections` that has kinds is a mapping of its key `kind` to the class of that kind.
+    """
 
     def __init__(
         self,
         file: str,
         lines: dict[KeyPath, int],
         sections: Mapping[str, type[BaseModel]],
-        named_sections: Mapping[str, type[BaseModel]],
+        named_sections: Mapping[str, type[BaseModel] | Mapping[str, type[BaseModel]]],
     ) -> None:
         self._file = file
         self._lines = lines
@@ -81,25 +84,44 @@ class FaultList:
         return text if len(text) <= 80 else text[:79] + "…"
 
     def add_from_pydantic(self, loc: KeyPath, kind: str, value: Any, ctx: Mapping[str, Any]) -> None:
+        loc, model = self._placed(loc)
         if kind == "extra_forbidden":
-            self._add_unknown_key(loc, value)
+            self._add_unknown_key(loc, value, model)
         elif kind == "missing":
-            self._add_missing(loc)
+            self._add_missing(loc, model)
+        elif kind == "union_tag_not_found":
+            self._add_missing((*loc, "kind"), self._first_model(loc))
+        elif kind == "union_tag_invalid":
+            kinds = self._named[str(loc[0])]
+            loc, value = (*loc, "kind"), value.get("kind") if isinstance(value, dict) else value
+            self._add_wrong_choice(loc, list(kinds) if isinstance(kinds, Mapping) else [], value)
         else:
-            self._add_wrong_value(loc, kind, value, ctx)
+            self._add_wrong_value(loc, kind, value, ctx, model)
 
-    def _add_unknown_key(self, loc: KeyPath, value: Any) -> None:
+    def _placed(self, loc: KeyPath) -> tuple[KeyPath, type[BaseModel] | None]:
+        """`loc` less the kind that pydantic puts into it, and the class of the table that its key stands in."""
+        head = str(loc[0])
+        found = self._named.get(head)
+        if isinstance(found, Mapping):
+            model = found.get(str(loc[2])) if len(loc) > 2 else None
+            return (loc[:2] + loc[3:] if model else loc), (model if len(loc) == 4 else None)
+        return loc, (found if len(loc) == 3 else self._sections.get(head) if len(loc) == 2 else None)
+
+    def _first_model(self, loc: KeyPath) -> type[BaseModel] | None:
+        found = self._named.get(str(loc[0]))
+        return next(iter(found.values()), None) if isinstance(found, Mapping) else found
+
+    def _add_unknown_key(self, loc: KeyPath, value: Any, model: type[BaseModel] | None) -> None:
         key = str(loc[-1])
         if len(loc) == 1:
             return self._add_unknown_at_top(key, is_table=isinstance(value, dict | list))
-        model = self._model_at(loc[:-1])
         known = list(model.model_fields) if model else []
         message = f"unknown key `{key}` in `{_table(loc[:-1])}`"
         if get_close_matches(key, known, n=1, cutoff=0.8):
             return self.add_unknown(loc, message, key, known)
         if key in (*self._sections, *self._named, "pools"):
             return self.add(loc, message, f"`[{key}]` is a section of its own")
-        homes = [home for home in self._homes(key) if home != _table(loc[:-1])]
+        homes = self._homes(key)
         if homes:
             return self.add(loc, message, f"`{key}` belongs to `{homes[0]}`")
         self.add_unknown(loc, message, key, known)
@@ -108,25 +130,33 @@ class FaultList:
         if is_table:
             known = [*self._sections, *self._named, "pools"]
             return self.add_unknown((key,), f"unknown section `[{key}]`", key, known)
-        keys = {k for model in (*self._sections.values(), *self._named.values()) for k in model.model_fields}
+        keys = {k for _, model in self._models() for k in model.model_fields}
         near = get_close_matches(key, keys, n=1, cutoff=0.6)
         hint = f"did you mean `{near[0]}` below `{self._homes(near[0])[0]}`?" if near else "put it below a section"
         self.add((key,), f"`{key}` stands in no section", hint)
 
-    def _add_missing(self, loc: KeyPath) -> None:
+    def _add_missing(self, loc: KeyPath, model: type[BaseModel] | None) -> None:
         key = str(loc[-1])
-        model = self._model_at(loc[:-1])
-        choices = get_args(model.model_fields[key].annotation) if model else ()
-        example = f'write `{key} = "{choices[0]}"`' if choices and isinstance(choices[0], str) else f'add `{key} = "…"`'
+        annotation = model.model_fields[key].annotation if model else None
+        choices = get_args(annotation)
+        example = f"add `{key} = 4`" if annotation is int else f'add `{key} = "…"`'
+        if choices and isinstance(choices[0], str):
+            example = f'write `{key} = "{choices[0]}"`'
         self.add(loc[:-1], f"`{_table(loc[:-1])}` needs `{key}`", example)
 
-    def _add_wrong_value(self, loc: KeyPath, kind: str, value: Any, ctx: Mapping[str, Any]) -> None:
+    def _add_wrong_choice(self, loc: KeyPath, choices: Sequence[str], value: Any) -> None:
+        message = f"{self._subject(loc)} must be one of {_listed(choices)}, not {self.shown(value)}"
+        near = get_close_matches(value, choices, n=1, cutoff=0.5) if isinstance(value, str) else []
+        self.add(loc, message, f'did you mean "{near[0]}"?' if near else None)
+
+    def _add_wrong_value(
+        self, loc: KeyPath, kind: str, value: Any, ctx: Mapping[str, Any], model: type[BaseModel] | None
+    ) -> None:
         subject, shown = self._subject(loc), self.shown(value)
         if kind == "literal_error":
-            choices = self._choices(loc)
-            message = f"{subject} must be one of {_listed(choices)}, not {shown}"
-            near = get_close_matches(value, choices, n=1, cutoff=0.5) if isinstance(value, str) else []
-            return self.add(loc, message, f'did you mean "{near[0]}"?' if near else None)
+            annotation = model.model_fields[str(loc[-1])].annotation if model else None
+            choices = [choice for choice in get_args(annotation) if isinstance(choice, str)]
+            return self._add_wrong_choice(loc, choices, value)
         if kind == "value_error" and "error" in ctx:
             sentence, _, advice = str(ctx["error"]).partition("\n")
             return self.add(loc, f"{subject} {sentence}: {shown}", advice or None)
@@ -142,17 +172,18 @@ class FaultList:
         self.add(loc, f"{subject} must be {wanted}, not {_kind(value)}: {shown}", hint)
 
     def _homes(self, key: str) -> list[str]:
-        found = [f"[{name}]" for name, model in self._sections.items() if key in model.model_fields]
-        return found + [f"[{name}.NAME]" for name, model in self._named.items() if key in model.model_fields]
+        return [home for home, model in self._models() if key in model.model_fields]
 
-    def _model_at(self, table: KeyPath) -> type[BaseModel] | None:
-        head = str(table[0])
-        return self._named.get(head) if len(table) == 2 else self._sections.get(head) if len(table) == 1 else None
-
-    def _choices(self, loc: KeyPath) -> list[str]:
-        model = self._model_at(loc[:-1])
-        annotation = model.model_fields[str(loc[-1])].annotation if model else None
-        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    def _models(self) -> Iterator[tuple[str, type[BaseModel]]]:
+        """Every class that has keys, and how its table is written."""
+        for name, model in self._sections.items():
+            yield f"[{name}]", model
+        for name, found in self._named.items():
+            if not isinstance(found, Mapping):
+                yield f"[{name}.NAME]", found
+                continue
+            for kind, model in found.items():
+                yield f'[{name}.NAME]` with `kind = "{kind}"', model
 
     @staticmethod
     def _subject(loc: KeyPath) -> str:

@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import BaseModel, ValidationError
 
+from mlpiped.config import computes as config_computes
 from mlpiped.config import find as config_find
-from mlpiped.config import values as config_values
+from mlpiped.config.computes import Compute, DockerCompute, LocalCompute, SshCompute, cpu_count
 from mlpiped.config.faults import FaultList
+from mlpiped.config.fields import (
+    AbsolutePath,
+    Count,
+    KeptBytes,
+    KeptSeconds,
+    Operator,
+    Program,
+    Seconds,
+    Section,
+    SocketPath,
+    Text,
+)
 from mlpiped.config.find import find
 from mlpiped.config.lines import line_of, scan
 from mlpiped.errors import ConfigError, Fault
@@ -28,10 +40,12 @@ __all__ = [
     "Control",
     "Daemon",
     "Datastore",
+    "DockerCompute",
     "LocalCompute",
     "Outline",
     "Retention",
     "Settings",
+    "SshCompute",
     "cpu_count",
     "default_settings",
     "find",
@@ -40,74 +54,10 @@ __all__ = [
 ]
 
 STATE_DIR = Path("/var/lib/mlpiped")
-_OPERATOR = re.compile(r"@?[A-Za-z0-9_][A-Za-z0-9_.-]*\$?\Z")
-_NOT_YET_COMPUTES = ("docker", "ssh", "slurm")
+_NOT_YET_COMPUTES = ("slurm",)
 
 
-def _absolute(path: Path, info: ValidationInfo) -> Path:
-    base = (info.context or {}).get("base")
-    try:
-        return path if base is None else config_find.below(base, path)
-    except RuntimeError:
-        raise ValueError(f"names a home that does not exist\nthere is no user `{path.parts[0][1:]}` here") from None
-
-
-def _program(path: Path, info: ValidationInfo) -> Path:
-    """A bare name is looked up as the shell would; the rest is a path."""
-    if len(path.parts) == 1 and not path.is_absolute():
-        found = shutil.which(str(path))
-        if found is None:
-            raise ValueError("is not found on PATH\ngive the absolute path of a Python interpreter")
-        return Path(found)
-    return _absolute(path, info)
-
-
-def _filled(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must not be empty")
-    if any(ord(c) < 32 for c in text):
-        raise ValueError("must not have control characters in it")
-    return text
-
-
-def _filled_path(value: object) -> object:
-    return _filled(value) if isinstance(value, str) else value
-
-
-def _operator(text: str) -> str:
-    if not _OPERATOR.match(text):
-        raise ValueError('is neither a user nor a group\nwrite "alice" for a user and "@ml" for a group')
-    return text
-
-
-def _socket(path: Path) -> Path:
-    length = len(os.fsencode(path))
-    if length > config_find.LONGEST_SOCKET:
-        raise ValueError(
-            f"is too long for a socket: {length} bytes, at most {config_find.LONGEST_SOCKET}\n"
-            "set `runtime_dir` in `[daemon]`, or `socket` in `[control]`, to a shorter path"
-        )
-    return path
-
-
-Text = Annotated[str, AfterValidator(_filled)]
-AbsolutePath = Annotated[Path, BeforeValidator(_filled_path), AfterValidator(_absolute)]
-Program = Annotated[Path, BeforeValidator(_filled_path), AfterValidator(_program)]
-SocketPath = Annotated[AbsolutePath, AfterValidator(_socket)]
-Seconds = Annotated[float, BeforeValidator(config_values.seconds), Field(gt=0)]
-Bytes = Annotated[int, BeforeValidator(config_values.size), Field(gt=0)]
-KeptSeconds = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(config_values.kept_seconds)]
-KeptBytes = Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(config_values.kept_size)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-Amount = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-Operator = Annotated[str, AfterValidator(_operator)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Daemon(_Section):
+class Daemon(Section):
     """`[daemon]`"""
 
     state_dir: AbsolutePath = STATE_DIR
@@ -119,7 +69,7 @@ class Daemon(_Section):
     python: Program | None = None  # the interpreter of steps; None: the daemon's own
 
 
-class Control(_Section):
+class Control(Section):
     """`[control]`"""
 
     socket: SocketPath
@@ -127,7 +77,7 @@ class Control(_Section):
     operators: tuple[Operator, ...] = ()  # users, and `@group`s, who may act
 
 
-class Datastore(_Section):
+class Datastore(Section):
     """`[datastores.NAME]`"""
 
     path: AbsolutePath
@@ -135,16 +85,7 @@ class Datastore(_Section):
     poll_interval: Seconds = 30.0
 
 
-class LocalCompute(_Section):
-    """`[compute.NAME]` with kind = "local". None: not limited by us."""
-
-    kind: Literal["local"]
-    slots: Count = Field(default_factory=lambda: cpu_count())
-    memory: Bytes | None = None
-    cpus: Amount | None = None
-
-
-class Retention(_Section):
+class Retention(Section):
     """`[retention]`. None: kept for ever, written "forever"."""
 
     runs: KeptSeconds = 180 * 86_400.0
@@ -152,29 +93,27 @@ class Retention(_Section):
     logs: KeptSeconds = 30 * 86_400.0
 
 
-class Settings(_Section):
+class Settings(Section):
     """The whole config. `path` is the file that it came from."""
 
     path: Path | None = None
     daemon: Daemon
     control: Control
     datastores: Mapping[str, Datastore] = {}
-    compute: Mapping[str, LocalCompute] = {}
+    compute: Mapping[str, Compute] = {}
     pools: Mapping[str, tuple[str, ...]] = {}
     retention: Retention = Retention()
 
 
 SECTIONS: dict[str, type[BaseModel]] = {"daemon": Daemon, "control": Control, "retention": Retention}
-NAMED_SECTIONS: dict[str, type[BaseModel]] = {"datastores": Datastore, "compute": LocalCompute}
+NAMED_SECTIONS: dict[str, type[BaseModel] | Mapping[str, type[BaseModel]]] = {
+    "datastores": Datastore,
+    "compute": config_computes.KINDS,  # by its key `kind`
+}
 NOT_YET = {
     "notify": "notices are not built yet",
     "credentials": "credentials are not built yet",
 }
-
-
-def cpu_count() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def default_settings(
@@ -210,6 +149,7 @@ def load(path: Path) -> Settings:
     _check_names(raw, faults)
     _check_pools(raw, faults)
     _fill_in(raw)
+    config_computes.check(raw, path.parent, *_own_folders(raw, path.parent), faults)
     settings: Settings | None = None
     try:
         settings = Settings.model_validate({**raw, "path": path}, context={"base": path.parent})
@@ -233,6 +173,7 @@ class Outline:
     state_dir: Path
     datastores: frozenset[str]
     computes: frozenset[str]  # pools too
+    images: Mapping[str, frozenset[bool]] = field(default_factory=dict)  # of each: whether its computes run images
 
 
 def outline(path: Path) -> Outline | None:
@@ -246,14 +187,18 @@ def outline(path: Path) -> Outline | None:
     plugins = written.get("plugins", ["plugins"])
     folders = [p for p in plugins if isinstance(p, str)] if isinstance(plugins, list) else []
     state_dir = written.get("state_dir")
-    names = {section: frozenset(dict(_tables(raw, section))) for section in ("datastores", "compute")}
+    kinds = {name: str(table.get("kind")) for name, table in _tables(raw, "compute")} or {"local": "local"}
     pools = raw["pools"] if isinstance(raw.get("pools"), dict) else {}
+    members = {
+        n: tuple(m for m in found if isinstance(m, str)) for n, found in pools.items() if isinstance(found, list)
+    }
     try:
         return Outline(
             plugins=tuple(config_find.below(path.parent, p) for p in folders),
             state_dir=config_find.below(path.parent, state_dir) if isinstance(state_dir, str) else STATE_DIR,
-            datastores=names["datastores"],
-            computes=(names["compute"] or frozenset({"local"})) | frozenset(pools),
+            datastores=frozenset(dict(_tables(raw, "datastores"))),
+            computes=frozenset(kinds) | frozenset(pools),
+            images=config_computes.images_of(kinds, members),
         )
     except RuntimeError:  # the home of nobody
         return None
@@ -299,7 +244,7 @@ def _take_out_what_is_not_built(raw: dict[str, Any], faults: FaultList) -> None:
         if table.get("kind") in _NOT_YET_COMPUTES:
             del raw["compute"][name]
             message = f'`kind = "{table["kind"]}"` in `[compute.{name}]` is not built yet'
-            faults.add(("compute", name, "kind"), message, 'the kind that works is "local"')
+            faults.add(("compute", name, "kind"), message, 'the kinds that work are "local", "docker" and "ssh"')
 
 
 def _tables(raw: dict[str, Any], section: str) -> list[tuple[str, dict[str, Any]]]:
@@ -341,3 +286,16 @@ def _fill_in(raw: dict[str, Any]) -> None:
         control.setdefault("socket", str(runtime_dir / config_find.SOCKET_NAME))
     if not raw.get("compute"):
         raw["compute"] = {"local": {"kind": "local"}}
+
+
+def _own_folders(raw: dict[str, Any], base: Path) -> tuple[Path, Path]:
+    """The state folder and the control socket, once `_fill_in` has been; what is no path has a fault of its own."""
+    found = []
+    for section, key, default in (("daemon", "state_dir", STATE_DIR), ("control", "socket", config_find.RUNTIME_DIR)):
+        table = raw.get(section)
+        written = table.get(key) if isinstance(table, dict) else None
+        try:
+            found.append(config_find.below(base, written) if isinstance(written, str) else default)
+        except (RuntimeError, ValueError):
+            found.append(default)
+    return found[0], found[1]

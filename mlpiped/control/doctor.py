@@ -125,13 +125,26 @@ async def _orphans(service: Service) -> list[Finding]:
 
 
 async def _compute(service: Service) -> list[Finding]:
-    computes = list(service.actions.compute())
-    found = [
-        Finding("compute", "fail", f"`{c['name']}`: {c['health']}", "work for it waits, and goes on by itself")
-        for c in computes
-        if c["health"]
-    ]
-    return found or [Finding("compute", "ok", ", ".join(f"`{c['name']}`" for c in computes) or "none")]
+    """Each compute by what it says now, not only by what it was seen to be last."""
+    now = {} if service.healths is None else await service.healths()
+    found = []
+    for compute in service.actions.compute():
+        name, kind = compute["name"], compute["kind"]
+        trouble = now.get(name) or compute["health"]
+        if trouble:
+            found.append(Finding("compute", "fail", f"`{name}`: {trouble}", _helps(name, kind)))
+        else:
+            has = f"{compute['slots']} slots" + (f", {len(compute['cards'])} cards" if compute["cards"] else "")
+            found.append(Finding("compute", "ok", f"`{name}` ({kind}): {has}{', drained' * compute['drained']}"))
+        if compute["cards_trouble"]:
+            hint = "run `nvidia-smi` there, as the user of the steps"
+            found.append(Finding("compute", "warn", f"the cards of `{name}`: {compute['cards_trouble']}", hint))
+    return found or [Finding("compute", "ok", "none")]
+
+
+def _helps(name: str, kind: str) -> str:
+    looks = {"docker": "`systemctl status docker` on this machine", "ssh": f"`mlpiped check`, and log in to `{name}`"}
+    return f"work for it waits, and goes on by itself; look: {looks.get(kind, '`mlpipectl compute`')}"
 
 
 async def _arrivals(service: Service) -> list[Finding]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mlpiped.control.service import LoadedPipeline, Service
     from mlpiped.errors import Fault
     from mlpiped.ledger.rows import RunRow
+    from mlpiped.protocol import HolderJson
     from mlpiped.spec import PipelineSpec, Trigger
     from mlpiped.triggers.schedule import ScheduleView
 
@@ -110,9 +111,18 @@ async def _failure_of(service: Service, run: RunRow) -> dict[str, Any]:
 
 def computes(service: Service) -> list[dict[str, Any]]:
     return [
-        {**c, "holders": [{**h, "since": json_time(h["since"])} for h in c["holders"]]}
+        {
+            **c,
+            "holders": _held(c["holders"]),
+            "unwell_since": json_time(c["unwell_since"]),
+            "cards": [{**card, "holders": _held(card["holders"])} for card in c["cards"]],
+        }
         for c in service.actions.compute()
     ]
+
+
+def _held(holders: Sequence[HolderJson]) -> list[dict[str, Any]]:
+    return [{**holder, "since": json_time(holder["since"])} for holder in holders]
 
 
 async def pipelines(service: Service) -> dict[str, Any]:

@@ -7,6 +7,7 @@ no row moved is an IllegalMove and nothing is written. Each move leaves one even
     step.waiting|queued|submitting {token, n, compute}|running|collecting   step.finished {outcome}
     attempt.intent {token}   attempt.submitted {token}   attempt.ended {token, end}   attempt.late {token}
     fire.<verdict> {pipeline, detail}   pipeline.paused|resumed {pipeline, who}
+    compute.drained|undrained {compute, who}   compute.unwell|well {compute, why}
 
 Four things are refused whatever the caller believes: two live attempts of one step, two commits of one step, success
 without a commit, and reuse of what is not the committed result of that key at this moment (StaleReuse).
@@ -26,7 +27,9 @@ from mlpiped.ledger.records import (
     lose_artifacts,
     put_stat_cache,
     save_definition,
+    set_drained,
     set_paused,
+    set_unwell,
 )
 from mlpiped.ledger.retiring import drop_stats, forget_loose_events, forget_run
 from mlpiped.ledger.rows import StepRow
@@ -64,7 +67,9 @@ __all__ = [
     "queue_step",
     "record_fire",
     "save_definition",
+    "set_drained",
     "set_paused",
+    "set_unwell",
     "start_run",
 ]
 
@@ -225,13 +230,25 @@ def _after_reuse(c: Connection, run_id: int, made_by: dict[int, Any], now: int) 
 
 
 # --- attempts -------------------------------------------------------------------------------------------------
-def intent(run_id: int, idx: int, token: str, n: int, compute: str, key: str, parts_json: str, now: int) -> Op[None]:
+def intent(
+    run_id: int,
+    idx: int,
+    token: str,
+    n: int,
+    compute: str,
+    key: str,
+    parts_json: str,
+    now: int,
+    *,
+    slots: int = 1,
+    cards: Sequence[str] = (),
+) -> Op[None]:
     """Step queued -> submitting, and its attempt `n` begins to live. The run must be running."""
 
     def op(c: Connection) -> None:
         values = {
             "run_id": run_id, "idx": idx, "token": token, "n": n, "compute": compute, "key": key,
-            "parts": clean(parts_json), "now": now,
+            "parts": clean(parts_json), "now": now, "slots": slots, "cards": json.dumps(cards) if cards else None,
         }  # fmt: skip
         if one(c, "submitting_step", values) is None:
             raise _illegal_step(c, run_id, idx, "submitting")

@@ -11,6 +11,7 @@ from mlpiped.ledger.rows import (
     STEP_STATES,
     AttemptRow,
     AuditRow,
+    ComputeRow,
     Counts,
     EventRow,
     FireRow,
@@ -154,6 +155,15 @@ class Queries:
     async def attempt(self, token: str) -> AttemptRow | None:
         row = await self._one("attempt", token=token)
         return None if row is None else attempt_row(row)
+
+    async def recent_use(self, since: int, limit: int = 50_000) -> list[tuple[str, int, float, float]]:
+        """What owners have had, by the hour, by the last `limit` attempts: (owner, µs, slot-seconds, card-seconds)."""
+        rows = await self._every("recent_use", since=since, limit=limit)
+        return [(owner, hour * 3_600_000_000, slots, cards) for owner, hour, slots, cards in rows]
+
+    async def computes(self) -> dict[str, ComputeRow]:
+        """What is known of computes, by name; nothing of one that was never drained nor unwell."""
+        return {row[0]: ComputeRow(*row) for row in await self._every("computes")}
 
     async def outputs(self, run_id: int, idx: int) -> tuple[OutputFact, ...]:
         """What a finished step made, or took from the result that it reused."""

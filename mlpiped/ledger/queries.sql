@@ -233,8 +233,8 @@ WHERE state <> 'waiting' AND state <> 'finished' GROUP BY state;
 
 -- name: insert_attempt
 -- The intent to start a token.
-INSERT INTO attempts (token, run_id, idx, n, compute, key, state, intent_at)
-VALUES (:token, :run_id, :idx, :n, :compute, :key, 'intent', :now);
+INSERT INTO attempts (token, run_id, idx, n, compute, key, state, intent_at, slots, cards)
+VALUES (:token, :run_id, :idx, :n, :compute, :key, 'intent', :now, :slots, :cards);
 
 -- name: attempt_place
 -- What a move of an attempt needs to know.
@@ -266,26 +266,35 @@ WHERE id = :id AND {attempt -> ended} RETURNING id;
 -- name: active_attempts
 -- What recovery looks up by token: attempts that live, the oldest first.
 SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,
-    intent_at, submitted_at, ended_at
+    intent_at, submitted_at, ended_at, slots, cards
 FROM attempts INDEXED BY attempts_live WHERE state <> 'ended' ORDER BY id;
 
 -- name: attempts
 -- The attempts of a step, in order.
 SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,
-    intent_at, submitted_at, ended_at
+    intent_at, submitted_at, ended_at, slots, cards
 FROM attempts WHERE run_id = :run_id AND idx = :idx ORDER BY n;
 
 -- name: attempts_of_run
 -- All attempts of a run, step by step, in order.
 SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,
-    intent_at, submitted_at, ended_at
+    intent_at, submitted_at, ended_at, slots, cards
 FROM attempts WHERE run_id = :run_id ORDER BY idx, n;
 
 -- name: attempt
 -- The attempt of a token.
 SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,
-    intent_at, submitted_at, ended_at
+    intent_at, submitted_at, ended_at, slots, cards
 FROM attempts WHERE token = :token;
+
+-- name: recent_use
+-- What owners had of the computes, an hour at a time, by the last attempts: slot-seconds and card-seconds.
+SELECT r.owner, a.ended_at / 3600000000 AS hour, sum((a.ended_at - a.submitted_at) * a.slots) / 1e6,
+    sum((a.ended_at - a.submitted_at) * coalesce(json_array_length(a.cards), 0)) / 1e6
+FROM attempts AS a
+JOIN runs AS r ON r.id = a.run_id
+WHERE a.id > (SELECT max(id) FROM attempts) - :limit AND a.ended_at >= :since AND a.submitted_at IS NOT NULL
+GROUP BY r.owner, hour;
 
 -- ==== keys, results, outputs, heads ====
 
@@ -556,6 +565,28 @@ DELETE FROM pauses WHERE pipeline = :pipeline RETURNING pipeline;
 -- name: paused
 -- Pipelines that are paused.
 SELECT pipeline FROM pauses;
+
+-- name: drain
+-- Nothing new starts on this compute; no row when it was so already.
+INSERT INTO computes (name, drained_by, drained_at) VALUES (:name, :who, :now)
+ON CONFLICT DO UPDATE SET drained_by = :who, drained_at = :now WHERE drained_by IS NULL RETURNING name;
+
+-- name: undrain
+-- Steps start on it again; no row when it was so already.
+UPDATE computes SET drained_by = NULL, drained_at = NULL WHERE name = :name AND drained_by IS NOT NULL RETURNING name;
+
+-- name: unwell
+-- An incident begins; no row when one goes on already.
+INSERT INTO computes (name, unwell, unwell_at) VALUES (:name, :why, :now)
+ON CONFLICT DO UPDATE SET unwell = :why, unwell_at = :now WHERE unwell IS NULL RETURNING name;
+
+-- name: well
+-- The incident is over; no row without one.
+UPDATE computes SET unwell = NULL, unwell_at = NULL WHERE name = :name AND unwell IS NOT NULL RETURNING name;
+
+-- name: computes
+-- What is known of computes.
+SELECT name, drained_by, drained_at, unwell, unwell_at FROM computes;
 
 -- name: insert_audit
 -- Who did what.

@@ -39,6 +39,32 @@ def set_paused(pipeline: str, paused: bool, who: str, now: int) -> Op[bool]:
     return op
 
 
+def set_drained(compute: str, drained: bool, who: str, now: int) -> Op[bool]:
+    """Nothing new starts on a compute, over restarts, or it does again. False when it was so already."""
+
+    def op(c: Connection) -> bool:
+        if one(c, "drain" if drained else "undrain", {"name": compute, "who": clean(who), "now": now}) is None:
+            return False
+        kind = "compute.drained" if drained else "compute.undrained"
+        c.emit(None, None, kind, now, compact({"compute": compute, "who": who}))
+        return True
+
+    return op
+
+
+def set_unwell(compute: str, why: str | None, now: int) -> Op[bool]:
+    """An incident begins, or is over (None). False when it was so already: one event an incident, over restarts too."""
+
+    def op(c: Connection) -> bool:
+        if one(c, "well" if why is None else "unwell", {"name": compute, "why": clean(why), "now": now}) is None:
+            return False
+        kind = "compute.well" if why is None else "compute.unwell"
+        c.emit(None, None, kind, now, compact({"compute": compute, "why": why}))
+        return True
+
+    return op
+
+
 def audit(who: str, uid: int | None, pid: int | None, verb: str, args: Mapping[str, Any], now: int) -> Op[None]:
     """Who did what. The caller keeps secrets out of `args`."""
 

@@ -78,6 +78,19 @@ class AttemptRow:
     intent_at: int
     submitted_at: int | None
     ended_at: int | None
+    slots: int = 1
+    cards: tuple[str, ...] = ()  # UUIDs of the GPUs that are leased to it
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeRow:
+    """What is known of a compute over restarts: who has drained it, and the incident that goes on."""
+
+    name: str
+    drained_by: str | None
+    drained_at: int | None
+    unwell: str | None
+    unwell_at: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +266,8 @@ def attempt_row(r: Sequence[Any]) -> AttemptRow:
         intent_at=r[13],
         submitted_at=r[14],
         ended_at=r[15],
+        slots=r[16],
+        cards=() if r[17] is None else tuple(json.loads(r[17])),
     )
 
 

@@ -26,7 +26,7 @@ from mlpiped.spec_check import faults_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from mlpiped.spec_check import CheckCron
+    from mlpiped.spec_check import CheckCron, Images
 
 ABSENT = ""
 """The digest of what is not there."""
@@ -41,10 +41,11 @@ _WORK_BELONGS = "a plugin only describes steps: work belongs in a step's script"
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The names that a config gives; None: not checked. `computes` includes pools."""
+    """The names that a config gives; None: not checked. `computes` includes pools; `images`: see `spec_check`."""
 
     datastores: Collection[str] | None = None
     computes: Collection[str] | None = None
+    images: Images | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def checked(raw: LoadResult, known: Known, check_cron: CheckCron | None) -> Load
     good: list[PipelineSpec] = []
     faults = list(raw.faults)
     for spec in raw.pipelines:
-        found = faults_of(spec, known.datastores, known.computes, check_cron)
+        found = faults_of(spec, known.datastores, known.computes, check_cron, known.images)
         faults += found
         if not found:
             good.append(spec)

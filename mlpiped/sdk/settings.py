@@ -15,17 +15,46 @@ _DEEPEST_INCLUDE = 10
 
 
 class Resources:
-    """What a step needs of a machine. `memory` is a limit: "16G", "512M" or bytes."""
+    """What a step needs of a machine. `memory` is a limit: "16G", "512M" or bytes.
 
-    def __init__(self, *, cpus: float = 1, memory: str | int | None = None, gpus: int = 0, slots: int = 1) -> None:
+    `gpus` cards are the step's alone, or with `gpu_memory=` it shares each with steps that together fit.
+    `shm_size` and `network` are for a step in a container, which otherwise has 64M of /dev/shm and reaches nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        cpus: float = 1,
+        memory: str | int | None = None,
+        gpus: int = 0,
+        gpu_memory: str | int | None = None,
+        shm_size: str | int | None = None,
+        network: bool = False,
+        slots: int = 1,
+    ) -> None:
         where = self.where = place.here()
         self.cpus = values.number(cpus, "cpus", where, least=0.001)
         self.memory = None if memory is None else values.size(memory, "memory", where)
         self.gpus = values.whole(gpus, "gpus", where, least=0)
+        self.gpu_memory = None if gpu_memory is None else values.size(gpu_memory, "gpu_memory", where)
+        if self.gpu_memory is not None and not self.gpus:
+            raise DefinitionError(
+                "gpu_memory is of a card, and gpus is 0", where, "add `gpus=1`, or use `memory=` for the machine's own"
+            )
+        self.shm_size = None if shm_size is None else values.size(shm_size, "shm_size", where)
+        self.network = values.flag(network, "network", where)
         self.slots = values.whole(slots, "slots", where, least=0)
 
     def plain(self) -> dict[str, object]:
-        return {"cpus": self.cpus, "memory": self.memory, "gpus": self.gpus, "slots": self.slots}
+        return {
+            "cpus": self.cpus,
+            "memory": self.memory,
+            "gpus": self.gpus,
+            "gpu_memory": self.gpu_memory,
+            "shm_size": self.shm_size,
+            "network": self.network,
+            "slots": self.slots,
+        }
 
 
 class Retry:
@@ -61,7 +90,9 @@ class Retry:
 class Environment:
     """What a step's code finds around it: packages (`requirements=`, a file beside the plugin), Python, variables.
 
-    Built once per content and cached; a part of the step's identity. The file is read when the plugin is loaded.
+    With `image=` ("name:tag") or `dockerfile=` (a file beside the plugin, without a build context) the step runs in a
+    container, which brings its own Python and packages. Built once per content and cached; a part of the step's
+    identity. Files are read when the plugin is loaded; what a tag means is asked before each run.
     """
 
     def __init__(
@@ -69,9 +100,19 @@ class Environment:
         *,
         requirements: str | None = None,
         python: str | None = None,
+        image: str | None = None,
+        dockerfile: str | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
         where = self.where = place.here()
+        _one_base({"image": image, "dockerfile": dockerfile, "requirements": requirements}, python, where)
+        self.image = None if image is None else _image(image, where)
+        self.dockerfile: str | None = None
+        if dockerfile is not None:
+            path = place.absolute(values.text(dockerfile, "dockerfile", where), where)
+            self.dockerfile = place.read_text(path, "the Dockerfile", where)
+            if not self.dockerfile.strip():
+                raise DefinitionError("the Dockerfile is empty", (path, 1), "it begins with `FROM image`")
         self.requirements: str | None = None
         if requirements is not None:
             path = place.absolute(values.text(requirements, "requirements", where), where)
@@ -85,7 +126,34 @@ class Environment:
                 raise DefinitionError(f"`{key}` is set by mlpiped itself", where, "choose a name without `MLPIPED_`")
 
     def plain(self) -> dict[str, object]:
-        return {"requirements": self.requirements, "python": self.python, "env": self.env}
+        return {
+            "requirements": self.requirements,
+            "python": self.python,
+            "image": self.image,
+            "dockerfile": self.dockerfile,
+            "env": self.env,
+        }
+
+
+def _one_base(given: Mapping[str, object], python: object, where: place.Place) -> None:
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise DefinitionError(
+            f"an environment is of one kind: {' and '.join(f'`{name}=`' for name in named)}",
+            where,
+            "what a container needs is installed by its Dockerfile",
+        )
+    if python is not None and named and named[0] != "requirements":
+        raise DefinitionError(f"`python=` beside `{named[0]}=`", where, "a container brings its own Python")
+
+
+def _image(image: object, where: place.Place) -> str:
+    form = values.text(image, "image", where)
+    if form.startswith("-") or any(c.isspace() or not c.isprintable() for c in form):
+        raise DefinitionError(
+            f"not the name of an image: {values.shown(form)}", where, 'write it like "name:tag" or "name@sha256:…"'
+        )
+    return form
 
 
 def _version(python: object, where: place.Place) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tomllib
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from mlpiped.config import computes as config_computes
 from mlpiped.config import find as config_find
 from mlpiped.config import lines as config_lines
 from mlpiped.config import settings as config
@@ -115,12 +117,107 @@ def test_what_is_old_goes_by_default_unless_it_is_to_be_kept_for_ever(tmp_path: 
     assert set(kept.retention.model_dump().values()) == {None}
 
 
+def test_computes_of_every_kind_are_read_with_their_defaults(tmp_path: Path) -> None:
+    cpus = len(os.sched_getaffinity(0))
+    text = DOCKER + SSH + '[compute.l]\nkind = "local"'
+    found = {name: each.model_dump() for name, each in config.load(write(tmp_path, text)).compute.items()}
+    room = {"memory": None, "cpus": None}
+    assert found == {
+        "box": room
+        | {"kind": "docker", "url": "unix:///var/run/docker.sock", "slots": cpus, "gpus": 0, "allow_mounts": ()}
+        | {"user": None, "pull": "missing"},
+        "g": room
+        | {"kind": "ssh", "host": "h", "user": None, "port": 22, "key_file": None, "known_hosts": None}
+        | {"ssh_config": None, "agent": False, "work_dir": "~/.mlpiped", "slots": 1, "gpus": "auto", "mounts": {}}
+        | {"max_sessions": 8, "keepalive": 15.0, "unreachable_timeout": 86_400.0, "python": "python3"},
+        "l": room | {"kind": "local", "slots": cpus, "gpus": "auto"},
+    }
+
+
+def test_every_key_of_a_box_is_read(tmp_path: Path) -> None:
+    text = """
+[datastores.lab]
+path = "/data/lab"
+[compute.gpu1]
+kind = "ssh"
+host = "gpu1.lab"
+user = "mlpiped"
+port = 2222
+key_file = "keys/id"
+known_hosts = "known"
+ssh_config = "/etc/ssh/lab_config"
+agent = true
+work_dir = "/scratch/mlpiped"
+slots = 4
+cpus = 16
+memory = "64G"
+gpus = 2
+mounts = { lab = "/mnt/lab" }
+max_sessions = 4
+keepalive = "5s"
+unreachable_timeout = "2h"
+python = "/opt/python/bin/python3"
+[compute.box]
+kind = "docker"
+url = "unix:///run/user/1000/docker.sock"
+slots = 2
+gpus = "auto"
+allow_mounts = ["/data/lab", "/scratch:rw"]
+user = "1000:1000"
+pull = "never"
+[pools]
+any = ["gpu1", "box"]
+"""
+    found = config.load(write(tmp_path, text)).compute
+    gpu1, box = found["gpu1"], found["box"]
+    assert isinstance(gpu1, config.SshCompute) and isinstance(box, config.DockerCompute)
+    for one in (gpu1, box):
+        unset = set(type(one).model_fields) - one.model_fields_set
+        assert unset <= {"memory", "cpus"}
+    assert (gpu1.key_file, gpu1.known_hosts) == (tmp_path / "keys/id", tmp_path / "known")
+    assert (gpu1.mounts, gpu1.keepalive, gpu1.unreachable_timeout) == ({"lab": "/mnt/lab"}, 5, 7200)
+    assert box.allow_mounts == ("/data/lab", "/scratch:rw")
+
+
+@pytest.mark.parametrize(("kind", "package"), [("ssh", "asyncssh"), ("docker", "aiodocker")])
+def test_a_kind_whose_package_is_not_installed_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str
+) -> None:
+    here = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else here(name))
+    (found,) = faults(
+        tmp_path, f'[compute.gpu1]\nslots = 1\nkind = "{kind}"' + ('\nhost = "h"' if kind == "ssh" else "")
+    )
+    assert (found.line, found.message) == (3, f"compute `gpu1` needs {package}, which is not installed")
+    assert found.hint == f"pip install 'mlpiped[{kind}]'"
+
+
+def test_a_mount_that_leads_to_a_forbidden_folder_by_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    text = f'[daemon]\nstate_dir = "state"\n[compute.b]\nkind = "docker"\nallow_mounts = ["{tmp_path}/link"]'
+    (found,) = faults(tmp_path, text)
+    assert "would give every container the state folder" in found.message
+
+
+def test_files_that_a_box_needs_and_that_are_not_there_are_named(tmp_path: Path) -> None:
+    (tmp_path / "key").touch()
+    text = SSH + 'key_file = "key"\nknown_hosts = "known"\nssh_config = "key/config"' + DOCKER.join(["\n", ""])
+    settings = config.load(write(tmp_path, text))
+    assert list(config_computes.absent_files(settings.compute)) == [
+        f"the `known_hosts` of compute `g` is not there: `{tmp_path}/known`",
+        f"the `ssh_config` of compute `g` is not there: `{tmp_path}/key/config`",
+    ]
+
+
 def test_settings_cannot_be_changed(tmp_path: Path) -> None:
     settings = config.load(write(tmp_path, ""))
     with pytest.raises(ValidationError):
         settings.daemon.log = "json"  # type: ignore[misc]
 
 
+DOCKER = '[compute.box]\nkind = "docker"\n'
+SSH = '[compute.g]\nkind = "ssh"\nhost = "h"\nslots = 1\n'
 SINGLE = [
     # text, line, part of the message, part of the hint
     ('[daemon]\nstat_dir = "x"', 2, "unknown key `stat_dir` in `[daemon]`", "did you mean `state_dir`?"),
@@ -157,10 +254,63 @@ SINGLE = [
     ('[compute.c]\nkind = "local"\nslots = "4"', 3, "must be a whole number, not text", "slots = 4"),
     ('[compute.c]\nkind = "local"\nmemory = "32Q"', 3, 'is not a size: "32Q"', "32G"),
     ('[compute.c]\nkind = "local"\ncpus = inf', 3, "must be a finite number", None),
-    ('[compute.box]\nkind = "docker"\nurl = 3', 2, '`kind = "docker"` in `[compute.box]` is not built yet', '"local"'),
-    ('[compute.g]\nhost = "h"\nkind = "ssh"', 3, '`kind = "ssh"` in `[compute.g]` is not built yet', '"local"'),
-    ('[compute.c]\nkind = "slurm"', 2, "is not built yet", '"local"'),
-    ('[compute.c]\nkind = "loca"', 2, 'must be one of `local`, not "loca"', '"local"?'),
+    ('[compute.c]\nkind = "slurm"', 2, "is not built yet", '"local", "docker" and "ssh"'),
+    ('[compute.c]\nkind = "loca"', 2, 'must be one of `local`, `docker`, `ssh`, not "loca"', '"local"?'),
+    ("[compute.c]\nkind = 3", 2, "`kind` in `[compute.c]` must be one of `local`, `docker`, `ssh`, not 3", None),
+    ('[compute.c]\nkind = "local"\nhost = "h"', 3, "unknown key `host` in `[compute.c]`", 'with `kind = "ssh"`'),
+    ('[compute.c]\nkind = "local"\ngpus = "all"', 3, 'must be "auto" or a number of cards: "all"', '"auto" for all'),
+    ('[compute.c]\nkind = "local"\ngpus = true', 3, 'must be "auto" or a number of cards: true', None),
+    ('[compute.c]\nkind = "local"\ngpus = -1', 3, 'must be "auto" or a number of cards: -1', "0 for none"),
+    (DOCKER + "gpu = 1", 3, "unknown key `gpu` in `[compute.box]`", "did you mean `gpus`?"),
+    (DOCKER + "url = 3", 3, "`url` in `[compute.box]` must be text, not a whole number: 3", None),
+    (DOCKER + 'url = "tcp://h:2375"', 3, "must be the engine's Unix socket", "unix:///var/run/docker.sock"),
+    (DOCKER + 'url = "unix://docker.sock"', 3, "must be the engine's Unix socket", None),
+    (DOCKER + 'user = "alice"', 3, 'must be "uid:gid": "alice"', "1000:1000"),
+    (DOCKER + 'pull = "always"', 3, "must be one of `missing`, `never`", None),
+    (DOCKER + 'allow_mounts = "/data"', 3, "must be a list, not text", 'allow_mounts = ["/data"]'),
+    (DOCKER + 'allow_mounts = [\n"/data",\n"data"]', 5, 'must be an absolute path without `..`: "data"', "/data"),
+    (DOCKER + 'allow_mounts = ["/data/../etc"]', 3, "must be an absolute path without `..`", None),
+    (DOCKER + 'allow_mounts = ["/data:ro,z"]', 3, "has an option that is not known", "/data:rw"),
+    (DOCKER + 'allow_mounts = ["/"]', 3, "would give every container the whole machine", "name the folders"),
+    (DOCKER + 'allow_mounts = ["//:rw"]', 3, "would give every container the whole machine", "name the folders"),
+    (DOCKER + 'allow_mounts = ["/var/run"]', 3, "the Docker engine's socket: `/var/run`", "name the folders"),
+    (DOCKER + 'allow_mounts = ["/run/docker.sock:rw"]', 3, "the Docker engine's socket: `/run/docker.sock:rw`", None),
+    (DOCKER + 'url = "unix:///e/d.sock"\nallow_mounts = ["/e"]', 4, "the Docker engine's socket: `/e`", None),
+    (DOCKER + 'allow_mounts = ["/var/lib"]', 3, "would give every container the state folder: `/var/lib`", None),
+    (DOCKER + 'allow_mounts = ["/var/lib/mlpiped/jobs"]', 3, "lies in the state folder", "without it"),
+    (DOCKER + 'allow_mounts = ["/c"]\n[control]\nsocket = "/c/x.sock"', 3, "the control socket: `/c`", None),
+    ('[compute.g]\nkind = "ssh"\nhost = "h"', 1, "`[compute.g]` needs `slots`", "add `slots = 4`"),
+    ('[compute.g]\nkind = "ssh"\nslots = 1', 1, "`[compute.g]` needs `host`", "add `host = "),
+    ('[compute.g]\nkind = "ssh"\nslots = 1\nhost = ""', 4, "must not be empty", None),
+    (
+        '[compute.g]\nkind = "ssh"\nslots = 1\nhost = "bob@gpu1"',
+        4,
+        "holds a user",
+        '`host = "gpu1"` and `user = "bob"`',
+    ),
+    ('[compute.g]\nkind = "ssh"\nslots = 1\nhost = "-oProxyCommand=x"', 4, "is not the name of a host", None),
+    ('[compute.g]\nkind = "ssh"\nslots = 1\nhost = "a b"', 4, "is not the name of a host", None),
+    (SSH + "port = 0", 5, "must be at least 1: 0", None),
+    (SSH + "port = 65536", 5, "must be at most 65535: 65536", None),
+    (SSH + 'port = "22"', 5, "must be a whole number", "write `port = 22`, without quotes"),
+    (SSH + 'user = "a b"', 5, "is not the name of a user", None),
+    (SSH + 'agent = "yes"', 5, 'must be true or false, not text: "yes"', None),
+    (SSH + 'known_hosts = ""', 5, "must not be empty", None),
+    (SSH + 'key_file = "~no_such_user/id"', 5, "names a home that does not exist", None),
+    (SSH + 'work_dir = "mlpiped"', 5, "must be a folder on that machine", "~/…"),
+    (SSH + 'work_dir = "/"', 5, "must be a folder on that machine", None),
+    (SSH + 'work_dir = "~/../x"', 5, "must be a folder on that machine", None),
+    (SSH + 'mounts = { lab = "/mnt/lab" }', 5, "no datastore named `lab` in `mounts` of `[compute.g]`", "known: "),
+    (SSH + '[compute.g.mounts]\nlba = "/m"\n[datastores.lab]\npath = "d"', 6, "no datastore named `lba`", "`lab`?"),
+    (
+        SSH + 'mounts = { lab = "mnt" }\n[datastores.lab]\npath = "d"',
+        5,
+        "must be an absolute path on that machine",
+        None,
+    ),
+    (SSH + "keepalive = 15", 5, "must be a time span in quotes: 15", '"15s"'),
+    (SSH + "max_sessions = 0", 5, "must be at least 1: 0", None),
+    (SSH + 'python = "-c x"', 5, "is not one command", "python3"),
     ('[pools]\ngpu = ["local", "locla"]', 2, "no compute named `locla` in pool `gpu`", "did you mean `local`?"),
     ("[pools]\ngpu = []", 2, "pool `gpu` is empty", None),
     ('[pools]\nlocal = ["local"]', 2, "pool `local` has the name of a compute", None),
@@ -193,7 +343,7 @@ colour = true
 [datastores.lab]
 poll_interval = "soon"
 [compute.box]
-kind = "docker"
+kind = "slurm"
 [compute.local]
 kind = "local"
 slots = 0
@@ -205,7 +355,7 @@ a = ["box", "nowhere"]
 
 
 def test_a_pool_may_name_a_compute_that_has_faults_of_its_own(tmp_path: Path) -> None:
-    found = faults(tmp_path, '[compute.box]\nkind = "docker"\n[pools]\ngpu = ["box"]')
+    found = faults(tmp_path, '[compute.box]\nkind = "slurm"\n[pools]\ngpu = ["box"]')
     assert [fault.line for fault in found] == [2]
 
 
@@ -265,11 +415,11 @@ def test_every_commented_key_of_the_shipped_config_is_valid_when_uncommented(tmp
         for line in lines
     ]
     settings = config.load(write(tmp_path, "\n".join(bare)))
-    assert settings.pools == {"any": ("local",)}
+    assert settings.pools == {"gpu": ("gpu1", "box")}
     assert settings.datastores["lab"].path == Path("/data/lab")
-    for section in ("daemon", "control", "retention"):
-        part = getattr(settings, section)
-        assert part.model_fields_set == set(type(part).model_fields), f"[{section}] does not show every key"
+    for part in (settings.daemon, settings.control, settings.retention, *settings.compute.values()):
+        assert part.model_fields_set == set(type(part).model_fields), f"{type(part)} does not show every key"
+    assert {compute.kind for compute in settings.compute.values()} == set(config_computes.KINDS)
 
 
 # --- finding it ---------------------------------------------------------------------------------------------

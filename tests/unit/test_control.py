@@ -225,7 +225,7 @@ async def test_reader_may_look_and_may_not_act_and_no_deed_is_done() -> None:
         run = await stage.run()
         stage.service.access = Stranger("nogroup", (), 1)
         assert (await stage.ask("GET", "/v1/status"))[0] == 200
-        names = {"pipeline": "digits", "run": str(run)}
+        names = {"pipeline": "digits", "run": str(run), "compute": "local"}
         bodies: dict[str, Any] = {"submit": {"file": "/x.py"}}
         for route in ROUTES:
             if route.verb is not None:
@@ -253,7 +253,7 @@ async def test_every_mutation_leaves_an_audit_row_with_who_and_what() -> None:
         bodies: dict[str, Any] = {"submit": {"file": "/x.py"}, "run": {"parameters": {"rate": 0.5}}}
         for route in ROUTES:
             if route.verb is not None:
-                names = {"pipeline": "digits", "run": str(runs.get(route.verb, 1))}
+                names = {"pipeline": "digits", "run": str(runs.get(route.verb, 1)), "compute": "local"}
                 if route.media == "application/json":
                     status, answer = await stage.ask("POST", route.path.format(**names), bodies.get(route.verb, {}))
                     assert status == route.status, answer
@@ -731,6 +731,31 @@ async def test_doctor_looks_at_the_state_folder_the_clock_and_the_tools() -> Non
 
 async def orphans() -> dict[str, list[int]]:
     return {"mlp-1": [7, 8]}
+
+
+async def test_doctor_tells_each_compute_by_what_it_says_now() -> None:
+    async with staged() as stage:
+        one = next(iter(stage.acts.compute()))
+        card = {"uuid": "GPU-1", "index": 0, "name": "A", "memory": 1, "foreign": None, "holders": []}
+        stage.acts.compute = lambda: [  # type: ignore[method-assign]
+            {**one, "name": "gpu1", "kind": "ssh", "cards": [card, card], "drained": True},
+            {**one, "name": "gpu2", "kind": "ssh", "cards": [], "cards_trouble": "nvidia-smi is not there"},
+            {**one, "name": "box", "kind": "docker", "cards": []},
+        ]
+
+        async def healths() -> dict[str, str | None]:
+            return {"gpu1": None, "gpu2": None, "box": "the engine does not answer"}
+
+        stage.service.healths = healths
+        found = [
+            (c["level"], c["message"]) for c in (await stage.get("/v1/doctor"))["checks"] if c["name"] == "compute"
+        ]
+        assert found == [
+            ("ok", "`gpu1` (ssh): 2 slots, 2 cards, drained"),
+            ("ok", "`gpu2` (ssh): 2 slots"),
+            ("warn", "the cards of `gpu2`: nvidia-smi is not there"),
+            ("fail", "`box`: the engine does not answer"),
+        ]
 
 
 async def test_doctor_says_which_datastore_is_not_seen_by_inotify(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,9 +20,15 @@ class Walk:
     granted_to: list[tuple[int, str]] = field(default_factory=list)
     again: list[int] = field(default_factory=list)
     owner: str = "alice"
+    cards: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    began: dict[int, int] = field(default_factory=dict)  # µs
 
-    def granted(self, index: int, compute: str) -> None:
+    def granted(self, index: int, compute: str, cards: Sequence[str] = ()) -> None:
         self.granted_to.append((index, compute))
+        self.cards[index] = tuple(cards)
+
+    def since(self, index: int) -> int | None:
+        return self.began.get(index)
 
     def decide_again(self, index: int) -> None:
         self.again.append(index)

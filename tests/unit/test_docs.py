@@ -17,6 +17,7 @@ import mlpiped
 from mlpiped.cli import admin, ctl
 from mlpiped.cli.init import init
 from mlpiped.config import settings as config
+from mlpiped.config.computes import images_of
 from mlpiped.loader.load import Known, load_file
 from mlpiped.triggers import cron
 
@@ -71,7 +72,8 @@ async def test_every_plugin_example_loads_into_what_init_makes(page: Path, tmp_p
     for path, text in files.items():
         (lab / path).parent.mkdir(parents=True, exist_ok=True)
         (lab / path).write_text(text)
-    known = Known(frozenset(settings.datastores), frozenset(settings.compute))
+    computes = {**{name: each.kind for name, each in settings.compute.items()}, "box": "docker"}
+    known = Known(frozenset(settings.datastores), frozenset(computes), images_of(computes, {}))
     for path in [path for path in files if path.count("/") == 1]:
         result = await load_file(str(lab / path), known=known, check_cron=cron.check)
         assert not result.faults, f"{page.name}: {path}: {result.faults}"
@@ -117,7 +119,7 @@ def test_nothing_that_readme_says_is_missing_has_been_built_meanwhile() -> None:
     words = set(re.findall(r"`(\w+)(?:=[^`]*)?`", absent()))
     assert not words & set(mlpiped.__all__)
     assert "notify" in config.NOT_YET and "credentials" in config.NOT_YET
-    assert config._NOT_YET_COMPUTES == ("docker", "ssh", "slurm")
+    assert config._NOT_YET_COMPUTES == ("slurm",)
     assert not (Path(mlpiped.__file__).parent / "azureml").exists()
     assert not words & VERBS["mlpipectl"] and not words & VERBS["mlpiped"]
 
@@ -127,7 +129,12 @@ SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
     "[daemon]": (config.Daemon, "[daemon]\n{}\n"),
     "[control]": (config.Control, "[control]\n{}\n"),
     "[datastores.NAME]": (config.Datastore, '[datastores.x]\npath = "/x"\n{}\n'),
-    "[compute.NAME]": (config.LocalCompute, '[compute.x]\nkind = "local"\n{}\n'),
+    '[compute.NAME] kind = "local"': (config.LocalCompute, '[compute.x]\nkind = "local"\n{}\n'),
+    '[compute.NAME] kind = "docker"': (config.DockerCompute, '[compute.x]\nkind = "docker"\n{}\n'),
+    '[compute.NAME] kind = "ssh"': (
+        config.SshCompute,
+        '[daemon]\nstate_dir = "/s"\n[compute.x]\nkind = "ssh"\nhost = "h"\nslots = 1\n{}\n',
+    ),
     "[retention]": (config.Retention, "[retention]\n{}\n"),
 }
 
@@ -135,9 +142,10 @@ SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
 def tables() -> dict[str, list[tuple[str, str]]]:
     """Section -> (key, default) as docs/operations.md has them."""
     text = (ROOT / "docs" / "operations.md").read_text()
-    parts = re.split(r"^### `(\[[^`]+\])`$", text, flags=re.MULTILINE)[1:]
+    parts = re.split(r"^### `(\[[^`]+\])`(?: with `(kind = [^`]+)`)?$", text, flags=re.MULTILINE)[1:]
     rows = re.compile(r"^\| `(\w+)` \| (.+?) \| .+ \|$", re.MULTILINE)
-    return {name: rows.findall(body.split("\n## ")[0]) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+    named = zip(parts[::3], parts[1::3], parts[2::3], strict=True)
+    return {f"{name} {kind or ''}".rstrip(): rows.findall(body.split("\n## ")[0]) for name, kind, body in named}
 
 
 def test_config_reference_has_every_section_and_key_and_no_other() -> None:
@@ -174,7 +182,7 @@ def test_config_reference_has_the_defaults_of_the_code(tmp_path: Path) -> None:
             path = tmp_path / "mlpiped.toml"
             assert loaded(path, form.format(line)) == loaded(path, form.format("")), f"{section} {key}"
             checked += 1
-    assert checked >= 8
+    assert checked >= 18
 
 
 def test_every_file_that_a_page_links_to_is_there() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mlpiped import keys
-from mlpiped.keys import CodePart, InputPart, StaticParts
-from mlpiped.spec import StepSpec
+from mlpiped.keys import CodePart, ImagePart, InputPart, StaticParts
+from mlpiped.spec import PipelineSpec, StepSpec, version_of
 
 WHERE = {"file": "p.py", "line": 1}
 
@@ -100,6 +100,54 @@ def test_content_code_and_parameter_values_are_in_the_key() -> None:
     assert len(others) == 5
 
 
+def test_the_identity_of_an_image_is_in_the_key_and_its_names_are_not() -> None:
+    def with_image(
+        s: StepSpec, identity: str, run: str = "sha256:r", label: str = "l", source: str | None = None
+    ) -> str:
+        return StaticParts(s).key(CODE, VALUES, INPUTS, ImagePart(identity, run, label, source))
+
+    same = {
+        with_image(step(environment={"image": "app:latest"}), "sha256:1"),
+        with_image(step(environment={"image": "app:other"}), "sha256:1", "sha256:x", "app:other"),
+        with_image(step(environment={"dockerfile": "FROM x"}), "sha256:1", source="b3:text"),
+    }
+    assert len(same) == 1
+    assert with_image(step(environment={"image": "app:latest"}), "sha256:2") not in same
+    assert with_image(step(environment={"image": "app:latest", "env": {"A": "1"}}), "sha256:1") not in same
+
+
+def test_a_container_brings_its_own_python() -> None:
+    found = parts(step(environment={"image": "a"}), image=ImagePart("sha256:1", "sha256:1", "a"))
+    assert found["environment"] == {"image": "sha256:1"}
+    assert "python" in parts()["environment"]
+
+
+def test_the_key_and_the_version_of_what_was_written_before_containers_came_are_what_they_were() -> None:
+    """Computed before: a key that changes makes everybody's steps run again."""
+    plain = {
+        "name": "train",
+        "where": WHERE,
+        "kind": "python",
+        "arguments": [
+            {"kind": "text", "text": "python"},
+            {"kind": "text", "text": "train.py"},
+            {"kind": "input", "port": "clean"},
+            {"kind": "output", "port": "model"},
+        ],
+        "inputs": [{"name": "clean", "source": {"kind": "reference", "datastore": "lab", "path": "x"}}],
+        "outputs": [{"name": "model", "file_name": "model"}],
+        "resources": {"cpus": 2, "memory": 1024, "gpus": 1},
+        "environment": {"python": "3.11", "env": {"A": "1"}},
+    }
+    before = "b3:f67d889f8251ed497dcf4459798a0b5a7b75bbe2eed7046a29464d61a88831c2"
+    assert key(StepSpec.model_validate(plain)) == before
+    pipeline = {"name": "p", "where": WHERE, "experiment": "p", "steps": [plain]}
+    assert version_of(PipelineSpec.model_validate(pipeline)) == "c1755b37cf95"
+    plain["resources"] = {"cpus": 2, "memory": 1024, "gpus": 1, "network": True}
+    assert key(StepSpec.model_validate(plain)) == before
+    assert version_of(PipelineSpec.model_validate(pipeline)) != "c1755b37cf95"
+
+
 def test_a_parameter_counts_by_its_type_too() -> None:
     assert len({key(step(), values={"rate": v}) for v in (1, 1.0, True, "1", None)}) == 5
 
@@ -118,7 +166,15 @@ def test_which_input_is_which_counts() -> None:
 
 def parts(s: StepSpec | None = None, **given: Any) -> dict[str, Any]:
     values = {"code": CodePart("b3:code", "b3:raw", {"train.py": "1"}), "parameters": VALUES, "inputs": INPUTS} | given
-    return StaticParts(s or step()).parts(values["code"], values["parameters"], values["inputs"])
+    return StaticParts(s or step()).parts(values["code"], values["parameters"], values["inputs"], values.get("image"))
+
+
+IN_IMAGE, IN_DOCKERFILE = (step(environment=e) for e in ({"image": "app:latest"}, {"dockerfile": "FROM app"}))
+
+
+def imaged(digit: str, label: str = "app:latest", source: str | None = None) -> dict[str, Any]:
+    image = ImagePart("sha256:" + digit * 64, "sha256:" + digit * 64, label, source)
+    return parts(IN_DOCKERFILE if source else IN_IMAGE, image=image)
 
 
 def entries(**files: str) -> dict[str, InputPart]:
@@ -145,6 +201,22 @@ def entries(**files: str) -> dict[str, InputPart]:
         ),
         (parts(), parts(step(salt="2")), "version unset -> 2"),
         (parts(), parts(step(environment={"env": {"A": "1"}})), 'environment: env is new ({"A": "1"})'),
+        (imaged("1"), imaged("2"), "environment: image app:latest is now sha256:222222222222"),
+        (imaged("1"), imaged("2", "app:2"), "environment: image app:latest -> app:2"),
+        (imaged("1", "", "b3:a"), imaged("2", "", "b3:b"), "environment: the Dockerfile changed"),
+        (
+            imaged("1", "", "b3:a"),
+            imaged("2", "", "b3:a"),
+            "environment: what the Dockerfile builds on is now sha256:222222222222",
+        ),
+        (imaged("1"), imaged("2", "", "b3:a"), "environment: image app:latest -> of a Dockerfile"),
+        (
+            parts(step(kind="command", arguments=[])),
+            parts(
+                step(kind="command", arguments=[], environment={"image": "a:1"}), image=ImagePart("sha256:1", "", "a:1")
+            ),
+            "environment: image a:1 is new: sha256:1",
+        ),
         (
             parts(),
             parts(step(outputs=[])),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from mlpiped.placement import Need, Place, Waiting, refusals
+from mlpiped.backends.base import Capacity, Card
+from mlpiped.placement import Need, Place, choose, refusals
+from mlpiped.waiting import Waiting
 
 G = 1 << 30
 
@@ -13,7 +17,7 @@ def placed(needs: list[Need], places: list[Place]) -> list[tuple[int, int, str]]
     waiting = Waiting()
     for need in needs:
         waiting.add(need)
-    return [(need.run, need.index, place.name) for need, place in waiting.place(places)]
+    return [(need.run, need.index, place.name) for need, place, _ in waiting.place(places)]
 
 
 def test_priority_then_the_older_run_then_the_order_of_steps() -> None:
@@ -63,7 +67,7 @@ def test_a_compute_is_chosen_in_the_order_of_preference() -> None:
     ],
 )
 def test_a_refusal_says_why(need: Need, place: Place, reason: str) -> None:
-    assert refusals(need, [place]) == [reason]
+    assert [refusal.text() for refusal in refusals(need, [place])] == [reason]
     assert placed([need], [place]) == []
 
 
@@ -75,7 +79,7 @@ def test_one_that_was_withdrawn_is_not_placed_and_may_come_again() -> None:
     assert list(waiting.place([Place("local", 1)])) == []
     waiting.add(Need(1, 0))
     assert len(waiting) == 1
-    assert [need.index for need, _ in waiting.place([Place("local", 1)])] == [0]
+    assert [need.index for need, *_ in waiting.place([Place("local", 1)])] == [0]
     assert len(waiting) == 0
 
 
@@ -85,7 +89,7 @@ def test_withdrawn_and_asked_again_before_a_place_is_free_counts_once() -> None:
         waiting.add(Need(1, 0))
         waiting.remove(1, 0)
     waiting.add(Need(1, 0))
-    assert [need.index for need, _ in waiting.place([Place("local", 5)])] == [0]
+    assert [need.index for need, *_ in waiting.place([Place("local", 5)])] == [0]
 
 
 def test_who_stops_taking_leases_early_loses_none_that_wait() -> None:
@@ -93,9 +97,136 @@ def test_who_stops_taking_leases_early_loses_none_that_wait() -> None:
     for need in (Need(1, 0, memory=9 * G), Need(1, 1), Need(1, 2)):
         waiting.add(need)
     place = Place("local", 4, memory=8 * G)
-    for need, _ in waiting.place([place]):
+    for need, *_ in waiting.place([place]):
         assert need.index == 1
         break
-    assert [need.index for need, _ in waiting.place([place])] == [2]
+    assert [need.index for need, *_ in waiting.place([place])] == [2]
     place.memory = 16 * G
-    assert [need.index for need, _ in waiting.place([place])] == [0]
+    assert [need.index for need, *_ in waiting.place([place])] == [0]
+
+
+# --- cards ------------------------------------------------------------------------------------------------------
+def card(n: int, foreign: str | None = None, memory: int = 24 * G) -> Card:
+    return Card(f"GPU-{n}", n, "RTX 3090", memory, foreign)
+
+
+def box(*cards: Card, slots: int = 8, **more: Any) -> Place:
+    return Place("gpu1", slots, cards=cards or (card(0), card(1)), **more)
+
+
+def holding(place: Place, *needs: Need) -> Place:
+    for need in needs:
+        place.take(need)
+    return place
+
+
+PYTHON = "in use by python (pid 4242), not ours"
+
+
+@pytest.mark.parametrize(
+    ("need", "place", "kind", "text"),
+    [
+        (Need(1, 0, gpus=1), Place("local", 2), "never", "local has no GPU"),
+        (Need(1, 0, gpus=4), box(), "never", "gpu1 has 2 GPUs in all, 4 are asked for"),
+        (Need(1, 0, gpus=2), box(card(0)), "never", "gpu1 has 1 GPU in all, 2 are asked for"),
+        (Need(1, 0, gpus=1, gpu_memory=80 * G), box(), "never", "gpu1 has no GPU with 80G of memory"),
+        (Need(1, 0, gpus=1), box(card(0, PYTHON)), "gpu", f"gpu1: card 0 is {PYTHON}"),
+        (
+            Need(1, 0, gpus=1),
+            holding(box(), Need(31, 0, gpus=2)),
+            "gpu",
+            "gpu1 has 2, both held by run 31 (bob, 40 min so far)",
+        ),
+        (
+            Need(1, 0, gpus=1),
+            holding(box(card(0)), Need(31, 0, gpus=1)),
+            "gpu",
+            "gpu1 has 1, held by run 31 (bob, 40 min so far)",
+        ),
+        (
+            Need(1, 0, gpus=2),
+            holding(box(card(0), card(1), card(2, PYTHON)), Need(31, 0, gpus=1)),
+            "gpu",
+            f"gpu1 has 3, 1 held by run 31 (bob, 40 min so far); card 2 is {PYTHON}",
+        ),
+        (
+            Need(1, 0, gpus=1),
+            holding(box(card(0), card(1), card(2)), Need(31, 0, gpus=3)),
+            "gpu",
+            "gpu1 has 3, all 3 held by run 31 (bob, 40 min so far)",
+        ),
+        (Need(1, 0), box(drained=True), "away", "gpu1 is drained: its steps finish, nothing new starts"),
+        (Need(1, 0, images=True), Place("local", 2), "never", "local runs no containers"),
+        (
+            Need(1, 0),
+            Place("box", 2, images=True),
+            "never",
+            "box runs containers only, and the step has no image",
+        ),
+        (Need(1, 0, gpus=1), box(no_cards="nvidia-smi: mismatch"), "away", "gpu1: nvidia-smi: mismatch"),
+        (Need(1, 0, gpus=1), Place("gpu1", 2, unwell="no route to host"), "away", "gpu1: no route to host"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_card_and_who_is_on_it(need: Need, place: Place, kind: str, text: str) -> None:
+    (found,) = refusals(need, [place])
+    assert (found.kind, found.text("run 31 (bob, 40 min so far)" if found.spots else "")) == (kind, text)
+    assert placed([need], [place]) == []
+
+
+def test_only_places_that_could_take_it_are_told_of() -> None:
+    need = Need(1, 0, gpus=1)
+    assert [r.text() for r in refusals(need, [Place("local", 2), box(drained=True)])] == [
+        "gpu1 is drained: its steps finish, nothing new starts"
+    ]
+    both = [Place("local", 2), Place("other", 2)]
+    assert [r.text() for r in refusals(need, both)] == ["local has no GPU", "other has no GPU"]
+
+
+def test_a_shared_card_takes_what_fits_into_its_memory_and_whole_cards_stay_whole() -> None:
+    place = box()
+    assert place.take(Need(1, 0, gpus=1, gpu_memory=10 * G)) == ("GPU-0",)
+    assert place.take(Need(1, 1, gpus=1, gpu_memory=10 * G)) == ("GPU-0",)
+    assert place.take(Need(1, 2, gpus=1)) == ("GPU-1",)
+    assert place.refusal(Need(1, 3, gpus=1, gpu_memory=10 * G)) is not None
+    assert place.refusal(Need(1, 3, gpus=1, gpu_memory=4 * G)) is None
+    place.give_back(1, 0)
+    assert place.refusal(Need(1, 4, gpus=1)) is not None  # one of them is on it still
+    place.give_back(1, 1)
+    assert place.take(Need(1, 5, gpus=1)) == ("GPU-0",)
+
+
+def test_a_card_of_unknown_memory_is_not_shared() -> None:
+    place = box(card(0, memory=0))
+    assert place.could_ever(Need(1, 0, gpus=1))
+    assert not place.could_ever(Need(1, 0, gpus=1, gpu_memory=G))
+
+
+def test_what_an_adopted_attempt_has_stays_taken_before_its_cards_are_seen_again() -> None:
+    place = Place("gpu1", 4, no_cards="its GPUs have not been looked at yet")
+    place.take(Need(1, 0, gpus=1), ["GPU-1"])
+    place.offers(Capacity(4, cards=(card(0), card(1))))
+    assert place.take(Need(2, 0, gpus=1)) == ("GPU-0",)
+    assert place.refusal(Need(3, 0, gpus=1)) is not None
+
+
+# --- which of those that fit --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("need", "chosen"),
+    [
+        (Need(1, 0, computes=("b", "a")), "b"),
+        (Need(1, 0, computes=("b", "a"), data={"b": G}), "a"),  # what it needs is on a
+        (Need(1, 0, computes=("b", "a"), data={"b": 5 << 20}), "b"),  # a few bytes travel in no time
+        (Need(1, 0), "c"),  # the one with the most room
+        (Need(1, 0, data={"a": 0, "b": G, "c": G}), "a"),
+        (Need(1, 0, gpus=1), "gpu1"),
+    ],
+)
+def test_the_place_is_where_the_data_is_then_as_named_then_where_there_is_room(need: Need, chosen: str) -> None:
+    places = [Place("a", 4, used_slots=1), Place("b", 4, used_slots=2), Place("c", 4), box()]
+    place = choose(need, places)
+    assert place is not None and place.name == chosen
+
+
+def test_a_machine_with_cards_is_left_to_those_that_need_one_while_others_have_room() -> None:
+    places = [box(slots=64), Place("local", 1)]
+    assert placed([Need(1, 0), Need(1, 1)], places) == [(1, 0, "local"), (1, 1, "gpu1")]

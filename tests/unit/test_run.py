@@ -48,6 +48,7 @@ class Lab:
         self.ledger, self.folder = ledger, folder
         self.world = World(ledger, prints, CodeReader(prints, folder), Store(folder, prints), {"lab": folder / "lab"})
         self.backend = FakeBackend()
+        self.others: list[FakeBackend] = []
         self.clock = QuickClock()
 
     async def open(self, *steps: dict[str, Any]) -> Execution:
@@ -65,8 +66,12 @@ class Lab:
         """The walk of run `number`, as a daemon begins it that has just started."""
         row = await self.ledger.run(number)
         assert row is not None
-        dispatch = Dispatch([Place("fake", 2)], {}, None)
-        found = Execution(row, self.graph, self.world, {"fake": self.backend}, self.clock, dispatch)
+        backends = {backend.name: backend for backend in (self.backend, *self.others)}
+        places = [Place(name, 2) for name in backends]
+        for place in places:
+            place.offers(backends[place.name].capacity())
+        dispatch = Dispatch(places, {}, None)
+        found = Execution(row, self.graph, self.world, backends, self.clock, dispatch)
         dispatch.executions[number] = found
         return found
 

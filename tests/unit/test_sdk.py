@@ -31,7 +31,7 @@ from mlpiped import (
     Resources,
     Retry,
 )
-from mlpiped.sdk import transfer, values
+from mlpiped.sdk import place, transfer, values
 from mlpiped.spec import PipelineSpec, StepSpec
 from mlpiped.spec_check import faults_of
 
@@ -439,6 +439,20 @@ def test_what_is_no_size(form: object) -> None:
         (lambda: Environment(env={"A B": "x"}), "not the name of an environment variable"),
         (lambda: Environment(env={"MLPIPED_TOKEN": "x"}), "set by mlpiped itself"),
         (lambda: Environment(python="3"), "not a version of Python"),
+        (lambda: Environment(image=""), "image is empty"),
+        (lambda: Environment(image="a b"), "not the name of an image: 'a b'"),
+        (lambda: Environment(image="--privileged"), "not the name of an image"),
+        (lambda: Environment(image=3), "image must be a string"),  # type: ignore[arg-type]
+        (lambda: Environment(dockerfile="gone"), "the Dockerfile does not exist"),
+        (lambda: Environment(image="a", dockerfile="b"), "of one kind: `image=` and `dockerfile=`"),
+        (lambda: Environment(image="a", requirements="b"), "of one kind: `image=` and `requirements=`"),
+        (lambda: Environment(dockerfile="a", requirements="b"), "of one kind: `dockerfile=` and `requirements=`"),
+        (lambda: Environment(image="a", python="3.11"), "`python=` beside `image=`"),
+        (lambda: Resources(gpus=-1), "gpus must be at least 0"),
+        (lambda: Resources(gpu_memory="8G"), "gpu_memory is of a card, and gpus is 0"),
+        (lambda: Resources(gpus=1, gpu_memory="8Q"), "gpu_memory is not a size"),
+        (lambda: Resources(shm_size=0), "shm_size must be at least 1"),
+        (lambda: Resources(network="yes"), "network must be True or False"),  # type: ignore[arg-type]
         (lambda: Environment(requirements="gone.txt"), "the requirements file does not exist"),
         (lambda: Every("0.5s"), "the interval must be at least 1"),
         (lambda: Every("1h", start="2026-01-01T00:00:00"), "start has no UTC offset"),
@@ -466,12 +480,37 @@ def test_requirements_are_one_text_with_their_includes(tmp_path: Path) -> None:
     (tmp_path / "base.txt").write_text("numpy==2.0\n")
     (tmp_path / "all.txt").write_text("-r base.txt\npandas  # of the lab\n")
     made = Environment(requirements=str(tmp_path / "all.txt"), python="3.11", env={"A": "1"})
-    assert made.plain() == {"requirements": "numpy==2.0\npandas  # of the lab", "python": "3.11", "env": {"A": "1"}}
+    text = "numpy==2.0\npandas  # of the lab"
+    none = {"image": None, "dockerfile": None}
+    assert made.plain() == {"requirements": text, "python": "3.11", "env": {"A": "1"}} | none
     for line in ("-e .", "-c x.txt", "./local", "-r all.txt"):
         (tmp_path / "base.txt").write_text(f"\n{line}\n")
         with pytest.raises(DefinitionError) as caught:
             Environment(requirements=str(tmp_path / "all.txt"))
         assert caught.value.where[0] in (str(tmp_path / "base.txt"), str(tmp_path / "all.txt"))
+
+
+def test_an_image_and_the_text_of_a_dockerfile_reach_the_spec(tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM python:3.11\nRUN pip install numpy\n")
+    made = Environment(dockerfile=str(tmp_path / "Dockerfile"), env={"A": "1"})
+    found = step_of(CommandStep(["true"], environment=made)).environment
+    assert (found.dockerfile, found.image, found.env) == ("FROM python:3.11\nRUN pip install numpy\n", None, {"A": "1"})
+    resources = Resources(gpus=2, gpu_memory="8G", shm_size="1G", network=True)
+    step = step_of(CommandStep(["true"], environment=Environment(image="app@sha256:1"), resources=resources))
+    assert step.environment.image == "app@sha256:1"
+    r = step.resources
+    assert (r.gpus, r.gpu_memory, r.shm_size, r.network) == (2, 8 << 30, 1 << 30, True)
+    (tmp_path / "Dockerfile").write_text("\n")
+    with pytest.raises(DefinitionError, match="the Dockerfile is empty") as caught:
+        Environment(dockerfile=str(tmp_path / "Dockerfile"))
+    assert caught.value.where == (str(tmp_path / "Dockerfile"), 1)
+
+
+def test_a_dockerfile_is_a_file_of_the_plugin_that_is_looked_at_again(tmp_path: Path) -> None:
+    before = set(place.reads)
+    (tmp_path / "Dockerfile").write_text("FROM a")
+    Environment(dockerfile=str(tmp_path / "Dockerfile"))
+    assert place.reads - before == {str(tmp_path / "Dockerfile")}
 
 
 # --- transfer ----------------------------------------------------------------------------------------------

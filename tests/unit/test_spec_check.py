@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mlpiped.errors import Fault
 from mlpiped.spec import PipelineSpec
-from mlpiped.spec_check import cycles_of, faults_of, path_fault
+from mlpiped.spec_check import faults_of, path_fault
+from mlpiped.spec_cycles import cycles_of
 
 WHERE = {"file": "p.py", "line": 1}
 
@@ -344,6 +345,65 @@ def test_a_chain_of_ten_thousand_steps_is_no_cycle_and_no_recursion_too_deep() -
     assert faults_of(spec, {"lab"}, {"local"}) == []
 
 
-def test_gpus_are_refused_while_no_compute_leases_them() -> None:
-    (fault,) = faults_of(pipeline(step("train", resources={"gpus": 1})), computes={"local"})
-    assert fault.message == "step `train` asks for GPUs, and no compute leases them yet"
+IMAGES = {
+    "gpu1": frozenset({False}),
+    "gpu2": frozenset({False}),
+    "box": frozenset({True}),
+    "both": frozenset({False, True}),
+}
+IMAGE, PLAIN = {"image": "app:1"}, {"env": {"A": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("environment", "compute", "images", "message", "hint"),
+    [
+        (IMAGE, ["box"], IMAGES, None, None),
+        (IMAGE, [], IMAGES, None, None),
+        (IMAGE, ["gpu1", "both"], IMAGES, None, None),
+        (PLAIN, ["both"], IMAGES, None, None),
+        (PLAIN, [], IMAGES, None, None),
+        (PLAIN, ["box", "gpu1"], IMAGES, None, None),
+        (IMAGE, ["gpu1"], None, None, None),
+        (IMAGE, ["gpu1"], IMAGES, "runs in a container, and `gpu1` runs none", "`box` or `both` can"),
+        ({"dockerfile": "FROM x"}, ["gpu1", "gpu2"], IMAGES, "in a container, and `gpu1` and `gpu2` run none", "`box`"),
+        (IMAGE, [], {"l": frozenset({False})}, "and no compute of the config runs any", 'with `kind = "docker"`'),
+        (PLAIN, ["box"], IMAGES, "has no image, and `box` runs containers only", "or name another compute"),
+        (PLAIN, [], {"b": frozenset({True})}, "every compute of the config runs containers only", "Environment(image="),
+        (IMAGE, ["nowhere"], IMAGES, "no compute or pool named `nowhere`", None),
+    ],
+)
+def test_an_image_and_the_compute_that_is_named_fit_together(
+    environment: dict[str, Any], compute: list[str], images: Any, message: str | None, hint: str | None
+) -> None:
+    spec = pipeline(step("evaluate", 7, environment=environment, compute=compute))
+    found = faults_of(spec, computes=set(IMAGES), images=images)
+    if message is None:
+        assert found == []
+        return
+    (fault,) = found
+    assert message in fault.message and fault.line == 7
+    assert hint is None or hint in (fault.hint or "")
+    assert message.startswith("no compute or pool") or "`evaluate`" in fault.message
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"environment": {"image": "a", "dockerfile": "FROM a"}},
+            "`a` has an image and a Dockerfile: an environment is",
+        ),
+        (
+            {"environment": {"image": "a", "requirements": "x"}},
+            "`a` has an image and requirements: an environment is of",
+        ),
+        ({"resources": {"gpu_memory": 5}}, "`a` asks for memory of a card, and for no card"),
+    ],
+)
+def test_what_the_sdk_would_refuse_is_refused_in_a_spec_too(more: dict[str, Any], message: str) -> None:
+    (found,) = messages(pipeline(step("a", **more)))
+    assert message in found
+
+
+def test_a_step_may_ask_for_cards() -> None:
+    assert faults_of(pipeline(step("train", resources={"gpus": 1})), computes={"local"}) == []

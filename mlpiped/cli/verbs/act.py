@@ -1,4 +1,4 @@
-"""Verbs that change something: run, submit, cancel, retry, pause, resume, reload."""
+"""Verbs that change something: run, submit, cancel, retry, pause, resume, drain, undrain, reload."""
 
 from __future__ import annotations
 
@@ -68,6 +68,22 @@ def _switch(call: Call, verb: str, sentence: str) -> int:
     if call.as_json:
         return call.document(answer)
     call.note(f"`{shown(answer['pipeline'])}` {sentence}")
+    return 0
+
+
+def drain(call: Call) -> int:
+    return _drain(call, "drain", "is drained: its steps finish, nothing new starts")
+
+
+def undrain(call: Call) -> int:
+    return _drain(call, "undrain", "takes steps again")
+
+
+def _drain(call: Call, verb: str, sentence: str) -> int:
+    answer = call.client.post(path("compute", call.args.compute, verb))
+    if call.as_json:
+        return call.document(answer)
+    call.note(f"`{shown(answer['compute'])}` {sentence}")
     return 0
 
 

@@ -141,9 +141,16 @@ def compute(call: Call) -> int:
     rows: list[list[object]] = []
     for c in answer["compute"]:
         memory = None if c["memory"] is None else f"{size(c['memory_used'])} of {size(c['memory'])}"
-        health = Cell(c["health"], "failed") if c["health"] else Cell("ok", "ok")
-        rows.append([c["name"], c["kind"], f"{c['used']}/{c['slots']}", memory, health])
-    call.say(call.screen.table(["NAME", "KIND", "SLOTS", "MEMORY", "HEALTH"], rows))
+        gpus = f"{sum(bool(card['holders']) for card in c['cards'])}/{len(c['cards'])}" if c["cards"] else None
+        rows.append([c["name"], c["kind"], f"{c['used']}/{c['slots']}", memory, gpus, _health(c, now)])
+    call.say(call.screen.table(["NAME", "KIND", "SLOTS", "MEMORY", "GPUS", "HEALTH"], rows))
+    cards = [
+        [f"{c['name']}:{card['index']}", card["name"], size(card["memory"]) if card["memory"] else None, _on(card)]
+        for c in answer["compute"]
+        for card in c["cards"]
+    ]
+    if cards:
+        call.say("\n" + call.screen.table(["CARD", "MODEL", "MEMORY", "HELD BY"], cards))
     held = [
         [f"{h['run']}/{h['step']}", c["name"], h["slots"], lasting(h["since"], None, now)]
         for c in answer["compute"]
@@ -152,6 +159,22 @@ def compute(call: Call) -> int:
     if held:
         call.say("\n" + call.screen.table(["HELD BY", "ON", "SLOTS", "FOR"], held))
     return 0
+
+
+def _health(compute: dict[str, Any], now: float) -> Cell:
+    if compute["health"]:
+        since = f" (since {ago(compute['unwell_since'], now)})" if compute["unwell_since"] else ""
+        return Cell(compute["health"] + since, "failed")
+    if compute["drained"]:
+        return Cell("drained: its steps finish, nothing new starts", "paused")
+    trouble = compute["cards_trouble"]
+    return Cell(f"no GPU can be used: {trouble}", "warn") if trouble else Cell("ok", "ok")
+
+
+def _on(card: dict[str, Any]) -> Cell:
+    if card["foreign"]:
+        return Cell(card["foreign"], "warn")
+    return Cell(", ".join(f"{h['run']}/{h['step']}" for h in card["holders"]) or "-", None)
 
 
 def gc(call: Call) -> int:

@@ -44,6 +44,10 @@ async def may_pause(ask: Ask) -> None:
     ask.service.access.act(ask.peer, f"pause or resume `{ask.names['pipeline']}`")
 
 
+async def may_drain(ask: Ask) -> None:
+    ask.service.access.act(ask.peer, f"drain or undrain `{ask.names['compute']}`")
+
+
 async def may_reload(ask: Ask) -> None:
     ask.service.access.act(ask.peer, "reload the config and the plugins")
 
@@ -137,6 +141,20 @@ async def resume(ask: Ask) -> Any:
         loaded(ask, name)
     await ask.service.actions.resume(name, ask.peer.name)
     return {"pipeline": name, "paused": False}
+
+
+async def drain(ask: Ask) -> Any:
+    return await _drained(ask, True)
+
+
+async def undrain(ask: Ask) -> Any:
+    return await _drained(ask, False)
+
+
+async def _drained(ask: Ask, drained: bool) -> Any:
+    name = ask.names["compute"]
+    await ask.service.actions.drain(name, drained, ask.peer.name)
+    return {"compute": name, "drained": drained}
 
 
 async def gc(ask: Ask) -> Any:

@@ -1,0 +1,44 @@
+"""What a run asks of whoever hands out the places."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlpiped.placement import Need
+    from mlpiped.run import Execution
+
+
+class Dispatcher(Protocol):
+    """What a run asks of the scheduler, which answers a `request` by `Execution.granted`, or `decide_again`."""
+
+    def request(self, execution: Execution, index: int, need: Need, share: str | None) -> None:
+        """A place for step `index`; `share` is the key under which equal steps of all runs share one attempt."""
+
+    def withdraw(self, execution: Execution, index: int) -> None: ...
+
+    def occupy(
+        self,
+        execution: Execution,
+        index: int,
+        need: Need,
+        compute: str,
+        share: str | None,
+        cards: Sequence[str] = (),
+        since: int | None = None,
+    ) -> None:
+        """An adopted attempt holds a place, and these cards, already: since `since`, in microseconds."""
+
+    def release(self, run: int, index: int) -> None:
+        """The process has ended: its place is free. Said twice, it is heard once."""
+
+    def unavailable(self, compute: str, why: str | None) -> None:
+        """A submit was not taken, because of `why`; or the compute cannot be asked (None)."""
+
+    def taken(self, compute: str) -> None:
+        """A submit went well."""
+
+    def settled(self, run: int, index: int) -> None:
+        """The step's attempt has ended for good or ill: who shares its key may be decided again."""
