@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import anyio
 
 from mlpiped.backends.base import Exited, Job, Part
 from mlpiped.backends.docker import DockerBackend
+from mlpiped.config.computes import DockerCompute
 from tests.bench.figures import Figure
 
 if TYPE_CHECKING:
@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     from lab.docker_rig import Engine
 
 TURNS, STEPS = 6, 5
-
-
-@dataclass(frozen=True)
-class Settings:
-    url: str
-    slots: int = 1
-    cpus: float | None = None
-    memory: int | None = None
-    gpus: int = 0
-    allow_mounts: tuple[str, ...] = ()
-    user: str | None = None
-    pull: str = "never"
 
 
 def containers() -> Iterator[Figure]:
@@ -63,7 +51,9 @@ async def _measure(engine: Engine, image: str) -> tuple[list[float], list[float]
     raw, ours = [], []
     with tempfile.TemporaryDirectory() as place:
         async with AsyncExitStack() as stack:
-            backend = DockerBackend("box", Path(place), Settings(engine.url), instance="bench")
+            backend = DockerBackend(
+                "box", Path(place), DockerCompute(kind="docker", url=engine.url, slots=1), instance="bench"
+            )
             await backend.start(stack)
 
             async def batch(name: str) -> float:

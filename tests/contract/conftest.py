@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -19,6 +18,7 @@ from mlpiped.backends.base import Backend, Exited, Job, Part
 from mlpiped.backends.docker import DockerBackend
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.backends.local import LocalBackend
+from mlpiped.config.computes import DockerCompute
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -94,18 +94,6 @@ class FakeBench(Bench):
         return self.job("true", **job)
 
 
-@dataclass(frozen=True)
-class DockerSettings:
-    url: str
-    slots: int = 2
-    cpus: float | None = None
-    memory: int | None = None
-    gpus: int = 0
-    allow_mounts: tuple[str, ...] = ()
-    user: str | None = None
-    pull: str = "missing"
-
-
 class DockerBench(Bench):
     """Containers of a real dockerd."""
 
@@ -113,11 +101,13 @@ class DockerBench(Bench):
     marks = (pytest.mark.lab,)
     crowd = 20
 
-    def __init__(self, place: Path, stack: AsyncExitStack, machine: Engine, **settings: Any) -> None:
+    def __init__(
+        self, place: Path, stack: AsyncExitStack, machine: Engine, instance: str | None = None, **settings: Any
+    ) -> None:
         super().__init__(place, stack, machine)
         self.engine = machine
-        self.settings = DockerSettings(machine.url, **settings)
-        self.instance = secrets.token_hex(16)
+        self.settings = DockerCompute(kind="docker", url=machine.url, **{"slots": 2, **settings})
+        self.instance = instance or secrets.token_hex(16)
 
     def make(self) -> DockerBackend:
         return DockerBackend("box", self.place / "state", self.settings, instance=self.instance)

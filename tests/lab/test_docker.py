@@ -16,6 +16,7 @@ import pytest
 import structlog
 from contract.conftest import DockerBench
 from lab.docker_rig import BARE, PYTHON
+from smi_rig import Smi
 
 from mlpiped.backends.base import Exited, JobOutput, Lost, NeverRan, Part
 from mlpiped.backends.docker import watching
@@ -255,6 +256,36 @@ async def test_cards_are_asked_for_by_uuid_and_told_to_the_step(bench: DockerBen
         assert (request["DeviceIDs"], request["Capabilities"]) == (["GPU-a", "GPU-b"], [["gpu"]])
         env = backend._folders.environment(job, "/jobs/x")
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
+
+
+async def test_a_card_is_leased_for_as_long_as_its_step_lasts_and_to_nobody_else(
+    bench: DockerBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine has no driver to give it, so the step ends at its start; till then the card is taken."""
+    smi = Smi.make(tmp_path / "smi", "GPU-00000000-aaaa", "GPU-00000000-bbbb")
+    monkeypatch.setenv("PATH", str(smi.folder), prepend=":")
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    leases = tmp_path / "leases" / boot
+    one, two = (
+        DockerBench(tmp_path / name, bench.stack, bench.engine, gpus="auto", instance=name) for name in ("one", "two")
+    )
+    async with served(one) as backend, served(two) as other:
+        for each in (backend, other):
+            each._cards._folder = str(tmp_path / "leases")
+        assert await backend.health() is None
+        assert [card.uuid for card in backend.capacity().cards] == list(smi.uuids)
+        handle = await backend.submit(bench.job("true", gpus=smi.uuids[:1]))
+        assert os.readlink(leases / smi.uuids[0]).startswith(f"one {handle['token']} ")
+        with pytest.raises(BackendUnavailable, match="leased by the mlpiped of"):
+            await other.submit(bench.job("true", gpus=smi.uuids[:1]))
+        await other.health()
+        assert [card.foreign is None for card in other.capacity().cards] == [False, True]
+        assert isinstance(await backend.wait(handle), Exited)
+        assert os.listdir(leases) == []
+        refused = bench.job("true", gpus=smi.uuids[:1], cpus=1000)
+        with pytest.raises(InvalidJob):
+            await backend.submit(refused)
+        assert os.listdir(leases) == []
 
 
 async def test_a_limit_of_processors_and_memory_holds_in_the_container(bench: DockerBench) -> None:
@@ -713,13 +744,15 @@ async def test_an_image_without_a_shell_runs_and_its_output_is_kept(bench: Docke
 
 
 async def test_a_step_of_an_image_without_a_shell_can_be_cancelled_and_timed(bench: DockerBench) -> None:
-    sleep: dict[str, Any] = {"image": bench.engine.image(BARE), "grace": 0.5}
+    script = '/busybox touch "$MLPIPED_SCRATCH/on"; exec /busybox sleep 300'
+    fields: dict[str, Any] = {"image": bench.engine.image(BARE), "grace": 5.0}
     async with served(bench) as backend:
-        handle = await backend.submit(bench.job("/busybox", "sleep", "300", **sleep))
+        handle = await backend.submit(bench.job("/busybox", "sh", "-c", script, **fields))
+        await shown(folder(bench, handle) / "work/on", b"")
         await backend.cancel(handle)
         outcome = await backend.wait(handle)
         assert isinstance(outcome, Exited) and outcome.cancelled and outcome.signal == 15
-        handle = await backend.submit(bench.job("/busybox", "sleep", "300", timeout=0.2, **sleep))
+        handle = await backend.submit(bench.job("/busybox", "sh", "-c", script, timeout=0.5, **fields))
         outcome = await backend.wait(handle)
         assert isinstance(outcome, Exited) and outcome.timed_out and outcome.signal == 15
 

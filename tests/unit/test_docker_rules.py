@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -92,6 +93,15 @@ def test_no_job_can_ask_for_a_privilege_or_a_mount() -> None:
     assert host["AutoRemove"] is False and host["RestartPolicy"] == {"Name": "no"}
     assert host["LogConfig"]["Config"]["max-size"]
     assert not {"PidMode", "IpcMode", "Devices", "VolumesFrom", "UsernsMode"} & host.keys()
+
+
+def test_only_a_step_with_cards_sees_any_whatever_its_image_asks_for() -> None:
+    job = Job(token="t", arguments=((Part("text", "true"),),), image="sha256:x")
+    without = container.configuration(job, "/j/t", "me", "1:2", [])
+    assert without["Env"] == ["NVIDIA_VISIBLE_DEVICES=void"] and "DeviceRequests" not in without["HostConfig"]
+    assert container.bare(without, ["/x"], {"A": "1"})["Env"] == ["NVIDIA_VISIBLE_DEVICES=void", "A=1"]
+    with_cards = container.configuration(replace(job, gpus=("GPU-a",)), "/j/t", "me", "1:2", [])
+    assert with_cards["Env"] == [] and with_cards["HostConfig"]["DeviceRequests"][0]["DeviceIDs"] == ["GPU-a"]
 
 
 # --- the script, by this machine's sh

@@ -35,14 +35,13 @@ from mlpiped.backends.docker.engine import Engine, Facts, Refused
 from mlpiped.backends.docker.images import ImageRoom
 from mlpiped.backends.docker.removing import Remover
 from mlpiped.backends.docker.watching import Watch
+from mlpiped.backends.host_cards import HostCards
 from mlpiped.backends.supervisor import boot_id
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AsyncExitStack
-
-    from mlpiped.backends.base import Card
 
 T = TypeVar("T")
 PATIENCE = 10.0  # seconds that an engine may be away before whoever waits is told
@@ -84,13 +83,11 @@ class DockerBackend:
         settings: Settings,
         *,
         instance: str,
-        cards: Callable[[], Awaitable[tuple[Card, ...]]] | None = None,
     ) -> None:
         self.name = name
         self._settings = settings
         self._instance = instance
-        self._look_at_cards = cards  # None: it offers none
-        self._cards: tuple[Card, ...] = ()
+        self._cards = HostCards(name, settings.gpus, instance, state_dir.absolute() / "gpus")
         self._engine = Engine(settings.url)
         self._images = ImageRoom(self._engine, name, instance, settings.pull)
         self._watch = Watch(self._engine, instance, name, self._connected)
@@ -102,7 +99,11 @@ class DockerBackend:
         self._shells: dict[str, bool] = {}  # image -> whether it has one
 
     async def start(self, stack: AsyncExitStack) -> None:
-        await self._do("make its folders", self._folders.prepare)
+        def make() -> None:
+            self._folders.prepare()
+            self._cards.set_right(lambda token: not self._folders.needs_no_container(token))
+
+        await self._do("make its folders", make)
         self._engine.open()
         stack.push_async_callback(self._engine.close)
         self._remover = Remover(self._engine, self._instance, self.name)
@@ -113,7 +114,8 @@ class DockerBackend:
 
     def capacity(self) -> Capacity:
         s = self._settings
-        return Capacity(slots=s.slots, cpus=s.cpus, memory=s.memory, cards=self._cards, images=True)
+        cards, trouble = self._cards.seen, self._cards.trouble
+        return Capacity(s.slots, cpus=s.cpus, memory=s.memory, cards=cards, no_cards=trouble, images=True)
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return 0
@@ -127,6 +129,20 @@ class DockerBackend:
 
     # --- started ----------------------------------------------------------------------------------------------------
     async def submit(self, job: Job) -> Handle:
+        if not job.gpus:
+            return await self._submit(job)
+        await self._do("lease the cards", lambda: self._cards.take(job))
+        try:
+            return await self._submit(job)
+        except InvalidJob:
+            await self._give_back(job.token)
+            raise
+
+    async def _give_back(self, token: str) -> None:
+        if self._cards.leased(token):
+            await self._do("give back the cards", lambda: self._cards.give(token))
+
+    async def _submit(self, job: Job) -> Handle:
         folder = self._folders.at(job.token)
         if job.image is None:
             raise InvalidJob(f"`{self.name}` runs containers only, and the step names no image")
@@ -223,11 +239,17 @@ class DockerBackend:
         folder = self._folders.at(token)
         found = await self._do("fence the job", lambda: folders.fence(folder))
         if isinstance(found, NeverRan):
+            await self._give_back(token)
             self._remover.add(token)  # made, and never to be started
         return found
 
     # --- ended ------------------------------------------------------------------------------------------------------
     async def wait(self, handle: Handle) -> Outcome:
+        outcome = await self._ended(handle)
+        await self._give_back(handle["token"])
+        return outcome
+
+    async def _ended(self, handle: Handle) -> Outcome:
         folder = self._folder(handle)
         token, away_since = handle["token"], None
         while True:
@@ -389,9 +411,8 @@ class DockerBackend:
             free = space.f_bavail * space.f_frsize
             return f"only {free >> 20} MiB are free in {self._folders.jobs_dir}" if free < LITTLE_SPACE else None
 
-        if self._look_at_cards is not None:
-            self._cards = await self._look_at_cards()
         try:
+            await self._do("look at the cards", self._cards.look)
             await self._engine.well()
             return await self._do("look at its folders", look) or self._remover.trouble
         except BackendUnavailable as fault:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 INSTANCE, TOKEN = "mlpiped.instance", "mlpiped.token"  # labels
 PROCESSES = 16384  # and threads, of one container: a fork bomb stays in it
 LOG = {"Type": "json-file", "Config": {"max-size": "64m", "max-file": "2"}}
+NO_CARDS = "NVIDIA_VISIBLE_DEVICES=void"  # images of CUDA ask for all, and an engine of NVIDIA's gives what images ask
 OOM_SCORE = 500  # when the host runs out of memory, steps go before the daemon
 
 
@@ -36,6 +37,7 @@ def configuration(
         "Cmd": [],
         "User": user,
         "WorkingDir": f"{folder}/work",
+        "Env": [] if job.gpus else [NO_CARDS],
         "Labels": labels(instance, job.token),
         "StopSignal": "SIGKILL",
         "Healthcheck": {"Test": ["NONE"]},
@@ -72,7 +74,7 @@ def bare(config: dict[str, Any], argv: Sequence[str], env: Mapping[str, str]) ->
         **config,
         "Entrypoint": [argv[0]],
         "Cmd": list(argv[1:]),
-        "Env": [f"{name}={value}" for name, value in {**env, **own}.items()],
+        "Env": config["Env"] + [f"{name}={value}" for name, value in {**env, **own}.items()],
     }
 
 
