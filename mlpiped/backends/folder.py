@@ -7,6 +7,7 @@ there. Either way a token's folder can be built by several at once, before and a
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -167,17 +168,24 @@ def fenced(folder: Place) -> bool:
 
 
 def _claim_record(folder: Place) -> dict[str, Any] | None:
-    record = _read_json(f"{folder}/claim/handle.json")
-    if record is not None:
+    path = f"{folder}/claim/handle.json"
+    record = _read_json(path)
+    if record is not None or not os.path.exists(f"{folder}/claim"):
         return record
-    # a claim whose handle a power cut took: somebody began, and is gone
-    return {"v": 1, "pid": 0, "start": 0, "boot": ""} if os.path.exists(f"{folder}/claim") else None
+    # made since we looked; or a claim whose handle a power cut took: somebody began, and is gone
+    return _read_json(path) or {"v": 1, "pid": 0, "start": 0, "boot": ""}
 
 
 def fence(folder: Place) -> NeverRan | Handle:
     """Make the claim ourselves, so that no supervisor can; or the handle of the one that was first."""
     new = not os.path.exists(folder)
-    lock = claim(os.fspath(folder), FENCED, make=())  # makes the folder too
+    while True:
+        try:
+            lock = claim(os.fspath(folder), FENCED, make=())  # makes the folder too
+            break
+        except FileNotFoundError:  # a builder has put its folder in the place of ours, which was empty
+            if not os.path.isdir(folder):
+                raise
     if lock is not None:
         os.close(lock)
     if new:
@@ -217,12 +225,14 @@ def _read_json(path: Place) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+_TOLD = frozenset(field.name for field in dataclasses.fields(Exited))
+
+
 def exited(record: Mapping[str, Any]) -> Exited | None:
     """The outcome that an exit.json tells; None when it tells none."""
     if record.get("v") != 1 or not {"code", "signal", "error"} <= record.keys():
         return None
-    names = ("code", "signal", "timed_out", "cancelled", "error", "started", "ended", "cpu", "max_rss")
-    return Exited(**{name: record[name] for name in names if name in record})
+    return Exited(**{name: record[name] for name in _TOLD if name in record})
 
 
 def witness(folder: Place) -> Exited | None:

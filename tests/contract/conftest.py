@@ -10,11 +10,15 @@ import secrets
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
+from lab.docker_rig import PYTHON, Engine
 
-from mlpiped.backends.base import Backend, Job, Part
+from mlpiped.backends.base import Backend, Exited, Job, Part
+from mlpiped.backends.docker import DockerBackend
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.backends.local import LocalBackend
+from mlpiped.config.computes import DockerCompute
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -29,9 +33,12 @@ class Bench:
     """One backend on one state of machines; `another()` is the backend of the daemon's next life there."""
 
     executes = True
+    needs: str | None = None  # the fixture with the machine that it runs on
+    marks: tuple[pytest.MarkDecorator, ...] = ()
+    crowd = 50  # jobs that it is given at once
 
-    def __init__(self, place: Path, stack: AsyncExitStack) -> None:
-        self.place, self.stack = place, stack
+    def __init__(self, place: Path, stack: AsyncExitStack, machine: Any = None) -> None:
+        self.place, self.stack, self.machine = place, stack, machine
 
     async def another(self) -> Backend:
         backend = self.make()
@@ -43,6 +50,12 @@ class Bench:
 
     async def removed(self, backend: Backend) -> None:
         """Until what was discarded is gone."""
+
+    async def beside(self, backend: Backend, *command: str) -> int:
+        """Run it on the machine that executes, outside of every job that is there; its exit code."""
+        outcome = await backend.wait(await backend.submit(self.job(*command)))
+        assert isinstance(outcome, Exited) and outcome.code is not None, outcome
+        return outcome.code
 
     def script(self, backend: Backend, *, run_for: float = 0.0, exit_code: int = 0, **job: Any) -> Job:
         """A job that takes so long and ends so."""
@@ -68,8 +81,8 @@ class LocalBench(Bench):
 class FakeBench(Bench):
     executes = False
 
-    def __init__(self, place: Path, stack: AsyncExitStack) -> None:
-        super().__init__(place, stack)
+    def __init__(self, place: Path, stack: AsyncExitStack, machine: Any = None) -> None:
+        super().__init__(place, stack, machine)
         self.world: dict[str, list[Any] | None] = {}
 
     def make(self) -> FakeBackend:
@@ -81,14 +94,49 @@ class FakeBench(Bench):
         return self.job("true", **job)
 
 
-BENCHES = {"local": LocalBench, "fake": FakeBench}
-EXECUTING = [name for name, bench in BENCHES.items() if bench.executes]
+class DockerBench(Bench):
+    """Containers of a real dockerd."""
+
+    needs = "docker_engine"
+    marks = (pytest.mark.lab,)
+    crowd = 20
+
+    def __init__(
+        self, place: Path, stack: AsyncExitStack, machine: Engine, instance: str | None = None, **settings: Any
+    ) -> None:
+        super().__init__(place, stack, machine)
+        self.engine = machine
+        self.settings = DockerCompute(kind="docker", url=machine.url, **{"slots": 2, **settings})
+        self.instance = instance or secrets.token_hex(16)
+
+    def make(self) -> DockerBackend:
+        return DockerBackend("box", self.place / "state", self.settings, instance=self.instance)
+
+    async def removed(self, backend: Backend) -> None:
+        assert isinstance(backend, DockerBackend)
+        await backend.removed()
+
+    async def beside(self, backend: Backend, *command: str) -> int:
+        """On the host: a container sees no other's folder."""
+        return (await anyio.run_process(command, check=False)).returncode
+
+    def job(self, *arguments: str | Part, **fields: Any) -> Job:
+        if "image" not in fields:
+            fields["image"] = self.engine.image(PYTHON)
+        return super().job(*arguments, **fields)
+
+
+BENCHES = {"local": LocalBench, "fake": FakeBench, "docker": DockerBench}
+EVERY = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items()]
+EXECUTING = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items() if bench.executes]
 
 
 @pytest.fixture
 async def bench(request: pytest.FixtureRequest, tmp_path: Path, anyio_backend: str) -> AsyncIterator[Bench]:
+    kind = BENCHES[request.param]
+    machine = None if kind.needs is None else request.getfixturevalue(kind.needs)
     async with AsyncExitStack() as stack:
-        yield BENCHES[request.param](tmp_path, stack)
+        yield kind(tmp_path, stack, machine)
 
 
 @pytest.fixture

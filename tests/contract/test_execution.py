@@ -168,8 +168,7 @@ async def test_what_a_step_leaves_running_is_ended_with_it(bench: Bench, backend
     work = (await log(backend, handle)).decode().strip()
     assert outcome.code == 0
     # the lock is free at once: the process that held it is gone
-    _, test = await ended(backend, bench.job("flock", "-n", f"{work}/held", "true"))
-    assert test.code == 0
+    assert await bench.beside(backend, "flock", "-n", f"{work}/held", "true") == 0
 
 
 async def test_cancel_ends_the_whole_tree_though_it_ignores_SIGTERM_and_hides(bench: Bench, backend: Backend) -> None:
@@ -188,8 +187,7 @@ async def test_cancel_ends_the_whole_tree_though_it_ignores_SIGTERM_and_hides(be
         outcome = await backend.wait(handle)
     assert isinstance(outcome, Exited) and outcome.cancelled and outcome.signal == 9
     for name in ("deep", "deeper"):
-        _, test = await ended(backend, bench.job("flock", "-n", f"{work}/{name}", "true"))
-        assert test.code == 0, name
+        assert await bench.beside(backend, "flock", "-n", f"{work}/{name}", "true") == 0, name
 
 
 async def test_a_step_can_end_in_order_within_its_grace(bench: Bench, backend: Backend) -> None:
@@ -216,8 +214,7 @@ async def test_logs_that_are_followed_come_while_the_step_runs_and_end_with_it(b
         async for chunk in backend.logs(handle, "stdout", 0, follow=True):
             seen += chunk
             if seen.endswith(b"first\n"):
-                _, touched = await ended(backend, bench.job("touch", f"{seen.split()[0].decode()}/go"))
-                assert touched.code == 0
+                assert await bench.beside(backend, "touch", f"{seen.split()[0].decode()}/go") == 0
     assert seen.endswith(b"\0last\n") and seen.count(b"\0") == 200000
 
 

@@ -1,0 +1,17 @@
+"""A Docker engine on the daemon's own host, whose containers see the job folder at its own path.
+
+backend     the seam: create by the token's name -> claim -> start -> watch -> judge -> witness
+engine      the only room that knows aiodocker
+container   a job as the engine is told of it
+mounts      what of the host it sees
+script      what runs in it: a shell script around the step, the witness of its end
+judging     how it ended
+watching    hints that it may have
+removing    containers that nobody needs any more
+images      tags and Dockerfiles
+dockerfile  the base images in one
+"""
+
+from mlpiped.backends.docker.backend import DockerBackend
+
+__all__ = ["DockerBackend"]

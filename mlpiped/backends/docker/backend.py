@@ -1,0 +1,435 @@
+"""The seam over a Docker engine: every arrow durable before the next.
+
+    create    a container by the token's name: a second create finds the name taken, and takes the container over
+    claim     by the same rename in the job folder as everywhere; the container's id lies in it
+    start     by whoever made the claim, at once, and by nobody else ever
+    watch     events are hints; the engine is asked, and what it does not answer is no answer
+    judge     by the word that the script in the container left, and by what the engine says
+    witness   exit.json: from then on nobody asks the engine, and the container is removed
+
+After a crash, a container that is claimed and not started may be about to start: it is removed without force, which the
+engine refuses for one that runs. Removed: it never ran. Refused: it is adopted.
+
+Promised of times: the timeout and the grace are kept by the container itself, also while there is no daemon; where the
+image has no shell or no `sleep`, by the daemon, and so by the next one at the latest. stdout and stderr go straight to
+the job folder; of an image without a shell they come there from the engine's log when the step has ended.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+import anyio
+import anyio.to_thread
+
+from mlpiped.backends import folder as folders
+from mlpiped.backends.base import Capacity, Exited, Handle, Image, Job, NeverRan, Outcome
+from mlpiped.backends.docker import container as containers
+from mlpiped.backends.docker import jobs, mounts, script
+from mlpiped.backends.docker.engine import Engine, Facts, Refused
+from mlpiped.backends.docker.images import ImageRoom
+from mlpiped.backends.docker.removing import Remover
+from mlpiped.backends.docker.watching import Watch
+from mlpiped.backends.host_cards import HostCards
+from mlpiped.backends.supervisor import boot_id
+from mlpiped.errors import BackendUnavailable, InvalidJob
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AsyncExitStack
+
+T = TypeVar("T")
+PATIENCE = 10.0  # seconds that an engine may be away before whoever waits is told
+AWAY = 0.5  # seconds between two questions to it meanwhile
+LATE = 2.0  # seconds that a container is given to end its step by itself, before the daemon does
+FOLLOW = 0.1  # seconds between two looks at a log that is followed
+LOOK_AGAIN = 1.0  # seconds between two looks at whether its step has ended
+LITTLE_SPACE = 64 << 20
+
+
+class Settings(Protocol):
+    """`[compute.NAME]` with kind = "docker"."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def cpus(self) -> float | None: ...
+    @property
+    def memory(self) -> int | None: ...
+    @property
+    def gpus(self) -> Literal["auto"] | int: ...
+    @property
+    def allow_mounts(self) -> tuple[str, ...]: ...
+    @property
+    def user(self) -> str | None: ...
+    @property
+    def pull(self) -> str: ...
+
+
+class DockerBackend:
+    kind = "docker"
+
+    def __init__(
+        self,
+        name: str,
+        state_dir: Path,
+        settings: Settings,
+        *,
+        instance: str,
+    ) -> None:
+        self.name = name
+        self._settings = settings
+        self._instance = instance
+        self._cards = HostCards(name, settings.gpus, instance, state_dir.absolute() / "gpus")
+        self._engine = Engine(settings.url)
+        self._images = ImageRoom(self._engine, name, instance, settings.pull)
+        self._watch = Watch(self._engine, instance, name, self._connected)
+        self._remover: Remover
+        user = settings.user or f"{os.geteuid()}:{os.getegid()}"
+        self._folders = jobs.Folders(state_dir.absolute(), user, boot_id())
+        self._threads = anyio.CapacityLimiter(4)
+        self._locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()  # token -> who may start it
+        self._shells: dict[str, bool] = {}  # image -> whether it has one
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        def make() -> None:
+            self._folders.prepare()
+            self._cards.set_right(lambda token: not self._folders.needs_no_container(token))
+
+        await self._do("make its folders", make)
+        self._engine.open()
+        stack.push_async_callback(self._engine.close)
+        self._remover = Remover(self._engine, self._instance, self.name)
+        self._remover.start()
+        stack.push_async_callback(self._remover.close)
+        self._watch.start()
+        stack.push_async_callback(self._watch.close)
+
+    def capacity(self) -> Capacity:
+        s = self._settings
+        cards, trouble = self._cards.seen, self._cards.trouble
+        return Capacity(s.slots, cpus=s.cpus, memory=s.memory, cards=cards, no_cards=trouble, images=True)
+
+    def missing(self, contents: Mapping[str, int]) -> int:
+        return 0
+
+    async def image(self, reference: str | None, dockerfile: str | None) -> Image:
+        if dockerfile is not None:
+            return await self._images.made(dockerfile)
+        if reference is not None:
+            return await self._images.named(reference)
+        raise InvalidJob("the step names neither an image nor a Dockerfile")
+
+    # --- started ----------------------------------------------------------------------------------------------------
+    async def submit(self, job: Job) -> Handle:
+        if not job.gpus:
+            return await self._submit(job)
+        await self._do("lease the cards", lambda: self._cards.take(job))
+        try:
+            return await self._submit(job)
+        except InvalidJob:
+            await self._give_back(job.token)
+            raise
+
+    async def _give_back(self, token: str) -> None:
+        if self._cards.leased(token):
+            await self._do("give back the cards", lambda: self._cards.give(token))
+
+    async def _submit(self, job: Job) -> Handle:
+        folder = self._folders.at(job.token)
+        if job.image is None:
+            raise InvalidJob(f"`{self.name}` runs containers only, and the step names no image")
+        if job.requirements is not None:
+            raise InvalidJob("a step in a container finds its packages in the image: `requirements` does nothing there")
+        async with self._alone(job.token):
+            if (known := await self._claimed(folder)) is not None:
+                return known
+            container, shell = await self._made(job, job.image, folder)
+            record = jobs.record(job, container, shell, self._folders.boot)
+            if not await self._do("claim the job", lambda: self._folders.claim(folder, record)):
+                self._remover.add(container)
+                known = await self._claimed(folder)
+                if known is None:
+                    raise BackendUnavailable(f"token `{job.token}` cannot be claimed")
+                return known
+            try:
+                await self._engine.start(container)
+            except Refused:
+                pass  # the engine keeps its reason with the container, and `wait` reads it there
+            return {**record, "token": job.token}
+
+    async def _made(self, job: Job, image: str, folder: str) -> tuple[str, bool]:
+        """The token's container, and whether its image has a shell: one that was not seen before is looked into."""
+        shell = self._shells.get(image, True)
+        while True:
+            config = await self._do("make the job's folder", partial(self._prepare, job, folder, shell))
+            container = await self._create(job, config)
+            try:
+                if image not in self._shells:
+                    self._shells[image] = await self._engine.has_file(container, script.SHELL)
+                if self._shells[image] is shell:
+                    return container, shell
+                await self._engine.remove(container, force=False)
+            except Refused as no:
+                raise BackendUnavailable(f"no container can be made on `{self.name}`: {no.words}") from None
+            shell = not shell
+
+    def _prepare(self, job: Job, folder: str, shell: bool) -> Facts:
+        """Make the folder; the container's configuration. Blocks."""
+        paths = [path for paths in job.inputs.values() for path in paths if os.path.lexists(path)]
+        with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+            mounted = mounts.mount_points(file.read())
+        seen = mounts.plan(
+            folder, self._folders.readable, paths, self._settings.allow_mounts, mounted, self._folders.state_dir
+        )
+        order = folders.order(job.argv(folders.output_paths(folder, job)), self._folders.environment(job, folder), job)
+        config = containers.configuration(job, folder, self._instance, self._folders.user, seen)
+        argv, env = order["argv"], order["env"]
+        if shell:
+            self._folders.build(job, folder, script.write(folder, argv, env, job.timeout, job.grace))
+            return config
+        config = containers.bare(config, argv, env)
+        self._folders.build(job, folder, None)
+        return config
+
+    async def _create(self, job: Job, config: Facts) -> str:
+        """The container of the token: made, or made before and not claimed."""
+        while True:
+            try:
+                return await self._engine.create(job.token, config)
+            except Refused as no:
+                if no.status == 404:
+                    raise InvalidJob(f"no image `{job.image}` on `{self.name}`") from None
+                if no.status == 400 and "bind source path does not exist" not in no.words:
+                    raise InvalidJob(f"the engine refuses the step's container: {no.words}") from None
+                if no.status != 409:
+                    raise BackendUnavailable(f"no container can be made on `{self.name}`: {no.words}") from None
+            found = await self._engine.look(job.token)
+            if found is None:
+                continue  # it was removed in between
+            if found["Config"]["Labels"] and containers.labels(self._instance, job.token).items() <= (
+                found["Config"]["Labels"].items()
+            ):
+                return str(found["Id"])
+            raise BackendUnavailable(
+                f"a container that is not ours has the name `{job.token}`", hint=f"see `docker inspect {job.token}`"
+            )
+
+    async def _claimed(self, folder: str) -> Handle | None:
+        known = await self._do("look for the job", lambda: folders.read_claim(folder))
+        if known is None and await self._do("look for the job", lambda: folders.fenced(folder)):
+            raise BackendUnavailable(f"token `{os.path.basename(folder)}` was fenced and cannot start")
+        return known
+
+    async def find(self, tokens: Sequence[str]) -> dict[str, Handle]:
+        def look() -> dict[str, Handle]:
+            found = {token: folders.read_claim(self._folders.at(token)) for token in tokens}
+            return {token: handle for token, handle in found.items() if handle is not None}
+
+        return await self._do("look for jobs", look)
+
+    async def fence(self, token: str) -> NeverRan | Handle:
+        folder = self._folders.at(token)
+        found = await self._do("fence the job", lambda: folders.fence(folder))
+        if isinstance(found, NeverRan):
+            await self._give_back(token)
+            self._remover.add(token)  # made, and never to be started
+        return found
+
+    # --- ended ------------------------------------------------------------------------------------------------------
+    async def wait(self, handle: Handle) -> Outcome:
+        outcome = await self._ended(handle)
+        await self._give_back(handle["token"])
+        return outcome
+
+    async def _ended(self, handle: Handle) -> Outcome:
+        folder = self._folder(handle)
+        token, away_since = handle["token"], None
+        while True:
+            with self._watch.listen(token) as news:
+                pause: float | None = None
+                try:
+                    outcome, state = await self._look(handle, folder)
+                    if outcome is not None:
+                        return outcome
+                    away_since, pause = None, await self._enforce(handle, folder, state)
+                except BackendUnavailable:
+                    now = time.monotonic()
+                    away_since = away_since or now
+                    if now - away_since > PATIENCE:
+                        raise
+                    pause = AWAY
+                with anyio.move_on_after(pause):
+                    await news.wait()
+
+    async def _look(self, handle: Handle, folder: str) -> tuple[Outcome | None, Facts]:
+        """How it ended, or the engine's state of what has not."""
+        said = await self._do("look at the job", lambda: self._folders.told(folder))
+        if said is not None:
+            return said, {}
+        found = await self._engine.look(handle.get("id") or handle["token"])
+        state: Facts | None = None if found is None else found["State"]
+        status = None if state is None else state["Status"]
+        if state is not None and status in ("running", "paused", "restarting", "removing"):
+            return None, state
+        if state is not None and status == "created" and not state["Error"] and not state["ExitCode"]:
+            return await self._withdraw(handle, folder, found or {}), state
+        if found is not None and not handle.get("shell", True):
+            out, err = await self._engine.output(found["Id"])
+            code = found["State"]["ExitCode"]
+            await self._do("keep the log", lambda: self._folders.keep_output(folder, out, err, code))
+        outcome = await self._do("end the job", lambda: self._folders.end(handle, folder, state))
+        if found is not None and isinstance(outcome, Exited):
+            self._remover.add(found["Id"])
+        return outcome, state or {}
+
+    async def _withdraw(self, handle: Handle, folder: str, found: Facts) -> Outcome | None:
+        """Claimed and not started: make it impossible, or find that it has started."""
+        async with self._alone(handle["token"]):  # not while we are about to start it
+            again = await self._engine.look(found["Id"])
+            if again is None or again["State"]["Status"] != "created" or again["State"]["Error"]:
+                return None
+            try:
+                await self._engine.remove(found["Id"], force=False)
+            except Refused as no:
+                if no.status == 409:  # it runs
+                    return None
+                raise BackendUnavailable(f"a container cannot be removed on `{self.name}`: {no.words}") from None
+            return await self._do("end the job", lambda: self._folders.withdrawn(handle, folder))
+
+    async def _enforce(self, handle: Handle, folder: str, state: Facts) -> float | None:
+        """Do what the container should have done by itself; seconds until there may be more to do."""
+        if state.get("Status") in (None, "removing"):
+            return AWAY
+        over = await self._do("look at the job", lambda: self._folders.asked_to_end(folder))
+        late = LATE if handle.get("shell") else 0.0
+        if over is None and handle.get("timeout") is not None:
+            left: float = handle["timeout"] + late - jobs.runs_since(state)
+            if left > 0:
+                return left
+            await self._do("end the job", lambda: self._folders.mark_timed_out(folder))
+            await self._terminate(handle)
+            over = 0.0
+        if over is None:
+            return None
+        remaining: float = handle.get("grace", 0.0) + late - over
+        if remaining <= 0:
+            await self._engine.kill(handle["id"], "SIGKILL")
+        return max(remaining, LOOK_AGAIN)
+
+    async def _terminate(self, handle: Handle) -> None:
+        """SIGTERM to all in the container, SIGKILL after the grace, by a process in it; else to the first one."""
+        if handle.get("shell"):
+            command = [script.SHELL, "-c", f"trap '' TERM; {script.kill(handle['grace'])}"]
+            try:
+                await self._engine.execute(handle["id"], command, self._folders.user)
+                return
+            except Refused:
+                pass
+        await self._engine.kill(handle["id"], "SIGTERM")
+
+    async def cancel(self, handle: Handle) -> None:
+        folder = self._folder(handle)
+        if await self._do("look at the job", lambda: self._folders.told(folder)) is not None:
+            return
+        async with self._alone(handle["token"]):
+            found = await self._engine.look(handle.get("id") or handle["token"])
+            if found is None or found["State"]["Status"] in ("exited", "dead", "removing"):
+                return
+            await self._do("cancel the job", lambda: self._folders.mark_cancelled(folder))
+            if found["State"]["Status"] != "created":
+                await self._terminate({**handle, "id": found["Id"]})
+        self._watch.tell(handle["token"])
+
+    # --- read and removed -------------------------------------------------------------------------------------------
+    async def logs(
+        self, handle: Handle, stream: Literal["stdout", "stderr"], offset: int, follow: bool
+    ) -> AsyncIterator[bytes]:
+        folder = self._folder(handle)
+        look_at, over = 0.0, not follow
+
+        def read() -> bytes:
+            return folders.read_stream(folder, stream, offset)
+
+        while True:
+            if not over and time.monotonic() >= look_at:
+                outcome, _ = await self._look(handle, folder)
+                over, look_at = outcome is not None, time.monotonic() + LOOK_AGAIN
+            chunk = await self._do("read the log", read)
+            if chunk:
+                offset += len(chunk)
+                yield chunk
+            elif over:
+                return
+            else:
+                with self._watch.listen(handle["token"]) as news, anyio.move_on_after(FOLLOW):
+                    await news.wait()
+                    look_at = 0.0
+
+    async def fetch(self, handle: Handle, into: Path) -> Path:
+        return Path(self._folder(handle))
+
+    async def discard(self, token: str, *, keep_logs: bool) -> None:
+        folder = self._folders.at(token)
+
+        def remove() -> str | None:
+            claim = folders.read_claim(folder)
+            ended = folders.witness(folder) is not None  # its container is on its way out
+            folders.discard(folder, keep_logs=keep_logs)
+            return None if ended else str((claim or {}).get("id") or token)
+
+        container = await self._do("remove the job", remove)
+        if container is not None:
+            self._remover.add(container)
+
+    async def removed(self) -> None:
+        """All containers that were given up until now are removed, if the engine can be asked."""
+        await self._remover.flush()
+
+    async def _connected(self) -> None:
+        """The engine is there, again: containers of jobs that nobody knows, or that have ended, are removed."""
+        self._remover.again()
+        try:
+            found = await self._engine.list([f"{containers.INSTANCE}={self._instance}"])
+        except Refused:
+            return
+        for each in found:
+            token = each["Labels"].get(containers.TOKEN, "")
+            if await self._do("look at the job", partial(self._folders.needs_no_container, token)):
+                self._remover.add(each["Id"])
+
+    async def health(self) -> str | None:
+        def look() -> str | None:
+            space = os.statvfs(self._folders.jobs_dir)
+            free = space.f_bavail * space.f_frsize
+            return f"only {free >> 20} MiB are free in {self._folders.jobs_dir}" if free < LITTLE_SPACE else None
+
+        try:
+            await self._do("look at the cards", self._cards.look)
+            await self._engine.well()
+            return await self._do("look at its folders", look) or self._remover.trouble
+        except BackendUnavailable as fault:
+            return fault.message
+
+    def _alone(self, token: str) -> anyio.Lock:
+        return self._locks.setdefault(token, anyio.Lock())
+
+    def _folder(self, handle: Handle) -> str:
+        if handle.get("v") != 1 or not isinstance(handle.get("token"), str):
+            raise InvalidJob(f"no handle of a container: {handle!r:.200}")
+        return self._folders.at(handle["token"])
+
+    async def _do(self, what: str, function: Callable[[], T]) -> T:
+        """In a thread; no foreign exception gets out."""
+        try:
+            return await anyio.to_thread.run_sync(function, limiter=self._threads)
+        except OSError as error:
+            place = f": {error.filename}" if error.filename else ""
+            raise BackendUnavailable(f"cannot {what} on `{self.name}`: {error.strerror}{place}") from error
