@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import secrets
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from lab import ssh_rig
 
 from mlpiped.backends.base import Backend, Job, Part
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.backends.local import LocalBackend
+from mlpiped.backends.ssh.backend import SshBackend
+from mlpiped.config.computes import SshCompute
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Iterator
 
 
 def command(*arguments: str | Part) -> tuple[tuple[Part, ...], ...]:
@@ -29,6 +32,8 @@ class Bench:
     """One backend on one state of machines; `another()` is the backend of the daemon's next life there."""
 
     executes = True
+    measures_memory = True
+    """Whether the most memory that a step held is told."""
 
     def __init__(self, place: Path, stack: AsyncExitStack) -> None:
         self.place, self.stack = place, stack
@@ -65,6 +70,26 @@ class LocalBench(Bench):
         await backend.removed()
 
 
+class SshBench(Bench):
+    """A real sshd. Its scripts cannot learn of a process's memory once that has ended."""
+
+    measures_memory = False
+    box: ssh_rig.Box
+
+    def __init__(self, place: Path, stack: AsyncExitStack) -> None:
+        super().__init__(place, stack)
+        self.instance = secrets.token_hex(6)
+
+    def make(self) -> SshBackend:
+        (self.place / "known_hosts").write_text(self.box.known())
+        settings = SshCompute(**self.box.settings(mounts={"data": "/data"}))
+        return SshBackend("box", self.place, settings, instance=self.instance, datastores={"data": Path("/data")})
+
+    async def removed(self, backend: Backend) -> None:
+        assert isinstance(backend, SshBackend)
+        await backend.removed()
+
+
 class FakeBench(Bench):
     executes = False
 
@@ -81,14 +106,25 @@ class FakeBench(Bench):
         return self.job("true", **job)
 
 
-BENCHES = {"local": LocalBench, "fake": FakeBench}
-EXECUTING = [name for name, bench in BENCHES.items() if bench.executes]
+BENCHES = {"local": LocalBench, "fake": FakeBench, "ssh": SshBench}
+MARKS = {"ssh": pytest.mark.lab}
+EVERY = [pytest.param(name, marks=MARKS.get(name, ())) for name in BENCHES]
+EXECUTING = [pytest.param(name, marks=MARKS.get(name, ())) for name, bench in BENCHES.items() if bench.executes]
+
+
+@pytest.fixture(scope="session")
+def ssh_box() -> Iterator[ssh_rig.Box]:
+    with ssh_rig.lab() as lab:
+        yield lab.box()
 
 
 @pytest.fixture
 async def bench(request: pytest.FixtureRequest, tmp_path: Path, anyio_backend: str) -> AsyncIterator[Bench]:
+    kind = BENCHES[request.param]
+    if kind is SshBench:
+        SshBench.box = request.getfixturevalue("ssh_box")
     async with AsyncExitStack() as stack:
-        yield BENCHES[request.param](tmp_path, stack)
+        yield kind(tmp_path, stack)
 
 
 @pytest.fixture

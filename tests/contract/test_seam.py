@@ -11,14 +11,14 @@ import pytest
 from mlpiped.backends.base import Exited, NeverRan
 from mlpiped.errors import BackendUnavailable
 
-from .conftest import BENCHES
+from .conftest import EVERY
 
 if TYPE_CHECKING:
     from mlpiped.backends.base import Backend
 
     from .conftest import Bench
 
-pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("bench", BENCHES, indirect=True)]
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("bench", EVERY, indirect=True)]
 
 
 async def test_a_job_that_ends_well_exits_with_code_0(bench: Bench, backend: Backend) -> None:

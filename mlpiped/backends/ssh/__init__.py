@@ -1,0 +1,1 @@
+"""Boxes that are reached by SSH. `backend` is the way in; the scripts beside it are what runs on the box."""

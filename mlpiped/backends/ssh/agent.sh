@@ -1,0 +1,188 @@
+# What the daemon talks to on this box: a line is a request, the answers are lines too, each with the request's number.
+#
+#   sh agent.sh ROOT PYTHON    in a channel of its own; it ends with the channel, steps do not
+#
+#   N launch TOKEN ORDER       r N handle JSON | fenced | missing | failed TEXT
+#   N launchfile TOKEN SIZE    the same, with SIZE bytes of order behind the line
+#   N find TOKEN…              f TOKEN JSON …, r N ok
+#   N fence TOKEN              r N fenced | handle JSON | failed
+#   N look TOKEN…              e TOKEN FLAGS JSON (ended) | n TOKEN (fenced) | l TOKEN WHY (lost) …, r N ok
+#   N cancel TOKEN             r N ok
+#   N discard all|work TOKEN…  r N ok | failed
+#   N alias CONTENT NAME       r N ok | missing; NAME is %b-encoded
+#   N health                   d FREE-KIB, r N ok
+#   N beat                     r N ok
+#
+# Without a request for two minutes it ends: the connection is frozen then, and the daemon has another one.
+
+bin=${0%/*}
+root=$1 python=$2
+. "$bin/step.sh"
+cd "$root" || exit 70
+boot_id
+born $$
+pulse=0 floor=0
+events=$root/.events/$$.$born beats=$root/.new/beat.$$
+read -r up rest </proc/uptime
+btime=$(($(date +%s) - ${up%.*}))
+setsid=$(command -v setsid)
+
+# Reads what agents that are gone have left unread: a supervisor may wait in there.
+sweep_events() {
+    set +f
+    for fifo in .events/*; do
+        set -f
+        old=${fifo#.events/}
+        born "${old%%.*}" && [ "$born" = "${old#*.}" ] && continue
+        if [ -p "$fifo" ]; then
+            dd if="$fifo" iflag=nonblock of=/dev/null 2>/dev/null
+        fi
+        rm -f "$fifo"
+    done
+}
+
+launch() {
+    if [ -n "$setsid" ]; then
+        MLPIPED_ORDER=$2 MLPIPED_LEADER=$setsid "$setsid" -f sh "$bin/step.sh" run "$root" "$1" "$id" "$events" "$btime" \
+            </dev/null >/dev/null 2>&1
+    else # in the background a shell ignores SIGINT and SIGQUIT, which `env` can undo
+        leader=
+        env --default-signal=INT,QUIT true 2>/dev/null && leader='env --default-signal=INT,QUIT'
+        (MLPIPED_ORDER=$2 MLPIPED_LEADER=$leader sh "$bin/step.sh" run "$root" "$1" "$id" "$events" "$btime" \
+            </dev/null >/dev/null 2>&1 &)
+    fi || printf '%s\n' "r $id failed no process can be started on the box"
+}
+
+seek() {
+    for T in "$@"; do
+        claimed && [ "$who" != fenced ] && record && printf '%s\n' "f $T $record"
+    done
+}
+
+fence() {
+    T=$1 pulse=$((pulse + 1))
+    claim fenced
+    [ $? != 2 ] || { printf '%s\n' "r $id failed its folder cannot be made on the box: is a disk full?"; return; }
+    claimed
+    record
+    case $who in
+    fenced) printf '%s\n' "r $id fenced" ;;
+    *) printf '%s\n' "r $id handle $record" ;;
+    esac
+}
+
+# Liveness first, the witness after it: the other order calls a step lost that ended in between.
+look() {
+    for T in "$@"; do
+        claimed
+        there=$?
+        [ "$there" = 0 ] && alive
+        lives=$?
+        if { IFS= read -r end <"$T/exit.json"; } 2>/dev/null; then
+            away=-
+            case $who in *" $boot "*) ;; *) away=rebooted ;; esac
+            flags
+            printf '%s\n' "e $T $flags$away ${end%"${end##*[! ]}"}"
+        elif [ "$there" != 0 ]; then
+            printf '%s\n' "l $T gone"
+        elif [ "$who" = fenced ]; then
+            printf '%s\n' "n $T"
+        elif [ "$lives" != 0 ]; then
+            why=killed
+            case $who in *" $boot "*) ;; *) why=rebooted ;; esac
+            bury || why=stuck
+            printf '%s\n' "l $T $why"
+        fi
+    done
+}
+
+discard() {
+    what=$1 done=ok
+    shift
+    for T in "$@"; do
+        set -- "$T"
+        [ "$what" = all ] || set -- "$T/work" "$T/scratch" "$T/out" "$T/in" "$T/stdout" "$T/stderr"
+        rm -rf "$@" 2>/dev/null || { chmod -R u+rwx "$@"; rm -rf "$@"; } 2>/dev/null || done=failed
+    done
+    printf '%s\n' "r $id $done"
+}
+
+# A content under one more name.
+alias_of() {
+    name=$(printf '%b' "$2"; echo .)
+    name=.cas/$1/${name%.}
+    set +f
+    set -- ".cas/$1"/*
+    set -f
+    if [ -e "$name" ] || { [ -e "$1" ] && ln -sn "${1##*/}" "$name" 2>/dev/null; } || [ -e "$name" ]; then
+        printf '%s\n' "r $id ok"
+    else
+        printf '%s\n' "r $id missing"
+    fi
+}
+
+health() {
+    df -Pk . | { read -r head; read -r device blocks used free rest; printf '%s\n' "d $free" "r $id ok"; }
+}
+
+sweep_events
+mkfifo -m 600 "$events" || exit 70
+cat <>"$events" &
+reader=$!
+(
+    last=
+    while sleep 120; do
+        read -r beat <"$beats"
+        [ "$beat" != "$last" ] || kill $$
+        last=$beat
+    done
+) </dev/null >/dev/null 2>&1 &
+watch=$!
+trap 'rm -f "$events" "$beats"; kill $reader $watch 2>/dev/null' EXIT
+trap 'exit 0' HUP INT TERM PIPE
+
+shim=$root/.python
+found=$(command -v "$python")
+if [ -n "$found" ]; then
+    mkdir -p "$shim"
+    printf '#!/bin/sh\nexec "%s" "$@"\n' "$found" >"$shim/python.$$"
+    chmod 700 "$shim/python.$$"
+    mv -T "$shim/python.$$" "$shim/python"
+fi
+printf '%s\n' "h root $root" "h boot $boot" "h python $found"
+ls -U .cas 2>/dev/null | head -n 20000 | while IFS= read -r name; do
+    printf '%s\n' "c $name"
+done
+printf '%s\n' "h ready"
+
+beat=0
+while IFS= read -r line; do
+    beat=$((beat + 1))
+    echo $beat >"$beats" 2>/dev/null
+    id=${line%% *} line=${line#* }
+    verb=${line%% *} rest=${line#* }
+    case $verb in
+    launch) launch "${rest%% *}" "${rest#* }" ;;
+    launchfile)
+        draft=.new/order.$$.$id
+        (umask 077 && head -c "${rest#* }" >"$draft") || : >"$draft"
+        launch "${rest%% *}" "@$draft"
+        ;;
+    find) seek $rest; printf '%s\n' "r $id ok" ;;
+    fence) fence $rest ;;
+    look) look $rest; printf '%s\n' "r $id ok" ;;
+    cancel)
+        if [ -n "$setsid" ]; then
+            "$setsid" -f sh "$bin/step.sh" end "$root" "$rest" cancelled </dev/null >/dev/null 2>&1
+        else
+            (sh "$bin/step.sh" end "$root" "$rest" cancelled </dev/null >/dev/null 2>&1 &)
+        fi
+        printf '%s\n' "r $id ok"
+        ;;
+    discard) (discard $rest) & ;;
+    alias) alias_of $rest ;;
+    health) health ;;
+    beat) printf '%s\n' "r $id ok" ;;
+    *) printf '%s\n' "r $id failed no such request" ;;
+    esac
+done

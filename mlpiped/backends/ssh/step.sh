@@ -1,0 +1,342 @@
+# One attempt on this box, from claim to witness (the job folder's format: base.py). Needs sh, coreutils and /proc.
+#
+#   sh step.sh run ROOT TOKEN REQUEST EVENTS BTIME    with the order in $MLPIPED_ORDER, or in the file that $5 names
+#   sh step.sh end ROOT TOKEN cancelled|timed_out
+#
+# agent.sh reads it as well, for what both do. Nothing here waits for a connection or needs one.
+
+set -f
+N='
+'
+
+# --- who is who: a pid alone is no name
+
+boot_id() {
+    read -r boot <"${MLPIPED_LAB_BOOT_ID:-/proc/sys/kernel/random/boot_id}"
+}
+
+# $born: when process $1 began, in clock ticks since the boot. Fails when it has ended.
+born() {
+    born=
+    { read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
+    stat=${stat##*) }
+    set -- $stat
+    [ "$1" != Z ] && [ "$1" != X ] || return 1
+    shift 19
+    born=$1
+}
+
+# Whether the claim of $T is there; $who is `pid start boot grace`, or `fenced`.
+claimed() {
+    who='0 0 -'
+    { read -r who <"$T/claim/who"; } 2>/dev/null && return 0
+    who='0 0 -' # what a power cut left: somebody began, and is gone
+    [ -e "$T/claim" ]
+}
+
+# Whether the supervisor that claimed $T lives. $who is read.
+alive() {
+    set -- $who
+    [ "$3" = "$boot" ] && born "$1" && [ "$born" = "$2" ]
+}
+
+# The claim as JSON, from $who.
+record() {
+    set -- $who
+    [ "$1" = fenced ] && record='{"v": 1, "fenced": true}' && return
+    [ "$3" = - ] && set -- "$1" "$2" ''
+    record="{\"v\": 1, \"pid\": $1, \"start\": $2, \"boot\": \"$3\"}"
+}
+
+# Make the claim with `who` $1, and the folders $2… in $T; 1: somebody else was first, 2: it cannot be made.
+# One rename onto a folder that is not empty: one wins, and what it claims with is complete then.
+claim() {
+    who=$1
+    shift
+    private=$T/claim.$$.$pulse
+    old=$(umask)
+    umask 077
+    record
+    mkdir -p "$private" "$@" 2>/dev/null &&
+        printf '%s\n' "$record" >"$private/handle.json" &&
+        printf '%s\n' "$who" >"$private/who" &&
+        printf '%2048s' '' >"$private/exit.json" # the space that the witness will need
+    made=$?
+    umask "$old"
+    [ "$made" = 0 ] || { rm -rf "$private"; return 2; }
+    mv -T "$private" "$T/claim" 2>/dev/null && return 0
+    rm -rf "$private"
+    [ -e "$T/claim" ] && return 1
+    return 2
+} 2>/dev/null
+
+# --- the processes of a step: its group, and all that has the mark in its environment
+
+# $strays: the processes above $floor that bear the mark of $T.
+strays() {
+    strays=
+    set +f
+    for folder in /proc/[0-9]*; do
+        pid=${folder#/proc/}
+        [ "$pid" -gt "$floor" ] && marked "$folder/environ" && strays="$strays $pid"
+    done
+    set -f
+}
+
+marked() {
+    while IFS= read -r text || [ -n "$text" ]; do
+        case $text in *"MLPIPED_JOB_DIR=$root/$T/"*) return 0 ;; esac
+    done <"$1"
+    return 1
+} 2>/dev/null
+
+# Signal $1 to everything of $T.
+strike() {
+    strays
+    for pid in $strays; do
+        kill -s "$1" "$pid"
+    done
+    read -r first start <"$T/claim/pid" && born "$first" && [ "$born" = "$start" ] || return 0
+    kill -s "$1" "-$first" || kill -s "$1" "$first"
+} 2>/dev/null
+
+# SIGKILL until nothing is left of $T; 1 when some survive it, in the kernel.
+bury() {
+    tries=0
+    while kill -s KILL "-${1:-x}" 2>/dev/null || { strays; [ -n "$strays" ]; }; do
+        for pid in $strays; do
+            kill -s KILL "$pid" 2>/dev/null
+        done
+        tries=$((tries + 1))
+        [ "$tries" -gt 1 ] && sleep 0.05
+        [ "$tries" -lt 600 ] || return 1
+    done
+}
+
+# --- from claim to witness
+
+# $now: seconds since the epoch, on a clock that nobody sets.
+clock() {
+    read -r up rest </proc/uptime
+    now=$((btime + ${up%.*})).${up#*.}
+}
+
+# A line to an agent; to nobody when it has gone.
+say() {
+    [ -p "$1" ] && printf '%s\n' "$2" 1<>"$1"
+} 2>/dev/null
+
+# What a claim that is there already means for the request.
+answer() {
+    record
+    case $who in
+    fenced) say "$events" "r $request fenced" ;;
+    *) say "$events" "r $request handle $record" ;;
+    esac
+}
+
+refuse() {
+    say "$events" "r $request failed $1"
+    exit 70
+}
+
+# The step's process, after the variables of its environment are set: `begin ARGV…`
+begin() {
+    cd "$root/$T/work" || exit 126
+    found "$1" || exit 127
+    read -r self rest </proc/self/stat
+    born "$self"
+    echo 500 >/proc/self/oom_score_adj 2>/dev/null
+    printf '%s %s\n' "$self" "$born" >"$root/$T/claim/pid" || exit 126
+    [ ! -e "$root/$T/claim/cancelled" ] || kill -s KILL "$self"
+    exec $leader "$@"
+}
+
+# Whether $1 can be executed; else why not, into `error`.
+found() {
+    case $1 in
+    */*) set -- "$1" "$1" ;;
+    *)
+        IFS=:
+        for place in $PATH; do
+            [ -x "${place:-.}/$1" ] && [ ! -d "${place:-.}/$1" ] && set -- "$1" "${place:-.}/$1" && break
+        done
+        unset IFS
+        ;;
+    esac
+    why=$e_missing
+    if [ -e "${2-}" ]; then
+        why=$e_denied
+        [ -x "$2" ] && [ ! -d "$2" ] && return
+    fi
+    printf '%s' "$why" >"$root/$T/claim/error"
+    return 1
+}
+
+# Milliseconds of `0m0.012000s 0m0.034000s`, user and system.
+millis() {
+    millis=0
+    for text in $1; do
+        rest=${text#*m}
+        rest=${rest%s}
+        tail=${rest#*[.,]}000
+        tail=1${tail%"${tail#???}"}
+        millis=$((millis + ${text%%m*} * 60000 + ${rest%[.,]*} * 1000 + tail - 1000))
+    done
+}
+
+# $said: what the shell says of the step's end, two lines of `times`, and its status, after one another.
+execute() {
+    said=$(
+        {
+            echo
+            (step) </dev/null >>"$T/stdout" 2>>"$T/stderr"
+            status=$?
+            times
+            echo "$status"
+        } 2>&1
+    )
+    status=${said##*"$N"}
+    said=${said%"$N"*}
+    millis "${said##*"$N"}"
+    said=${said%"$N"*}
+    said=${said%"$N"*}
+    while [ "$said" != "${said#"$N"}" ]; do said=${said#"$N"}; done
+}
+
+# The end of the step as the contents of exit.json, into $end.
+judge() {
+    code=$status signal=null error=null timed_out=false cancelled=false
+    [ ! -e "$T/claim/timed_out" ] || timed_out=true
+    [ ! -e "$T/claim/cancelled" ] || timed_out=false cancelled=true
+    # A shell says in words that a process was killed; bash does not for SIGTERM, which is then ours.
+    if [ "$status" -gt 128 ] && { [ -n "$said" ] || [ $timed_out$cancelled != falsefalse ]; }; then
+        code=null signal=$((status - 128))
+    fi
+    { IFS= read -r error || [ -n "$error" ] || error=null; } 2>/dev/null <"$T/claim/error"
+    if [ "$error" != null ]; then
+        code=null
+    elif [ ! -e "$T/claim/pid" ]; then
+        code=null signal=null error='"the step could not be started on its box: is a disk full?"'
+    elif [ "$stuck" = 1 ]; then
+        error='"some of its processes survive SIGKILL: they hang in the kernel"'
+    fi
+    cpu=$((millis / 1000)).$(printf '%03d' $((millis % 1000)))
+    end="{\"v\": 1, \"code\": $code, \"signal\": $signal, \"timed_out\": $timed_out, \"cancelled\": $cancelled,"
+    end="$end \"error\": $error, \"started\": $began, \"ended\": $now, \"cpu\": $cpu, \"max_rss\": null}"
+}
+
+# $flags: which of its files hold anything.
+flags() {
+    flags=-
+    for name in stdout stderr metrics.jsonl; do
+        [ -s "$T/$name" ] && flags=$flags$name-
+    done
+}
+
+# Make durable what a successful step has made: a witness that outlives a power cut must not vouch for bytes that do not.
+settle() {
+    set +f
+    set -- "$1"/* "$1"/.[!.]* "$1"/..?*
+    set -f
+    sync -- "$@" 2>/dev/null
+    for path in "$@"; do
+        [ -d "$path" ] && [ ! -h "$path" ] && (settle "$path")
+    done
+}
+
+run() {
+    cd "$1" || exit 70
+    root=$1 T=$2 request=$3 events=$4 btime=$5 pulse=0 floor=0 lacks=
+    order=$MLPIPED_ORDER
+    case $order in
+    @*)
+        draft=${order#@}
+        order=$(cat "$draft")
+        rm -f "$draft"
+        ;;
+    esac
+    leader=$MLPIPED_LEADER
+    unset MLPIPED_ORDER MLPIPED_LEADER
+    boot_id
+    claimed && answer && exit 75
+    eval "$order" # sets code, params, timeout, grace, durable, lacks, e_…, the folders to make, and the function `step`
+    [ -z "$lacks" ] || { say "$events" "r $request missing"; exit 70; }
+    if [ -n "$code" ]; then # a full disk costs no attempt, so it is copied before the claim
+        mkdir -p -m 700 "$T" && cp -R "$code" "$T/work.$$" && chmod -R u+rwX "$T/work.$$" || {
+            rm -rf "$T/work.$$"
+            refuse 'its code cannot be copied on the box: is a disk full?'
+        }
+    fi
+    born $$
+    claim "$$ $born $boot $grace" "$@"
+    case $? in
+    1) rm -rf "$T/work.$$"; claimed; answer; exit 75 ;;
+    2) rm -rf "$T/work.$$"; refuse 'its folder cannot be made on the box: is a disk full?' ;;
+    esac
+    [ -z "$code" ] || mv -T "$T/work.$$" "$T/work"
+    [ -z "$params" ] || printf '%s' "$params" >"$T/params.json"
+    [ -z "$durable" ] || sync "$T" "$T/claim" "$T/claim/who" 2>/dev/null
+    answer &
+    if [ -n "$timeout" ]; then
+        (
+            trap 'kill $nap; exit' TERM
+            sleep "$timeout" &
+            nap=$!
+            wait "$nap"
+            exec sh "$0" end "$root" "$T" timed_out
+        ) </dev/null >/dev/null 2>&1 &
+        watch=$!
+    fi
+    clock
+    began=$now
+    execute
+    clock
+    { read -r first start <"$T/claim/pid"; } 2>/dev/null || first=
+    read -r load1 load5 load15 tasks last </proc/loadavg
+    # What is younger than this process has a higher pid, unless the numbers came round.
+    [ "$last" -gt $$ ] && [ $((${now%.*} - ${began%.*})) -lt 2 ] && floor=$$
+    stuck=0
+    bury "$first" || stuck=1
+    judge
+    [ "$code" != 0 ] || [ ! -d "$T/out" ] || settle "$T/out"
+    printf '%-2047s\n' "$end" 1<>"$T/claim/exit.json"
+    mv -T "$T/claim/exit.json" "$T/exit.json"
+    [ -z "$timeout" ] || kill "$watch" 2>/dev/null
+    flags
+    set +f
+    for events in .events/*; do
+        say "$events" "e $T $flags $end"
+    done
+}
+
+# SIGTERM to everything of the step, SIGKILL after its grace. $3 says why.
+end() {
+    cd "$1" || exit 70
+    root=$1 T=$2 floor=0
+    [ ! -e "$T/exit.json" ] || exit 0
+    boot_id
+    claimed && alive || exit 0
+    : >"$T/claim/$3"
+    strike TERM
+    grace=${who##* }
+    read -r up rest </proc/uptime
+    until=$((${up%.*} * 100 + 1${up#*.} - 100 + grace))
+    pause=0.02
+    while [ ! -e "$T/exit.json" ] && [ -e "$T/claim/exit.json" ]; do
+        read -r up rest </proc/uptime
+        if [ $((${up%.*} * 100 + 1${up#*.} - 100)) -ge "$until" ]; then
+            strike KILL
+            pause=0.2
+        fi
+        sleep $pause
+    done
+}
+
+case ${1-} in
+run | end)
+    mode=$1
+    shift
+    "$mode" "$@"
+    ;;
+esac
