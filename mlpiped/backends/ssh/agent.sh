@@ -26,6 +26,13 @@ events=$root/.events/$$.$born beats=$root/.new/beat.$$
 read -r up rest </proc/uptime
 btime=$(($(date +%s) - ${up%.*}))
 setsid=$(command -v setsid)
+undo=0 leader=$setsid
+env --default-signal=INT,QUIT true 2>/dev/null && undo=1 leader="$(command -v env) --default-signal=INT,QUIT $setsid"
+
+# In one piece: supervisors write to the same channel, by the FIFO.
+put_line() {
+    printf '%s' "$1$N"
+}
 
 # Reads what agents that are gone have left unread: a supervisor may wait in there.
 sweep_events() {
@@ -41,33 +48,33 @@ sweep_events() {
     done
 }
 
+# A shell ignores SIGINT and SIGQUIT in what it runs in the background, which `env` can undo; twice in the background,
+# so that nobody has to wait for it.
 launch() {
-    if [ -n "$setsid" ]; then
-        MLPIPED_ORDER=$2 MLPIPED_LEADER=$setsid "$setsid" -f sh "$bin/step.sh" run "$root" "$1" "$id" "$events" "$btime" \
-            </dev/null >/dev/null 2>&1
-    else # in the background a shell ignores SIGINT and SIGQUIT, which `env` can undo
-        leader=
-        env --default-signal=INT,QUIT true 2>/dev/null && leader='env --default-signal=INT,QUIT'
-        (MLPIPED_ORDER=$2 MLPIPED_LEADER=$leader sh "$bin/step.sh" run "$root" "$1" "$id" "$events" "$btime" \
-            </dev/null >/dev/null 2>&1 &)
-    fi || printf '%s\n' "r $id failed no process can be started on the box"
+    order=$2
+    if [ "$undo" = 1 ] || [ -z "$setsid" ]; then
+        (run "$1" "$id" "$events" </dev/null >/dev/null 2>&1 &)
+    else
+        MLPIPED_ORDER=$2 MLPIPED_LEADER=$setsid \
+            "$setsid" -f sh "$bin/step.sh" run "$root" "$1" "$id" "$events" "$btime" </dev/null >/dev/null 2>&1
+    fi || put_line "r $id failed no process can be started on the box"
 }
 
 seek() {
     for T in "$@"; do
-        claimed && [ "$who" != fenced ] && record && printf '%s\n' "f $T $record"
+        claimed && [ "$who" != fenced ] && record && put_line "f $T $record"
     done
 }
 
 fence() {
     T=$1 pulse=$((pulse + 1))
     claim fenced
-    [ $? != 2 ] || { printf '%s\n' "r $id failed its folder cannot be made on the box: is a disk full?"; return; }
+    [ $? != 2 ] || { put_line "r $id failed its folder cannot be made on the box: is a disk full?"; return; }
     claimed
     record
     case $who in
-    fenced) printf '%s\n' "r $id fenced" ;;
-    *) printf '%s\n' "r $id handle $record" ;;
+    fenced) put_line "r $id fenced" ;;
+    *) put_line "r $id handle $record" ;;
     esac
 }
 
@@ -82,16 +89,16 @@ look() {
             away=-
             case $who in *" $boot "*) ;; *) away=rebooted ;; esac
             flags
-            printf '%s\n' "e $T $flags$away ${end%"${end##*[! ]}"}"
+            put_line "e $T $flags$away ${end%"${end##*[! ]}"}"
         elif [ "$there" != 0 ]; then
-            printf '%s\n' "l $T gone"
+            put_line "l $T gone"
         elif [ "$who" = fenced ]; then
-            printf '%s\n' "n $T"
+            put_line "n $T"
         elif [ "$lives" != 0 ]; then
             why=killed
             case $who in *" $boot "*) ;; *) why=rebooted ;; esac
             bury || why=stuck
-            printf '%s\n' "l $T $why"
+            put_line "l $T $why"
         fi
     done
 }
@@ -104,7 +111,7 @@ discard() {
         [ "$what" = all ] || set -- "$T/work" "$T/scratch" "$T/out" "$T/in" "$T/stdout" "$T/stderr"
         rm -rf "$@" 2>/dev/null || { chmod -R u+rwx "$@"; rm -rf "$@"; } 2>/dev/null || done=failed
     done
-    printf '%s\n' "r $id $done"
+    put_line "r $id $done"
 }
 
 # A content under one more name.
@@ -115,14 +122,14 @@ alias_of() {
     set -- ".cas/$1"/*
     set -f
     if [ -e "$name" ] || { [ -e "$1" ] && ln -sn "${1##*/}" "$name" 2>/dev/null; } || [ -e "$name" ]; then
-        printf '%s\n' "r $id ok"
+        put_line "r $id ok"
     else
-        printf '%s\n' "r $id missing"
+        put_line "r $id missing"
     fi
 }
 
 health() {
-    df -Pk . | { read -r head; read -r device blocks used free rest; printf '%s\n' "d $free" "r $id ok"; }
+    df -Pk . | { read -r head; read -r device blocks used free rest; put_line "d $free"; put_line "r $id ok"; }
 }
 
 sweep_events
@@ -149,11 +156,13 @@ if [ -n "$found" ]; then
     chmod 700 "$shim/python.$$"
     mv -T "$shim/python.$$" "$shim/python"
 fi
-printf '%s\n' "h root $root" "h boot $boot" "h python $found"
+put_line "h root $root"
+put_line "h boot $boot"
+put_line "h python $found"
 ls -U .cas 2>/dev/null | head -n 20000 | while IFS= read -r name; do
-    printf '%s\n' "c $name"
+    put_line "c $name"
 done
-printf '%s\n' "h ready"
+put_line "h ready"
 
 beat=0
 while IFS= read -r line; do
@@ -165,24 +174,20 @@ while IFS= read -r line; do
     launch) launch "${rest%% *}" "${rest#* }" ;;
     launchfile)
         draft=.new/order.$$.$id
-        (umask 077 && head -c "${rest#* }" >"$draft") || : >"$draft"
+        (umask 077; head -c "${rest#* }" >"$draft") || : >"$draft"
         launch "${rest%% *}" "@$draft"
         ;;
-    find) seek $rest; printf '%s\n' "r $id ok" ;;
+    find) seek $rest; put_line "r $id ok" ;;
     fence) fence $rest ;;
-    look) look $rest; printf '%s\n' "r $id ok" ;;
+    look) look $rest; put_line "r $id ok" ;;
     cancel)
-        if [ -n "$setsid" ]; then
-            "$setsid" -f sh "$bin/step.sh" end "$root" "$rest" cancelled </dev/null >/dev/null 2>&1
-        else
-            (sh "$bin/step.sh" end "$root" "$rest" cancelled </dev/null >/dev/null 2>&1 &)
-        fi
-        printf '%s\n' "r $id ok"
+        (end "$rest" cancelled </dev/null >/dev/null 2>&1 &)
+        put_line "r $id ok"
         ;;
     discard) (discard $rest) & ;;
     alias) alias_of $rest ;;
     health) health ;;
-    beat) printf '%s\n' "r $id ok" ;;
-    *) printf '%s\n' "r $id failed no such request" ;;
+    beat) put_line "r $id ok" ;;
+    *) put_line "r $id failed no such request" ;;
     esac
 done

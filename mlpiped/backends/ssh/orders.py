@@ -48,7 +48,6 @@ def order(job: Job, place: Place) -> bytes:
         "params": params or "",
         "timeout": "" if job.timeout is None else f"{job.timeout:.3f}",
         "grace": f"{job.grace * 100:.0f}",
-        "durable": "1",
     }
     if place.code is not None:
         make.remove("work")

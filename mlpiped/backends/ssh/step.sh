@@ -1,13 +1,14 @@
 # One attempt on this box, from claim to witness (the job folder's format: base.py). Needs sh, coreutils and /proc.
 #
-#   sh step.sh run ROOT TOKEN REQUEST EVENTS BTIME    with the order in $MLPIPED_ORDER, or in the file that $5 names
-#   sh step.sh end ROOT TOKEN cancelled|timed_out
+# `run` and `end` are for processes of their own, which agent.sh forks; nothing here waits for a connection or needs one.
+# agent.sh and tree.sh use the rest. Where the shell cannot undo what `&` does to signals, agent.sh starts it anew:
 #
-# agent.sh reads it as well, for what both do. Nothing here waits for a connection or needs one.
+#   setsid -f sh step.sh run ROOT TOKEN REQUEST EVENTS BTIME    with the order in $MLPIPED_ORDER
 
 set -f
 N='
 '
+mask=$(umask)
 
 # --- who is who: a pid alone is no name
 
@@ -54,7 +55,6 @@ claim() {
     who=$1
     shift
     private=$T/claim.$$.$pulse
-    old=$(umask)
     umask 077
     record
     mkdir -p "$private" "$@" 2>/dev/null &&
@@ -62,7 +62,7 @@ claim() {
         printf '%s\n' "$who" >"$private/who" &&
         printf '%2048s' '' >"$private/exit.json" # the space that the witness will need
     made=$?
-    umask "$old"
+    umask "$mask"
     [ "$made" = 0 ] || { rm -rf "$private"; return 2; }
     mv -T "$private" "$T/claim" 2>/dev/null && return 0
     rm -rf "$private"
@@ -74,13 +74,20 @@ claim() {
 
 # $strays: the processes above $floor that bear the mark of $T.
 strays() {
-    strays=
+    strays= young= count=0
     set +f
     for folder in /proc/[0-9]*; do
-        pid=${folder#/proc/}
-        [ "$pid" -gt "$floor" ] && marked "$folder/environ" && strays="$strays $pid"
+        [ "${folder#/proc/}" -gt "$floor" ] && young="$young $folder/environ" count=$((count + 1))
     done
     set -f
+    if [ $count -gt 3 ]; then # a shell reads a byte at a time: many are for grep, where there is one
+        few=$(grep -lzsF -- "MLPIPED_JOB_DIR=$root/$T/" $young)
+        [ $? = 127 ] || young=$few
+    fi
+    for folder in $young; do
+        pid=${folder%/environ}
+        marked "$folder" && strays="$strays ${pid#/proc/}"
+    done
 }
 
 marked() {
@@ -97,13 +104,13 @@ strike() {
         kill -s "$1" "$pid"
     done
     read -r first start <"$T/claim/pid" && born "$first" && [ "$born" = "$start" ] || return 0
-    kill -s "$1" "-$first" || kill -s "$1" "$first"
+    kill -s "$1" -- "-$first" || kill -s "$1" "$first"
 } 2>/dev/null
 
 # SIGKILL until nothing is left of $T; 1 when some survive it, in the kernel.
 bury() {
     tries=0
-    while kill -s KILL "-${1:-x}" 2>/dev/null || { strays; [ -n "$strays" ]; }; do
+    while kill -s KILL -- "-${1:-x}" 2>/dev/null || { strays; [ -n "$strays" ]; }; do
         for pid in $strays; do
             kill -s KILL "$pid" 2>/dev/null
         done
@@ -121,9 +128,9 @@ clock() {
     now=$((btime + ${up%.*})).${up#*.}
 }
 
-# A line to an agent; to nobody when it has gone.
+# A line to an agent, in one piece; to nobody when it has gone.
 say() {
-    [ -p "$1" ] && printf '%s\n' "$2" 1<>"$1"
+    [ -p "$1" ] && printf '%s' "$2$N" 1<>"$1"
 } 2>/dev/null
 
 # What a claim that is there already means for the request.
@@ -149,7 +156,7 @@ begin() {
     echo 500 >/proc/self/oom_score_adj 2>/dev/null
     printf '%s %s\n' "$self" "$born" >"$root/$T/claim/pid" || exit 126
     [ ! -e "$root/$T/claim/cancelled" ] || kill -s KILL "$self"
-    exec $leader "$@"
+    exec $leader "$@" # its own session, signals as a program expects them
 }
 
 # Whether $1 can be executed; else why not, into `error`.
@@ -245,10 +252,11 @@ settle() {
     done
 }
 
+# In $root, with $order: the variables of `orders.py`, and the function `step`. $order is `@FILE` when it is long.
 run() {
-    cd "$1" || exit 70
-    root=$1 T=$2 request=$3 events=$4 btime=$5 pulse=0 floor=0 lacks=
-    order=$MLPIPED_ORDER
+    T=$1 request=$2 events=$3 lacks=
+    read -r self rest </proc/self/stat
+    pulse=$self floor=0
     case $order in
     @*)
         draft=${order#@}
@@ -256,27 +264,23 @@ run() {
         rm -f "$draft"
         ;;
     esac
-    leader=$MLPIPED_LEADER
-    unset MLPIPED_ORDER MLPIPED_LEADER
-    boot_id
     claimed && answer && exit 75
-    eval "$order" # sets code, params, timeout, grace, durable, lacks, e_…, the folders to make, and the function `step`
+    eval "$order"
     [ -z "$lacks" ] || { say "$events" "r $request missing"; exit 70; }
     if [ -n "$code" ]; then # a full disk costs no attempt, so it is copied before the claim
-        mkdir -p -m 700 "$T" && cp -R "$code" "$T/work.$$" && chmod -R u+rwX "$T/work.$$" || {
-            rm -rf "$T/work.$$"
+        mkdir -p -m 700 "$T" && cp -R "$code" "$T/work.$self" && chmod -R u+rwX "$T/work.$self" || {
+            rm -rf "$T/work.$self"
             refuse 'its code cannot be copied on the box: is a disk full?'
         }
     fi
-    born $$
-    claim "$$ $born $boot $grace" "$@"
+    born "$self"
+    claim "$self $born $boot $grace" "$@"
     case $? in
-    1) rm -rf "$T/work.$$"; claimed; answer; exit 75 ;;
-    2) rm -rf "$T/work.$$"; refuse 'its folder cannot be made on the box: is a disk full?' ;;
+    1) rm -rf "$T/work.$self"; claimed; answer; exit 75 ;;
+    2) rm -rf "$T/work.$self"; refuse 'its folder cannot be made on the box: is a disk full?' ;;
     esac
-    [ -z "$code" ] || mv -T "$T/work.$$" "$T/work"
+    [ -z "$code" ] || mv -T "$T/work.$self" "$T/work"
     [ -z "$params" ] || printf '%s' "$params" >"$T/params.json"
-    [ -z "$durable" ] || sync "$T" "$T/claim" "$T/claim/who" 2>/dev/null
     answer &
     if [ -n "$timeout" ]; then
         (
@@ -284,7 +288,7 @@ run() {
             sleep "$timeout" &
             nap=$!
             wait "$nap"
-            exec sh "$0" end "$root" "$T" timed_out
+            end "$T" timed_out
         ) </dev/null >/dev/null 2>&1 &
         watch=$!
     fi
@@ -295,7 +299,7 @@ run() {
     { read -r first start <"$T/claim/pid"; } 2>/dev/null || first=
     read -r load1 load5 load15 tasks last </proc/loadavg
     # What is younger than this process has a higher pid, unless the numbers came round.
-    [ "$last" -gt $$ ] && [ $((${now%.*} - ${began%.*})) -lt 2 ] && floor=$$
+    [ "$last" -gt "$self" ] && [ $((${now%.*} - ${began%.*})) -lt 2 ] && floor=$self
     stuck=0
     bury "$first" || stuck=1
     judge
@@ -310,14 +314,12 @@ run() {
     done
 }
 
-# SIGTERM to everything of the step, SIGKILL after its grace. $3 says why.
+# SIGTERM to everything of the step, SIGKILL after its grace. $2 says why.
 end() {
-    cd "$1" || exit 70
-    root=$1 T=$2 floor=0
+    T=$1 floor=0
     [ ! -e "$T/exit.json" ] || exit 0
-    boot_id
     claimed && alive || exit 0
-    : >"$T/claim/$3"
+    : >"$T/claim/$2"
     strike TERM
     grace=${who##* }
     read -r up rest </proc/uptime
@@ -333,10 +335,10 @@ end() {
     done
 }
 
-case ${1-} in
-run | end)
-    mode=$1
-    shift
-    "$mode" "$@"
-    ;;
-esac
+if [ "${1-}" = run ]; then
+    cd "$2" || exit 70
+    root=$2 btime=$6 order=$MLPIPED_ORDER leader=$MLPIPED_LEADER
+    unset MLPIPED_ORDER MLPIPED_LEADER
+    boot_id
+    run "$3" "$4" "$5"
+fi
