@@ -148,8 +148,8 @@ class Box:
 
     def sessions(self) -> list[int]:
         """The server's processes for connections, not the listener: what a step runs is below none of them for long."""
-        assert self.process is not None
-        found, ask = [], [self.process.pid]
+        found: list[int] = []
+        ask = [self.process.pid] if self.process is not None else []
         while ask:
             below = [pid for pid in children(ask.pop()) if name_of(pid).startswith("sshd")]
             found += below
@@ -159,6 +159,11 @@ class Box:
     def connections(self) -> int:
         """How often somebody was let in, since the box was made."""
         return (self.folder / "log").read_text(errors="replace").count("Accepted publickey")
+
+    def knocks(self) -> int:
+        """How often somebody connected since the last start, less the rig's own look."""
+        text = (self.folder / "log").read_text(errors="replace")
+        return text[text.rfind("Server listening") :].count("Connection from") - 1
 
     def freeze(self) -> None:
         for pid in self.sessions():
@@ -199,6 +204,8 @@ class Cable:
         self.up = self.down = 0
         self._flows = threading.Event()
         self._flows.set()
+        self._answers = threading.Event()
+        self._answers.set()
         self._ends: list[socket.socket] = []
         self._server = socket.create_server((box.address, 0))
         self.port: int = self._server.getsockname()[1]
@@ -224,6 +231,8 @@ class Cable:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 self._flows.wait()
+                if not up:
+                    self._answers.wait()
                 if up:
                     self.up += len(data)
                 else:
@@ -234,19 +243,24 @@ class Cable:
                 end.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:
-        """Every connection of now; new ones work."""
+        """Every connection of now; new ones work. What was held up is lost."""
         ends, self._ends = self._ends, []
-        self._flows.set()
         for end in ends:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
                 end.close()
+        self.thaw()
 
     def freeze(self) -> None:
         self._flows.clear()
 
+    def freeze_down(self) -> None:
+        """What the box says does not arrive; what it is told does."""
+        self._answers.clear()
+
     def thaw(self) -> None:
         self._flows.set()
+        self._answers.set()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

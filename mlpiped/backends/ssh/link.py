@@ -28,6 +28,7 @@ CONNECT, LOGIN = 10.0, 20.0  # seconds
 LOST_AFTER = 3  # keepalives without an answer
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 REFUSALS = 3  # so often in a row may the box refuse our key: more looks like an attack to it
+NOBODY = b"# no host is known\n"  # None would mean that any host will do
 KEPT = 2  # sessions that last: the agent and the logs
 CROWDED = 60.0  # seconds to wait for a session
 SHUT = 3600.0  # seconds for which nothing is tried after that, or after a changed host key
@@ -85,7 +86,7 @@ class Link:
         settings = self.settings
         options: dict[str, Any] = {
             "config": [str(settings.ssh_config)] if settings.ssh_config is not None else [],
-            "known_hosts": str(self.known_hosts),
+            "known_hosts": str(self.known_hosts) if self.known_hosts.exists() else NOBODY,
             "preferred_auth": "publickey",
             "keepalive_interval": settings.keepalive,
             "keepalive_count_max": LOST_AFTER,
@@ -223,7 +224,7 @@ def quoted(*words: str) -> str:
 def _words(fault: Exception) -> str:
     if isinstance(fault, TimeoutError):
         return "no answer"
-    if isinstance(fault, OSError) and fault.strerror:
-        return fault.strerror.lower()
+    if isinstance(fault, OSError) and fault.errno:  # asyncio words its own strerror
+        return os.strerror(fault.errno).lower() if fault.errno > 0 else str(fault.strerror).lower()
     reason = getattr(fault, "reason", "") or str(fault) or type(fault).__name__
     return str(reason).strip().rstrip(".")[:300]
