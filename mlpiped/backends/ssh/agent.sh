@@ -26,8 +26,10 @@ events=$root/.events/$$.$born beats=$root/.new/beat.$$
 read -r up rest </proc/uptime
 btime=$(($(date +%s) - ${up%.*}))
 setsid=$(command -v setsid)
-undo=0 leader=$setsid
+undo=0 apart=0 leader=$setsid
 env --default-signal=INT,QUIT true 2>/dev/null && undo=1 leader="$(command -v env) --default-signal=INT,QUIT $setsid"
+
+[ -n "$setsid" ] && "$setsid" -f true 2>/dev/null && apart=1
 
 # In one piece: supervisors write to the same channel, by the FIFO.
 put_line() {
@@ -52,7 +54,7 @@ sweep_events() {
 # so that nobody has to wait for it.
 launch() {
     order=$2
-    if [ "$undo" = 1 ] || [ -z "$setsid" ]; then
+    if [ "$undo" = 1 ] || [ "$apart" = 0 ]; then
         (run "$1" "$id" "$events" </dev/null >/dev/null 2>&1 &)
     else
         MLPIPED_ORDER=$2 MLPIPED_LEADER=$setsid \

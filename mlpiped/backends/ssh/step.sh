@@ -60,7 +60,8 @@ claim() {
     mkdir -p "$private" "$@" 2>/dev/null &&
         printf '%s\n' "$record" >"$private/handle.json" &&
         printf '%s\n' "$who" >"$private/who" &&
-        printf '%2048s' '' >"$private/exit.json" # the space that the witness will need
+        printf '%2048s' '' >"$private/exit.json" && # the space that the end will need
+        printf '%1024s' '' >"$private/said"
     made=$?
     umask "$mask"
     [ "$made" = 0 ] || { rm -rf "$private"; return 2; }
@@ -192,23 +193,22 @@ millis() {
     done
 }
 
-# $said: what the shell says of the step's end, two lines of `times`, and its status, after one another.
+# $status, $millis, and $said: what the shell says of a process that was killed. In space that is there already, and in
+# no substitution, where bash says nothing.
 execute() {
-    said=$(
-        {
-            echo
-            (step) </dev/null >>"$T/stdout" 2>>"$T/stderr"
-            status=$?
-            times
-            echo "$status"
-        } 2>&1
-    )
-    status=${said##*"$N"}
-    said=${said%"$N"*}
-    millis "${said##*"$N"}"
-    said=${said%"$N"*}
-    said=${said%"$N"*}
-    while [ "$said" != "${said#"$N"}" ]; do said=${said#"$N"}; done
+    {
+        (step) </dev/null >>"$T/stdout" 2>>"$T/stderr"
+        status=$?
+        times
+    } 1<>"$T/claim/said" 2>&1
+    said= used=
+    while IFS= read -r text; do
+        case $text in
+        *m*s\ *m*s) used=$text ;; # the last one is of what has been waited for
+        *) said=$said$text ;;
+        esac
+    done <"$T/claim/said"
+    millis "$used"
 }
 
 # The end of the step as the contents of exit.json, into $end.
