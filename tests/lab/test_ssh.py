@@ -66,9 +66,7 @@ async def test_a_content_that_is_there_is_not_sent_again(box: Box, tmp_path: Pat
     assert (backend.carrier.sent, later.carrier.sent) == (before, 0)
 
 
-async def test_many_steps_that_need_one_content_send_it_once(
-    box: Box, tmp_path: Path, stack: AsyncExitStack
-) -> None:
+async def test_many_steps_that_need_one_content_send_it_once(box: Box, tmp_path: Path, stack: AsyncExitStack) -> None:
     backend = await Daemon(box, tmp_path / "state").life(stack)
     await ended(backend, job("true"))
     path = tmp_path / "data"
@@ -114,9 +112,7 @@ async def test_a_file_that_changed_is_never_kept_under_the_digest_of_what_it_was
     assert not [entry for entry in (daemon.root / ".cas").iterdir() if entry.name.startswith("b3")]
 
 
-async def test_a_folder_arrives_with_its_names_links_and_modes(
-    box: Box, tmp_path: Path, stack: AsyncExitStack
-) -> None:
+async def test_a_folder_arrives_with_its_names_links_and_modes(box: Box, tmp_path: Path, stack: AsyncExitStack) -> None:
     backend = await Daemon(box, tmp_path / "state").life(stack)
     top = tmp_path / "tree"
     (top / "in ner/empty").mkdir(parents=True)
@@ -132,7 +128,7 @@ async def test_a_folder_arrives_with_its_names_links_and_modes(
     ]  # fmt: skip
     for contents in ({}, {str(top): tree_digest(lines)}):
         output = JobOutput("copy", "copy", "folder")
-        script = "cp -R \"$1\" \"$2\"; \"$1/link\"; test ! -e \"$1/absent\""
+        script = 'cp -R "$1" "$2"; "$1/link"; test ! -e "$1/absent"'
         wanted = job(
             "sh", "-c", script, "sh", Part("input", "t"), Part("output", "copy"),
             inputs={"t": (str(top),)}, contents=contents, outputs=(output,),
@@ -146,9 +142,7 @@ async def test_a_folder_arrives_with_its_names_links_and_modes(
     assert backend.missing({tree_digest(lines): 1}) == 0
 
 
-async def test_a_datastore_that_is_mounted_there_is_not_copied(
-    box: Box, tmp_path: Path, stack: AsyncExitStack
-) -> None:
+async def test_a_datastore_that_is_mounted_there_is_not_copied(box: Box, tmp_path: Path, stack: AsyncExitStack) -> None:
     lab, there = tmp_path / "lab", tmp_path / "mnt"
     (lab / "digits").mkdir(parents=True)
     (there / "digits").mkdir(parents=True)
@@ -236,7 +230,7 @@ async def test_cancel_ends_everything_of_a_step_that_forks_hides_and_ignores_sig
     daemon = Daemon(box, tmp_path / "state")
     backend = await daemon.life(stack)
     loop = "trap '' TERM HUP INT; while :; do sleep 1; done"
-    script = f"for i in 1 2 3; do setsid sh -c \"{loop}\" & done; (sh -c \"{loop}\" &); echo began; {loop}"
+    script = f'for i in 1 2 3; do setsid sh -c "{loop}" & done; (sh -c "{loop}" &); echo began; {loop}'
     handle = await backend.submit(shell(script, grace=0.3))
     await said(backend, handle, b"began")
     assert len(daemon.processes(handle["token"])) >= 5
@@ -259,9 +253,7 @@ async def test_a_script_on_the_box_imports_the_sdk_and_logs_a_metric(
     assert json.loads(line)["name"] == "accuracy"
 
 
-async def test_requirements_are_built_there_once_per_content(
-    box: Box, tmp_path: Path, stack: AsyncExitStack
-) -> None:
+async def test_requirements_are_built_there_once_per_content(box: Box, tmp_path: Path, stack: AsyncExitStack) -> None:
     daemon = Daemon(box, tmp_path / "state")
     backend = await daemon.life(stack)
     package = tmp_path / "tiny"
@@ -329,7 +321,7 @@ async def test_a_box_with_nothing_but_sh_and_coreutils_is_enough(
         _, found = await ended(backend, shell("while :; do sleep 0.1; done", timeout=0.2, grace=0.1))
         assert found.timed_out and found.signal in (9, 15)
         loop = "trap '' TERM; while :; do sleep 0.1; done"
-        handle = await backend.submit(shell(f"(sh -c \"{loop}\" &); echo began; {loop}", grace=0.2))
+        handle = await backend.submit(shell(f'(sh -c "{loop}" &); echo began; {loop}', grace=0.2))
         await said(backend, handle, b"began")
         await backend.cancel(handle)
         found = await backend.wait(handle)  # type: ignore[assignment]
@@ -343,9 +335,7 @@ async def test_a_box_with_nothing_but_sh_and_coreutils_is_enough(
         box.stop()
 
 
-async def test_nothing_of_the_daemon_is_left_on_the_box_when_it_ends(
-    ssh_lab: Lab, tmp_path: Path
-) -> None:
+async def test_nothing_of_the_daemon_is_left_on_the_box_when_it_ends(ssh_lab: Lab, tmp_path: Path) -> None:
     from contextlib import AsyncExitStack
 
     box = ssh_lab.box()

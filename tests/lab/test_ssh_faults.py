@@ -361,8 +361,8 @@ async def test_H9_durations_do_not_depend_on_anybodys_clock(
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "date").write_text(
-        f'#!/bin/sh\nn=$(cat {tools}/n 2>/dev/null || echo 0); echo $((n + 1)) > {tools}/n\n'
-        'echo $(($(/bin/date +%s) + 86400 - n * 5000))\n'
+        f"#!/bin/sh\nn=$(cat {tools}/n 2>/dev/null || echo 0); echo $((n + 1)) > {tools}/n\n"
+        "echo $(($(/bin/date +%s) + 86400 - n * 5000))\n"
     )
     (tools / "date").chmod(0o755)
     box = ssh_lab.box(path=[tools, "/usr/bin", "/bin"])

@@ -21,8 +21,9 @@ root=$1 python=$2
 cd "$root" || exit 70
 boot_id
 born $$
-pulse=0 floor=0
-events=$root/.events/$$.$born beats=$root/.new/beat.$$
+mine=$born
+pulse=0 floor=0 slot_n=0 slots_made=0 slots=.new/slot.$$.$mine.
+events=$root/.events/$$.$mine beats=$root/.new/beat.$$.$mine
 read -r up rest </proc/uptime
 btime=$(($(date +%s) - ${up%.*}))
 setsid=$(command -v setsid)
@@ -36,8 +37,8 @@ put_line() {
     printf '%s' "$1$N"
 }
 
-# Reads what agents that are gone have left unread: a supervisor may wait in there.
-sweep_events() {
+# Reads what agents that are gone have left unread (a supervisor may wait in there), and removes their drafts.
+sweep() {
     set +f
     for fifo in .events/*; do
         set -f
@@ -48,18 +49,44 @@ sweep_events() {
         fi
         rm -f "$fifo"
     done
+    set +f
+    for left in .new/*; do # KIND.PID.START… of a process that is gone; what it started may be at it for a while
+        set -f
+        [ -e "$left" ] || continue
+        old=${left#.new/*.}
+        pid=${old%%.*} old=${old#*.}
+        born "$pid" && [ "$born" = "${old%%.*}" ] && continue
+        age=$(stat -c %Y "$left" 2>/dev/null) && [ $(($(date +%s) - age)) -gt 3600 ] || continue
+        rm -rf "$left" 2>/dev/null || { chmod -R u+rwX "$left"; rm -rf "$left"; } 2>/dev/null
+    done
 }
 
 # A shell ignores SIGINT and SIGQUIT in what it runs in the background, which `env` can undo; twice in the background,
 # so that nobody has to wait for it.
 launch() {
-    order=$2
+    order=$2 slot=
+    [ "$slot_n" = "$slots_made" ] || slot_n=$((slot_n + 1)) slot=$slots$slot_n
     if [ "$undo" = 1 ] || [ "$apart" = 0 ]; then
-        (run "$1" "$id" "$events" </dev/null >/dev/null 2>&1 &)
+        (run "$1" "$id" "$events" "$slot" </dev/null >/dev/null 2>&1 &)
     else
         MLPIPED_ORDER=$2 MLPIPED_LEADER=$setsid \
-            "$setsid" -f sh "$bin/step.sh" run "$root" "$1" "$id" "$events" "$btime" </dev/null >/dev/null 2>&1
+            "$setsid" -f sh "$bin/step.sh" run "$root" "$1" "$id" "$events" "$btime" "$slot" </dev/null >/dev/null 2>&1
     fi || put_line "r $id failed no process can be started on the box"
+    [ "$slot_n" != "$slots_made" ] || make_slots
+}
+
+# Folders for the next jobs, several at a time: while the one before runs, and for the price of one.
+make_slots() {
+    set --
+    slots_made=$((slots_made + 8))
+    next=$slot_n
+    while [ "$next" -lt "$slots_made" ]; do
+        next=$((next + 1))
+        set -- "$@" "$slots$next/claim" "$slots$next/work"
+    done
+    umask 077
+    mkdir -p "$@" 2>/dev/null
+    umask "$mask"
 }
 
 seek() {
@@ -69,10 +96,13 @@ seek() {
 }
 
 fence() {
-    T=$1 pulse=$((pulse + 1))
-    claim fenced
-    [ $? != 2 ] || { put_line "r $id failed its folder cannot be made on the box: is a disk full?"; return; }
-    claimed
+    T=$1 who=fenced pulse=$((pulse + 1))
+    draft=.new/fence.$$.$mine.$pulse
+    umask 077
+    mkdir -p "$draft" "$T" && fill "$draft" && mv -T "$draft" "$T/claim" 2>/dev/null
+    umask "$mask"
+    claimed || { put_line "r $id failed its folder cannot be made on the box: is a disk full?"; return; }
+    [ ! -e "$draft" ] || rm -rf "$draft"
     record
     case $who in
     fenced) put_line "r $id fenced" ;;
@@ -134,7 +164,7 @@ health() {
     df -Pk . | { read -r head; read -r device blocks used free rest; put_line "d $free"; put_line "r $id ok"; }
 }
 
-sweep_events
+sweep
 mkfifo -m 600 "$events" || exit 70
 cat <>"$events" &
 reader=$!
@@ -166,6 +196,7 @@ ls -U .cas 2>/dev/null | head -n 20000 | while IFS= read -r name; do
 done
 put_line "h ready"
 
+make_slots
 beat=0
 while IFS= read -r line; do
     beat=$((beat + 1))
@@ -175,7 +206,7 @@ while IFS= read -r line; do
     case $verb in
     launch) launch "${rest%% *}" "${rest#* }" ;;
     launchfile)
-        draft=.new/order.$$.$id
+        draft=.new/order.$$.$mine.$id
         (umask 077; head -c "${rest#* }" >"$draft") || : >"$draft"
         launch "${rest%% *}" "@$draft"
         ;;

@@ -49,10 +49,9 @@ def order(job: Job, place: Place) -> bytes:
         "timeout": "" if job.timeout is None else f"{job.timeout:.3f}",
         "grace": f"{job.grace * 100:.0f}",
     }
-    if place.code is not None:
-        make.remove("work")
+    make.remove("work")  # it is there
     lines = [f"{name}={quote(value)}" for name, value in words.items()]
-    lines += [f"set -- {' '.join(quote(f'{job.token}/{name}') for name in make)}"] if make else ["set --"]
+    lines.append(" ".join(["set --", *map(quote, make)]))
     lines += [f"[ -e {quote(path)} ] || lacks=1" for path in place.needed]
     lines.append("step() { " + "; ".join([f"unset {NOT_THE_STEPS}", *_exports(env, place), _begin(argv)]) + "; }")
     return os.fsencode("; ".join(lines))

@@ -3,7 +3,7 @@
 # `run` and `end` are for processes of their own, which agent.sh forks; nothing here waits for a connection or needs one.
 # agent.sh and tree.sh use the rest. Where the shell cannot undo what `&` does to signals, agent.sh starts it anew:
 #
-#   setsid -f sh step.sh run ROOT TOKEN REQUEST EVENTS BTIME    with the order in $MLPIPED_ORDER
+#   setsid -f sh step.sh run ROOT TOKEN REQUEST EVENTS BTIME DRAFT    with the order in $MLPIPED_ORDER
 
 set -f
 N='
@@ -19,7 +19,7 @@ boot_id() {
 # $born: when process $1 began, in clock ticks since the boot. Fails when it has ended.
 born() {
     born=
-    { read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
+    { read -r stat <"/proc/${1:-none}/stat"; } 2>/dev/null || return 1
     stat=${stat##*) }
     set -- $stat
     [ "$1" != Z ] && [ "$1" != X ] || return 1
@@ -49,26 +49,13 @@ record() {
     record="{\"v\": 1, \"pid\": $1, \"start\": $2, \"boot\": \"$3\"}"
 }
 
-# Make the claim with `who` $1, and the folders $2… in $T; 1: somebody else was first, 2: it cannot be made.
-# One rename onto a folder that is not empty: one wins, and what it claims with is complete then.
-claim() {
-    who=$1
-    shift
-    private=$T/claim.$$.$pulse
-    umask 077
+# What a claim by $who consists of, into the folder $1.
+fill() {
     record
-    mkdir -p "$private" "$@" 2>/dev/null &&
-        printf '%s\n' "$record" >"$private/handle.json" &&
-        printf '%s\n' "$who" >"$private/who" &&
-        printf '%2048s' '' >"$private/exit.json" && # the space that the end will need
-        printf '%1024s' '' >"$private/said"
-    made=$?
-    umask "$mask"
-    [ "$made" = 0 ] || { rm -rf "$private"; return 2; }
-    mv -T "$private" "$T/claim" 2>/dev/null && return 0
-    rm -rf "$private"
-    [ -e "$T/claim" ] && return 1
-    return 2
+    printf '%s\n' "$record" >"$1/handle.json" &&
+        printf '%s\n' "$who" >"$1/who" &&
+        printf '%2048s' '' >"$1/exit.json" && # the space that the end will need
+        printf '%1024s' '' >"$1/said"
 } 2>/dev/null
 
 # --- the processes of a step: its group, and all that has the mark in its environment
@@ -76,11 +63,14 @@ claim() {
 # $strays: the processes above $floor that bear the mark of $T.
 strays() {
     strays= young= count=0
-    set +f
-    for folder in /proc/[0-9]*; do
-        [ "${folder#/proc/}" -gt "$floor" ] && young="$young $folder/environ" count=$((count + 1))
-    done
-    set -f
+    near || {
+        young= count=0
+        set +f
+        for folder in /proc/[0-9]*; do
+            [ "${folder#/proc/}" -gt "$floor" ] && young="$young $folder/environ" count=$((count + 1))
+        done
+        set -f
+    }
     if [ $count -gt 3 ]; then # a shell reads a byte at a time: many are for grep, where there is one
         few=$(grep -lzsF -- "MLPIPED_JOB_DIR=$root/$T/" $young)
         [ $? = 127 ] || young=$few
@@ -89,6 +79,20 @@ strays() {
         pid=${folder%/environ}
         marked "$folder" && strays="$strays ${pid#/proc/}"
     done
+}
+
+# Where few have begun since $floor, each is looked for by its number, until no new one has come.
+near() {
+    [ "$floor" -gt 0 ] || return 1
+    pid=$floor
+    while read -r load1 load5 load15 tasks last </proc/loadavg && [ "$last" != "$pid" ]; do
+        [ $((last - floor)) -lt 64 ] && [ "$last" -gt "$pid" ] || return 1
+        while [ "$pid" -lt "$last" ]; do
+            pid=$((pid + 1))
+            [ -e "/proc/$pid/environ" ] && young="$young /proc/$pid/environ" count=$((count + 1))
+        done
+    done
+    return 0
 }
 
 marked() {
@@ -145,7 +149,7 @@ answer() {
 
 refuse() {
     say "$events" "r $request failed $1"
-    exit 70
+    leave 70
 }
 
 # The step's process, after the variables of its environment are set: `begin ARGV…`
@@ -252,35 +256,62 @@ settle() {
     done
 }
 
+# The job's folder with all that it needs, as $draft; $1… are folders in it. A full disk costs no attempt.
+build() {
+    umask 077
+    [ -d "$draft/claim" ] || mkdir -p "$draft/claim" "$draft/work" || return
+    for name in "$@"; do
+        shift
+        set -- "$@" "$draft/$name"
+    done
+    [ $# = 0 ] || mkdir -p "$@" || return
+    umask "$mask"
+    if [ -n "$code" ]; then
+        cp -R "$code/." "$draft/work" && chmod -R u+rwX "$draft/work" || return
+    fi
+    [ -z "$params" ] || printf '%s' "$params" >"$draft/params.json" || return
+    fill "$draft/claim"
+} 2>/dev/null
+
+# One rename onto what is not there, or onto a folder that is not empty: one wins, and its claim is complete then.
+publish() {
+    mv -T "$draft" "$T" && return
+    [ ! -e "$T/claim" ] && mv -T "$draft/claim" "$T/claim" || return # its inputs are there already
+    set +f
+    mv -- "$draft"/* "$T"
+    set -f
+    rmdir "$draft"
+} 2>/dev/null
+
+leave() {
+    rm -rf "$draft"
+    exit "$1"
+}
+
 # In $root, with $order: the variables of `orders.py`, and the function `step`. $order is `@FILE` when it is long.
+# $4 is a folder in which `claim` and `work` are made already, or none.
 run() {
-    T=$1 request=$2 events=$3 lacks=
+    T=$1 request=$2 events=$3 floor=0 lacks=
     read -r self rest </proc/self/stat
-    pulse=$self floor=0
+    born "$self"
+    draft=${4:-.new/job.$self.$born}
     case $order in
     @*)
-        draft=${order#@}
-        order=$(cat "$draft")
-        rm -f "$draft"
+        long=${order#@}
+        order=$(cat "$long")
+        rm -f "$long"
         ;;
     esac
-    claimed && answer && exit 75
+    claimed && answer && leave 75
     eval "$order"
-    [ -z "$lacks" ] || { say "$events" "r $request missing"; exit 70; }
-    if [ -n "$code" ]; then # a full disk costs no attempt, so it is copied before the claim
-        mkdir -p -m 700 "$T" && cp -R "$code" "$T/work.$self" && chmod -R u+rwX "$T/work.$self" || {
-            rm -rf "$T/work.$self"
-            refuse 'its code cannot be copied on the box: is a disk full?'
-        }
+    [ -z "$lacks" ] || { say "$events" "r $request missing"; leave 70; }
+    who="$self $born $boot $grace"
+    build "$@" || refuse "its folder cannot be made on the box: is a disk full?"
+    if ! publish; then
+        claimed || refuse "its folder cannot be made on the box: is a disk full?"
+        answer
+        leave 75
     fi
-    born "$self"
-    claim "$self $born $boot $grace" "$@"
-    case $? in
-    1) rm -rf "$T/work.$self"; claimed; answer; exit 75 ;;
-    2) rm -rf "$T/work.$self"; refuse 'its folder cannot be made on the box: is a disk full?' ;;
-    esac
-    [ -z "$code" ] || mv -T "$T/work.$self" "$T/work"
-    [ -z "$params" ] || printf '%s' "$params" >"$T/params.json"
     answer &
     if [ -n "$timeout" ]; then
         (
@@ -340,5 +371,5 @@ if [ "${1-}" = run ]; then
     root=$2 btime=$6 order=$MLPIPED_ORDER leader=$MLPIPED_LEADER
     unset MLPIPED_ORDER MLPIPED_LEADER
     boot_id
-    run "$3" "$4" "$5"
+    run "$3" "$4" "$5" "${7-}"
 fi

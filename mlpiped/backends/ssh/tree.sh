@@ -15,7 +15,12 @@ N='
 
 put() {
     cd "$1" || exit 1
-    place=$2 root=$PWD draft=$PWD/.new/put.$$
+    place=$2 root=$PWD
+    read -r self rest </proc/$$/stat
+    rest=${rest##*) }
+    set -- $rest
+    shift 19
+    draft=$PWD/.new/put.$$.$1
     [ ! -e "$place" ] || { cat >/dev/null; echo ok; exit 0; }
     mkdir -m 700 "$draft" && cd "$draft" || exit 1
     trap 'chmod -R u+rwX "$draft" 2>/dev/null; rm -rf "$draft"' EXIT
