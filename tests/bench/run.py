@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.bench import figures, moments, work
+from tests.bench import figures, moments, ssh, work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +31,9 @@ BENCHES: dict[str, Callable[[], Iterator[figures.Figure]]] = {
     "status": moments.status,
     "idle": moments.idle,
     "noop": work.noop,
+    "ssh-step": ssh.step,
+    "ssh-many": ssh.many,
+    "ssh-large": ssh.large,
 }
 
 

@@ -4,7 +4,6 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import pytest
-
 from lab import ssh_rig
 
 if TYPE_CHECKING:

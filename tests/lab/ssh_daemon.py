@@ -16,9 +16,9 @@ from mlpiped.errors import BackendUnavailable
 if TYPE_CHECKING:
     from contextlib import AsyncExitStack
 
-    from mlpiped.backends.base import Handle, Outcome
-
     from lab.ssh_rig import Box, Cable
+
+    from mlpiped.backends.base import Handle, Outcome
 
 UNTIL_GO = "echo began; while ! test -e go; do sleep 0.05; done; echo over; exit 3"
 

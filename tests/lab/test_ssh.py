@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 from blake3 import blake3
-
 from lab import ssh_rig
 from lab.ssh_daemon import Daemon, ended, job, log, said, shell, well
+
 from mlpiped.backends.base import JobOutput, Part
 from mlpiped.errors import BackendUnavailable, InvalidJob
 from mlpiped.files.hashing import tree_digest
@@ -122,8 +122,9 @@ async def test_a_folder_arrives_with_its_names_links_and_modes(box: Box, tmp_pat
     (top / "run").chmod(0o755)
     (top / ".hidden").write_text("h")
     (top / "link").symlink_to("run")
+    odd = (os.fsencode(f"in ner/{weird}"), "f", digest(top / "in ner" / weird))
     lines = [
-        (b"in ner", "d", ""), (b"in ner/empty", "d", ""), (os.fsencode(f"in ner/{weird}"), "f", digest(top / "in ner" / weird)),
+        (b"in ner", "d", ""), (b"in ner/empty", "d", ""), odd,
         (b"run", "x", digest(top / "run")), (b".hidden", "f", digest(top / ".hidden")), (b"link", "l", "run"),
     ]  # fmt: skip
     for contents in ({}, {str(top): tree_digest(lines)}):
@@ -245,7 +246,7 @@ async def test_a_script_on_the_box_imports_the_sdk_and_logs_a_metric(
 ) -> None:
     daemon = Daemon(box, tmp_path / "state")
     backend = await daemon.life(stack)
-    script = "from mlpiped import Run; r = Run.get_context(); r.log('accuracy', 0.97, step=3); import mlpiped; print(mlpiped.__file__)"
+    script = "import mlpiped; mlpiped.Run.get_context().log('accuracy', 0.97, step=3); print(mlpiped.__file__)"
     handle, found = await ended(backend, job("python", "-c", script))
     assert found.code == 0
     assert (await log(backend, handle)).decode().startswith(str(daemon.root / ".cas/sdk-"))

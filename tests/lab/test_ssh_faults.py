@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
-
 from lab import ssh_daemon as daemons
 from lab import ssh_rig
 from lab.ssh_daemon import UNTIL_GO, Daemon, ended, job, log, outcome, said, shell, well
+
 from mlpiped.backends.base import Exited, Lost, NeverRan
 from mlpiped.errors import BackendUnavailable
 
