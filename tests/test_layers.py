@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "spec check": (2, ("spec_check",)),
     "publish": (2, ("publish",)),
     "protocol": (2, ("protocol",)),
-    "backend seam": (2, ("backends", "backends.base", "backends.folder", "backends.supervisor")),
+    "backend seam": (2, ("backends", "backends.base", "backends.cards", "backends.folder", "backends.supervisor")),
     "files": (3, ("artifacts", "code", "files.fingerprint", "files.references")),
     "ledger": (3, ("ledger",)),
     "loader": (3, ("loader",)),

@@ -157,6 +157,7 @@ class Capacity:
     memory: int | None = None  # bytes
     cards: tuple[Card, ...] = ()
     images: bool = False  # it runs steps in containers, and those only
+    no_cards: str | None = None  # why its cards cannot be used, in a sentence
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import anyio
 from blake3 import blake3
 
 from mlpiped.backends.base import Exited, Job, Part
-from mlpiped.backends.ssh.backend import SshBackend
+from mlpiped.backends.ssh import SshBackend
 from mlpiped.config.computes import SshCompute
 from tests.bench.figures import Figure
 from tests.bench.gauges import status_kb, wall
@@ -89,7 +89,7 @@ def true(token: str) -> Job:
     return Job(token=token, arguments=((Part("text", "true"),),))
 
 
-# --- a step -------------------------------------------------------------------------------------------------------------
+# --- a step -----------------------------------------------------------------------------------------------------------
 def step() -> Iterator[Figure]:
     yield from on_a_box(_step)
 
@@ -116,7 +116,7 @@ async def _step(there: Place, backend: SshBackend) -> list[Figure]:
     ]
 
 
-# --- many ---------------------------------------------------------------------------------------------------------------
+# --- many -------------------------------------------------------------------------------------------------------------
 def many() -> Iterator[Figure]:
     yield from on_a_box(_many)
 
@@ -151,7 +151,7 @@ async def _many(there: Place, backend: SshBackend) -> list[Figure]:
     ]
 
 
-# --- a large input ------------------------------------------------------------------------------------------------------
+# --- a large input ----------------------------------------------------------------------------------------------------
 def large() -> Iterator[Figure]:
     yield from on_a_box(_large)
 

@@ -17,7 +17,7 @@ from lab import ssh_rig
 from mlpiped.backends.base import Backend, Job, Part
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.backends.local import LocalBackend
-from mlpiped.backends.ssh.backend import SshBackend
+from mlpiped.backends.ssh import SshBackend
 from mlpiped.config.computes import SshCompute
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from mlpiped.backends.base import Exited, Job, Part
-from mlpiped.backends.ssh.backend import SshBackend
+from mlpiped.backends.ssh import SshBackend
 from mlpiped.config.computes import SshCompute
 from mlpiped.errors import BackendUnavailable
 

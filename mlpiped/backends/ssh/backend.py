@@ -20,6 +20,7 @@ import anyio.to_thread
 from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Capacity, Exited, Handle, Job, Lost, NeverRan, Outcome
 from mlpiped.backends.ssh.carrier import LARGE, Carrier
+from mlpiped.backends.ssh.gpus import BoxCards
 from mlpiped.backends.ssh.keeper import End, Keeper
 from mlpiped.backends.ssh.link import Link
 from mlpiped.backends.ssh.orders import order
@@ -56,7 +57,7 @@ class SshBackend:
         self._staging = Staging(self.keeper, self.carrier, datastores, settings.mounts)
         self._tails = Tails(self.keeper)
         self._homes: dict[str, anyio.Lock] = {}
-        self._capacity = Capacity(settings.slots, settings.cpus, settings.memory)
+        self._cards = BoxCards(self.keeper, settings.gpus, instance, state_dir.absolute() / "gpus" / name)
         self._threads = anyio.CapacityLimiter(4)
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -70,7 +71,8 @@ class SshBackend:
         await self.link.close()
 
     def capacity(self) -> Capacity:
-        return self._capacity
+        settings, cards = self.settings, self._cards
+        return Capacity(settings.slots, settings.cpus, settings.memory, cards.seen, no_cards=cards.trouble)
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return self._staging.missing(contents)
@@ -78,13 +80,23 @@ class SshBackend:
     # --- the job's life -----------------------------------------------------------------------------------------
     async def submit(self, job: Job) -> Handle:
         folders.at(self.jobs_dir, job.token)
+        if not job.gpus:
+            return await self._submit(job)
+        await self._cards.take(job)
+        try:
+            return await self._submit(job)
+        except InvalidJob:
+            await self._cards.give(job.token)
+            raise
+
+    async def _submit(self, job: Job) -> Handle:
         for again in range(3):
             agent = await self.keeper.agent()
             if again or job.inputs or job.code is not None or job.requirements is not None:
                 known = (await self.find([job.token])).get(job.token)
                 if known is not None:
                     return known
-            text = order(job, await self._staging.place(job))
+            text = order(job, await self._staging.place(job, self._cards.environment(job)))
             said = await agent.launch(job.token, text)
             self.keeper.began(job.token)
             if said.startswith("handle "):
@@ -100,6 +112,8 @@ class SshBackend:
             end = await self.keeper.end(token)
             if isinstance(end.outcome, Exited):
                 await self._bring_logs(token, end)
+            if self._cards.leased(token):
+                await self._cards.give(token)
             return end.outcome
         except BackendUnavailable:
             since = self.keeper.silent_since
@@ -129,6 +143,8 @@ class SshBackend:
         said, _ = await agent.ask("fence", token)
         if said.startswith("handle "):
             return _handle(token, said.partition(" ")[2])
+        if self._cards.leased(token):
+            await self._cards.give(token)
         return NeverRan("its token was fenced before it started")
 
     # --- what it prints and makes -------------------------------------------------------------------------------
@@ -216,6 +232,7 @@ class SshBackend:
         try:
             agent = await self.keeper.agent()
             _, lines = await agent.ask("health")
+            await self._cards.look()
         except BackendUnavailable as fault:
             return fault.message
         free = next((int(line.split()[1]) for line in lines if line.startswith("d ") and line[2:].isdigit()), None)

@@ -36,8 +36,6 @@ def order(job: Job, place: Place) -> bytes:
     home = f"{place.root}/{job.token}"
     env = {"PYTHONUNBUFFERED": "1", **place.env, **folders.variables(home, job, place.inputs)}
     env["MLPIPED_JOB_DIR"] = f"{home}/"  # the mark by which step.sh knows the processes of a step
-    if job.gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
     argv = folders.order(job.argv(folders.output_paths(home, job), place.inputs), env, job)["argv"]
     make, params = folders.contents(job)
     shown = f"`{argv[0][:200]}`"

@@ -66,8 +66,8 @@ class Staging:
         if self.keeper.known is not None:
             self.keeper.known.box.contents.clear()
 
-    async def place(self, job: Job) -> Place:
-        """Bring what is missing. Raises InvalidJob, BackendUnavailable."""
+    async def place(self, job: Job, env: Mapping[str, str]) -> Place:
+        """Bring what is missing. `env` comes with the machine. Raises InvalidJob, BackendUnavailable."""
         agent = await self.keeper.agent()
         root = agent.box.root
         try:
@@ -79,10 +79,10 @@ class Staging:
         except OSError as fault:
             why = f"{fault.strerror}: {fault.filename}"
             raise BackendUnavailable(f"what the step needs cannot be read here: {why}") from fault
-        bins, env = [f"{root}/.python"], {}
+        bins = [f"{root}/.python"]
         if job.requirements is not None or job.python is not None:
             home = await self._environment(agent, job)
-            bins, env = [f"{home}/bin", *bins], {"VIRTUAL_ENV": home}
+            bins, env = [f"{home}/bin", *bins], {**env, "VIRTUAL_ENV": home}
         paths = {port: [there[path] for path in mine] for port, mine in job.inputs.items()}
         needed = [path for path in there.values() if path.startswith(f"{root}/")]
         needed += [f"{root}/{place}" for place in (code, sdk) if place is not None]
