@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 from lab.docker_rig import docker_engine, own_engine, registry
+from lab.ssh_rig import ssh_box, ssh_lab
 
-__all__ = ["anyio_backend", "docker_engine", "own_engine", "registry"]
+__all__ = ["anyio_backend", "docker_engine", "own_engine", "registry", "ssh_box", "ssh_lab"]
 
 
 @pytest.fixture

@@ -59,6 +59,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "docker backend": (3, ("backends.docker",)),
     "host keys": (3, ("backends.host_keys",)),
     "fake backend": (3, ("backends.fake",)),
+    "ssh backend": (3, ("backends.ssh",)),
     "placement": (3, ("breaker", "placement", "shares", "waiting")),
     "one run": (4, ("run", "attempt", "dispatcher", "facts", "images", "job_words", "needs", "tries")),
     "all runs": (5, ("scheduler", "dispatch", "hosts")),

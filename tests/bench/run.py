@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.bench import docker, figures, moments, work
+from tests.bench import docker, figures, moments, ssh, work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,6 +32,9 @@ BENCHES: dict[str, Callable[[], Iterator[figures.Figure]]] = {
     "idle": moments.idle,
     "noop": work.noop,
     "docker": docker.containers,
+    "ssh-step": ssh.step,
+    "ssh-many": ssh.many,
+    "ssh-large": ssh.large,
 }
 
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import secrets
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from lab import ssh_rig
 from lab.docker_rig import PYTHON, Engine
 
 from mlpiped.backends.base import Backend, Exited, Job, Part
 from mlpiped.backends.docker import DockerBackend
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.backends.local import LocalBackend
-from mlpiped.config.computes import DockerCompute
+from mlpiped.backends.ssh import SshBackend
+from mlpiped.config.computes import DockerCompute, SshCompute
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
 
 def command(*arguments: str | Part) -> tuple[tuple[Part, ...], ...]:
@@ -36,6 +38,7 @@ class Bench:
     needs: str | None = None  # the fixture with the machine that it runs on
     marks: tuple[pytest.MarkDecorator, ...] = ()
     crowd = 50  # jobs that it is given at once
+    measures_memory = True  # whether the most memory that a step held is told
 
     def __init__(self, place: Path, stack: AsyncExitStack, machine: Any = None) -> None:
         self.place, self.stack, self.machine = place, stack, machine
@@ -75,6 +78,28 @@ class LocalBench(Bench):
 
     async def removed(self, backend: Backend) -> None:
         assert isinstance(backend, LocalBackend)
+        await backend.removed()
+
+
+class SshBench(Bench):
+    """A real sshd. Its scripts cannot learn of a process's memory once that has ended."""
+
+    needs = "ssh_box"
+    marks = (pytest.mark.lab,)
+    measures_memory = False
+
+    def __init__(self, place: Path, stack: AsyncExitStack, machine: ssh_rig.Box) -> None:
+        super().__init__(place, stack, machine)
+        self.box = machine
+        self.instance = secrets.token_hex(6)
+
+    def make(self) -> SshBackend:
+        (self.place / "known_hosts").write_text(self.box.known())
+        settings = SshCompute(**self.box.settings(mounts={"data": "/data"}))
+        return SshBackend("box", self.place, settings, instance=self.instance, datastores={"data": Path("/data")})
+
+    async def removed(self, backend: Backend) -> None:
+        assert isinstance(backend, SshBackend)
         await backend.removed()
 
 
@@ -126,7 +151,7 @@ class DockerBench(Bench):
         return super().job(*arguments, **fields)
 
 
-BENCHES = {"local": LocalBench, "fake": FakeBench, "docker": DockerBench}
+BENCHES = {"local": LocalBench, "fake": FakeBench, "docker": DockerBench, "ssh": SshBench}
 EVERY = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items()]
 EXECUTING = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items() if bench.executes]
 

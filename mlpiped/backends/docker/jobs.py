@@ -21,7 +21,7 @@ import mlpiped
 from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Handle, Job, Lost, NeverRan, Outcome
 from mlpiped.backends.docker import judging, script
-from mlpiped.backends.supervisor import WITNESS_SIZE, claim, start_time, sync_tree, testify
+from mlpiped.backends.supervisor import WITNESS_SIZE, claim, start_time, testify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -145,12 +145,10 @@ class Folders:
         outcome = judging.judge(self._evidence(handle, folder, state))
         if isinstance(outcome, Lost):
             return outcome
-        if outcome.code == 0:
-            sync_tree(f"{folder}/out")  # a witness that outlives a power cut must not vouch for bytes that do not
         names = ("code", "signal", "timed_out", "cancelled", "out_of_memory", "started", "ended", "cpu", "max_rss")
         error = None if outcome.error is None else outcome.error[:LONGEST_ERROR]
         try:
-            testify(folder, {"v": 1, "error": error, **{name: getattr(outcome, name) for name in names}})
+            testify(folder, {"v": 1, "error": error, **{name: getattr(outcome, name) for name in names}}, durable=True)
         except FileNotFoundError:  # somebody else did; or the folder is going
             return self.told(folder) or outcome
         return self.told(folder) or outcome

@@ -1,0 +1,5 @@
+"""Boxes that are reached by SSH. `backend` is the way in; the scripts beside it are what runs on the box."""
+
+from mlpiped.backends.ssh.backend import SshBackend
+
+__all__ = ["SshBackend"]

@@ -1,0 +1,297 @@
+"""Another machine as a compute, by SSH. It needs nothing but sh and coreutils; a step there needs no connection.
+
+On the box lies `<work_dir>/<instance>/<token>/`, a job folder as in base.py, and what comes home of it lies in
+`<state_dir>/jobs/<token>/`: its exit.json is written there last, so where one is, the logs are complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from mlpiped.backends import folder as folders
+from mlpiped.backends.base import Capacity, Exited, Handle, Job, Lost, NeverRan, Outcome
+from mlpiped.backends.ssh.carrier import LARGE, Carrier
+from mlpiped.backends.ssh.gpus import BoxCards
+from mlpiped.backends.ssh.keeper import End, Keeper
+from mlpiped.backends.ssh.link import Link
+from mlpiped.backends.ssh.orders import order
+from mlpiped.backends.ssh.parcels import Garbled, Incoming
+from mlpiped.backends.ssh.staging import Staging
+from mlpiped.backends.ssh.tails import Tails
+from mlpiped.errors import BackendUnavailable, InvalidJob
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AsyncExitStack
+
+    from mlpiped.config.computes import SshCompute
+
+T = TypeVar("T")
+FOLLOW = 0.2  # seconds between two looks at a log that is followed
+FINDS = 40  # tokens in a question
+LITTLE_SPACE = 64 << 10  # KiB
+SMALL_FILES = ("stdout", "stderr", "metrics.jsonl")
+
+
+class SshBackend:
+    kind = "ssh"
+
+    def __init__(
+        self, name: str, state_dir: Path, settings: SshCompute, *, instance: str, datastores: Mapping[str, Path]
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.jobs_dir = state_dir.absolute() / "jobs"
+        self.link = Link(name, settings, settings.known_hosts or state_dir / "known_hosts")
+        self.keeper = Keeper(self.link, settings.work_dir, instance, settings.python)
+        self.carrier = Carrier(self.link)
+        self._staging = Staging(self.keeper, self.carrier, datastores, settings.mounts)
+        self._tails = Tails(self.keeper)
+        self._homes: dict[str, anyio.Lock] = {}
+        self._cards = BoxCards(self.keeper, settings.gpus, instance, state_dir.absolute() / "gpus" / name)
+        self._threads = anyio.CapacityLimiter(4)
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """A box that is away keeps nobody from starting."""
+        stack.push_async_callback(self._stop)
+        await self._here("make the folder of its jobs", lambda: folders.prepare(self.jobs_dir))
+
+    async def _stop(self) -> None:
+        self._tails.close()
+        self.keeper.close()
+        await self.link.close()
+
+    def capacity(self) -> Capacity:
+        settings, cards = self.settings, self._cards
+        return Capacity(settings.slots, settings.cpus, settings.memory, cards.seen, no_cards=cards.trouble)
+
+    def missing(self, contents: Mapping[str, int]) -> int:
+        return self._staging.missing(contents)
+
+    # --- the job's life -----------------------------------------------------------------------------------------
+    async def submit(self, job: Job) -> Handle:
+        folders.at(self.jobs_dir, job.token)
+        if not job.gpus:
+            return await self._submit(job)
+        await self._cards.take(job)
+        try:
+            return await self._submit(job)
+        except InvalidJob:
+            await self._cards.give(job.token)
+            raise
+
+    async def _submit(self, job: Job) -> Handle:
+        for again in range(3):
+            agent = await self.keeper.agent()
+            if again or job.inputs or job.code is not None or job.requirements is not None:
+                known = (await self.find([job.token])).get(job.token)
+                if known is not None:
+                    return known
+            text = order(job, await self._staging.place(job, self._cards.environment(job)))
+            said = await agent.launch(job.token, text)
+            self.keeper.began(job.token)
+            if said.startswith("handle "):
+                return _handle(job.token, said.partition(" ")[2])
+            if said == "fenced":
+                raise BackendUnavailable(f"token `{job.token}` was fenced and cannot start")
+            self._staging.forget()
+        raise BackendUnavailable(f"`{self.name}` loses what is sent to it")
+
+    async def wait(self, handle: Handle) -> Outcome:
+        token = _token(handle)
+        try:
+            end = await self.keeper.end(token)
+            if isinstance(end.outcome, Exited):
+                await self._bring_logs(token, end)
+            if self._cards.leased(token):
+                await self._cards.give(token)
+            return end.outcome
+        except BackendUnavailable:
+            since = self.keeper.silent_since
+            if since is not None and time.monotonic() - since > self.settings.unreachable_timeout:
+                return Lost(f"`{self.name}` has not been reached for {self.settings.unreachable_timeout / 3600:.0f} h")
+            raise
+
+    async def cancel(self, handle: Handle) -> None:
+        agent = await self.keeper.agent()
+        await agent.ask("cancel", _token(handle))
+
+    async def find(self, tokens: Sequence[str]) -> dict[str, Handle]:
+        agent = await self.keeper.agent()
+        wanted = [token for token in tokens if folders.TOKEN.fullmatch(token)]
+        found: dict[str, Handle] = {}
+        for first in range(0, len(wanted), FINDS):
+            _, lines = await agent.ask("find", *wanted[first : first + FINDS])
+            for line in lines:
+                kind, token, record = line.split(" ", 2)
+                if kind == "f" and token in wanted:
+                    found[token] = _handle(token, record)
+        return found
+
+    async def fence(self, token: str) -> NeverRan | Handle:
+        folders.at(self.jobs_dir, token)
+        agent = await self.keeper.agent()
+        said, _ = await agent.ask("fence", token)
+        if said.startswith("handle "):
+            return _handle(token, said.partition(" ")[2])
+        if self._cards.leased(token):
+            await self._cards.give(token)
+        return NeverRan("its token was fenced before it started")
+
+    # --- what it prints and makes -------------------------------------------------------------------------------
+    async def logs(
+        self, handle: Handle, stream: Literal["stdout", "stderr"], offset: int, follow: bool
+    ) -> AsyncIterator[bytes]:
+        token = _token(handle)
+        folder = folders.at(self.jobs_dir, token)
+        while True:
+            if await self._here("read the log", lambda: os.path.exists(f"{folder}/exit.json")):
+                if offset < 0:
+                    offset = max(0, offset + await self._here("read the log", lambda: _size(f"{folder}/{stream}")))
+                chunk = await self._here("read the log", lambda: folders.read_stream(folder, stream, offset))  # noqa: B023
+                over = True
+            else:
+                over, chunk = await self._tails.read(token, stream, offset)
+            if chunk:
+                offset = offset + len(chunk) if offset >= 0 else 0
+                yield chunk
+            elif over or not follow:
+                return
+            else:
+                await anyio.sleep(FOLLOW)
+
+    async def _bring_logs(self, token: str, end: End) -> None:
+        """What it has printed and measured, and then its exit.json."""
+        folder = Path(folders.at(self.jobs_dir, token))
+        if await self._here("keep how it ended", lambda: _kept(folder, end)):
+            return
+        async with self._homes.setdefault(token, anyio.Lock()):
+            try:
+                if end.files:
+                    await self._bring(token, folder, [name for name in SMALL_FILES if name in end.files])
+                await self._here("keep how it ended", lambda: _testify(folder, end.outcome))
+            finally:
+                self._homes.pop(token, None)
+
+    async def fetch(self, handle: Handle, into: Path) -> Path:
+        token = _token(handle)
+        folder = Path(folders.at(self.jobs_dir, token))
+        await self.wait(handle)
+        if not await self._here("look for its outputs", (folder / "out").exists):
+            await self._bring(token, folder, ["out"])
+        return folder
+
+    async def _bring(self, token: str, folder: Path, names: Sequence[str]) -> None:
+        """Each of `names` that is there appears in `folder` by a rename, once all have come whole."""
+        agent = await self.keeper.agent()
+        draft = folder / f".{secrets.token_hex(6)}"
+        command = agent.box.script("tree.sh", "get", agent.box.root, token)
+        try:
+            await self._here("keep what it made", lambda: draft.mkdir(parents=True))
+            into = Incoming(draft)
+            try:
+                await self.carrier.get([*command, str(LARGE) if self.carrier.client else "", *names], into)
+                if into.big:
+                    into = Incoming(draft)
+                    await self.carrier.get_large([*command, "", *names], into)
+            finally:
+                into.close()
+            await self._here("keep what it made", lambda: _settle(draft, folder))
+        except Garbled as fault:
+            raise BackendUnavailable(f"what came from `{self.name}` is not whole: {fault}") from fault
+        except OSError as fault:
+            raise BackendUnavailable(f"cannot keep what the step made: {fault.strerror}: {fault.filename}") from fault
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(lambda: shutil.rmtree(draft, ignore_errors=True))
+
+    async def discard(self, token: str, *, keep_logs: bool) -> None:
+        folder = folders.at(self.jobs_dir, token)
+        await self._here("remove its files", lambda: folders.discard(folder, keep_logs=keep_logs))
+        agent = await self.keeper.agent()
+        if not keep_logs:
+            self.keeper.forget(token)
+        agent.tell("discard", "work" if keep_logs else "all", token)
+
+    async def removed(self) -> None:
+        """All that was discarded until now is gone, or the connection is."""
+        agent = await self.keeper.agent()
+        await agent.answered()
+
+    # --- the machine --------------------------------------------------------------------------------------------
+    async def health(self) -> str | None:
+        try:
+            agent = await self.keeper.agent()
+            _, lines = await agent.ask("health")
+            await self._cards.look()
+        except BackendUnavailable as fault:
+            return fault.message
+        free = next((int(line.split()[1]) for line in lines if line.startswith("d ") and line[2:].isdigit()), None)
+        if free is not None and free < LITTLE_SPACE:
+            return f"only {free >> 10} MiB are free on `{self.name}` in {agent.box.root}"
+        return self.keeper.trouble
+
+    async def _here(self, what: str, function: Callable[[], T]) -> T:
+        """In a thread; no foreign exception gets out."""
+        try:
+            return await anyio.to_thread.run_sync(function, limiter=self._threads)
+        except OSError as error:
+            place = f": {error.filename}" if error.filename else ""
+            raise BackendUnavailable(f"cannot {what}: {error.strerror}{place}") from error
+
+
+def _token(handle: Handle) -> str:
+    token = handle.get("token")
+    if handle.get("v") != 1 or not isinstance(token, str) or not folders.TOKEN.fullmatch(token):
+        raise InvalidJob(f"no handle of an ssh job: {handle!r:.200}")
+    return token
+
+
+def _handle(token: str, record: str) -> Handle:
+    try:
+        found = json.loads(record)
+        return {**{name: found[name] for name in ("v", "pid", "start", "boot")}, "token": token}
+    except (ValueError, KeyError, TypeError):
+        raise BackendUnavailable(f"the claim of `{token}` cannot be read: {record!r:.200}") from None
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _settle(draft: Path, folder: Path) -> None:
+    for entry in draft.iterdir():
+        target = folder / entry.name
+        if entry.is_dir() and target.exists():
+            shutil.rmtree(target)
+        entry.rename(target)
+
+
+def _kept(folder: Path, end: End) -> bool:
+    """Whether all has come home; it has when there was nothing."""
+    if (folder / "exit.json").exists():
+        return True
+    if not end.files:
+        _testify(folder, end.outcome)
+    return not end.files
+
+
+def _testify(folder: Path, outcome: Outcome) -> None:
+    assert isinstance(outcome, Exited)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("code", "signal", "timed_out", "cancelled", "error", "started", "ended", "cpu", "max_rss")
+    draft = folder / f".exit.{secrets.token_hex(6)}"
+    draft.write_text(json.dumps({"v": 1, **{name: getattr(outcome, name) for name in names}}))
+    draft.rename(folder / "exit.json")

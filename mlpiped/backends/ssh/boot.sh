@@ -1,0 +1,22 @@
+# The first bytes on a channel: puts the scripts where they stay, and becomes one of them.
+# Reads `WORK INSTANCE DIGEST` (%b-encoded), then `NAME SIZE` and so many bytes for each script, then `go`.
+umask_before=$(umask)
+umask 077
+read -r work instance digest
+work=$(printf '%b' "$work")
+case $work in
+"~") work=$HOME ;;
+"~/"*) work=$HOME/${work#??} ;;
+esac
+root=$work/$instance
+bin=$root/.bin/$digest
+mkdir -p "$bin" "$root/.cas" "$root/.events" "$root/.new" "$root/.envs" || { echo "x the folder cannot be made: $root"; exit 1; }
+[ -s "$root/.no-params.json" ] || printf '{}' >"$root/.no-params.json"
+root=$(cd "$root" && pwd -P)
+bin=$root/.bin/$digest
+while read -r name size && [ "$name" != go ]; do
+    head -c "$size" >"$bin/$name.$$" && mv -T "$bin/$name.$$" "$bin/$name" || { echo "x a file cannot be written: $bin/$name"; exit 1; }
+done
+umask "$umask_before"
+read -r python
+exec sh "$bin/agent.sh" "$root" "$(printf '%b' "$python")"

@@ -1,0 +1,230 @@
+"""One connection to one box: opened when it is needed, watched by keepalives, shared by everything.
+
+Whoever needs the box calls `Link.open`: the first one connects, the others wait for that. After a failure nobody tries
+again before a pause is over that grows; what a new key or password would have to heal is not tried at all for long.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import time
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import asyncssh
+
+from mlpiped.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
+
+    from mlpiped.config.computes import SshCompute
+
+CONNECT, LOGIN = 10.0, 20.0  # seconds
+LOST_AFTER = 3  # keepalives without an answer
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
+REFUSALS = 3  # so often in a row may the box refuse our key: more looks like an attack to it
+NOBODY = b"# no host is known\n"  # None would mean that any host will do
+KEPT = 2  # sessions that last: the agent and the logs
+CROWDED = 60.0  # seconds to wait for a session
+SHUT = 3600.0  # seconds for which nothing is tried after that, or after a changed host key
+CIPHERS = (
+    "aes128-gcm@openssh.com",
+    "aes256-gcm@openssh.com",
+    "chacha20-poly1305@openssh.com",
+    "aes128-ctr",
+    "aes256-ctr",
+)
+
+
+class Link:
+    def __init__(self, name: str, settings: SshCompute, known_hosts: Path) -> None:
+        self.name = name
+        self.settings = settings
+        self.known_hosts = known_hosts
+        self.connects = 0
+        """How often a connection came about."""
+        self._connection: asyncssh.SSHClientConnection | None = None
+        self._lock = anyio.Lock()
+        self._failures = self._refusals = 0
+        self._closed_until = 0.0
+        self._trouble = BackendUnavailable(f"`{name}` has not been reached yet")
+        self._mended: tuple[float, ...] | None = None  # of the files that would have to change before the next try
+        self._channels = anyio.CapacityLimiter(max(1, settings.max_sessions - KEPT))
+        self._used = 0
+
+    # --- the connection -----------------------------------------------------------------------------------------
+    async def open(self) -> asyncssh.SSHClientConnection:
+        """Raises BackendUnavailable: at once while a pause after a failure lasts."""
+        if self._alive():
+            return self._connection  # type: ignore[return-value]
+        async with self._lock:
+            if not self._alive():
+                if time.monotonic() < self._closed_until and self._mended in (None, self._stamps()):
+                    raise self._again()
+                try:
+                    self._connection = await self._connect()
+                except (OSError, asyncssh.Error, TimeoutError) as fault:
+                    self._failed(fault)
+                    raise self._again() from fault
+                self.connects += 1
+                self._failures = self._refusals = 0
+                self._closed_until, self._mended = 0.0, None
+            return self._connection  # type: ignore[return-value]
+
+    def _alive(self) -> bool:
+        return self._connection is not None and not self._connection.is_closed()
+
+    def _again(self) -> BackendUnavailable:
+        return BackendUnavailable(self._trouble.message, hint=self._trouble.hint)
+
+    async def _connect(self) -> asyncssh.SSHClientConnection:
+        settings = self.settings
+        options: dict[str, Any] = {
+            "config": [str(settings.ssh_config)] if settings.ssh_config is not None else [],
+            "known_hosts": str(self.known_hosts) if self.known_hosts.exists() else NOBODY,
+            "preferred_auth": "publickey",
+            "keepalive_interval": settings.keepalive,
+            "keepalive_count_max": LOST_AFTER,
+            "connect_timeout": CONNECT,
+            "login_timeout": LOGIN,
+            "encryption_algs": CIPHERS,
+        }
+        if settings.user is not None:
+            options["username"] = settings.user
+        if settings.key_file is not None:
+            options["client_keys"] = [str(settings.key_file)]
+        if not settings.agent:
+            options["agent_path"] = None
+        port = {} if settings.ssh_config is not None and settings.port == 22 else {"port": settings.port}
+        with anyio.fail_after(CONNECT + LOGIN):
+            return await asyncssh.connect(settings.host, **port, **options)
+
+    def _failed(self, fault: Exception) -> None:
+        self._failures += 1
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)
+        self._mended = None
+        where = f"`{self.name}` ({self.settings.host})"
+        if isinstance(fault, asyncssh.HostKeyNotVerifiable):
+            pause, self._mended = SHUT, self._stamps()
+            self._trouble = self._unverified(where)
+        elif isinstance(fault, asyncssh.PermissionDenied):
+            self._refusals += 1
+            self._trouble = BackendUnavailable(
+                f"{where} does not let us in: {_words(fault)}", hint="is our public key in its `authorized_keys`?"
+            )
+            if self._refusals >= REFUSALS:
+                pause, self._mended = SHUT, self._stamps()
+                self._trouble = BackendUnavailable(
+                    f"{where} is disabled: it refused our key {self._refusals} times",
+                    hint="put our public key into its `authorized_keys`, then `mlpipectl reload`",
+                )
+        else:
+            self._trouble = BackendUnavailable(f"{where} cannot be reached: {_words(fault)}")
+        self._closed_until = time.monotonic() + pause
+
+    def _unverified(self, where: str) -> BackendUnavailable:
+        if self._known():
+            return BackendUnavailable(
+                f"the host key of {where} has changed: nothing is sent there until that is explained",
+                hint=f"if the box was installed anew, replace its line in {self.known_hosts}",
+            )
+        scan = f"ssh-keyscan -p {self.settings.port} {self.settings.host} >> {self.known_hosts}"
+        return BackendUnavailable(
+            f"the host key of {where} is not known", hint=f"`{scan}`, and compare it with the box's own"
+        )
+
+    def _known(self) -> bool:
+        with suppress(OSError, ValueError, asyncssh.Error):
+            found = asyncssh.match_known_hosts(
+                str(self.known_hosts), self.settings.host, "", None if self.settings.port == 22 else self.settings.port
+            )
+            return bool(found[0])
+        return False
+
+    def _stamps(self) -> tuple[float, ...]:
+        stamps = []
+        for path in (self.known_hosts, self.settings.key_file, self.settings.ssh_config):
+            try:
+                stamps.append(os.stat(path).st_mtime if path is not None else 0.0)
+            except OSError:
+                stamps.append(0.0)
+        return tuple(stamps)
+
+    def drop(self) -> None:
+        """Give the connection up: something on it does not answer."""
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abort()
+            with anyio.move_on_after(2, shield=True):
+                await connection.wait_closed()
+
+    # --- channels -----------------------------------------------------------------------------------------------
+    @asynccontextmanager
+    async def channel(self) -> AsyncIterator[asyncssh.SSHClientConnection]:
+        """The connection, with leave to open one more session on it. Whoever is over the limit waits."""
+        async with self._channels:
+            self._used += 1
+            try:
+                yield await self.open()
+            finally:
+                self._used -= 1
+
+    async def process(
+        self, connection: asyncssh.SSHClientConnection, command: Sequence[str]
+    ) -> asyncssh.SSHClientProcess[bytes]:
+        """Raises what asyncssh raises. A server that takes fewer sessions than we were told is asked again."""
+        until = time.monotonic() + CROWDED
+        while True:
+            try:
+                return await connection.create_process(quoted(*command), encoding=None)
+            except asyncssh.ChannelOpenError:
+                if time.monotonic() > until or connection.is_closed():
+                    raise
+                self.narrow()
+                await anyio.sleep(random.uniform(0.1, 0.5))
+
+    def narrow(self) -> None:
+        """The server takes fewer sessions than we were told."""
+        self._channels.total_tokens = max(1, min(self._used - 1, int(self._channels.total_tokens) - 1))
+
+    def command(self) -> list[str]:
+        """OpenSSH's client for the same box, key and known hosts."""
+        settings = self.settings
+        words = ["ssh", "-T", "-oBatchMode=yes", "-oStrictHostKeyChecking=yes", "-oClearAllForwardings=yes"]
+        words += [f"-oUserKnownHostsFile={self.known_hosts}", "-oGlobalKnownHostsFile=/dev/null"]
+        words += [f"-oConnectTimeout={CONNECT:.0f}", f"-oServerAliveInterval={max(1, round(settings.keepalive))}"]
+        words += [f"-oServerAliveCountMax={LOST_AFTER}", "-oControlMaster=no", "-oControlPath=none"]
+        words += ["-oCompression=no", f"-oCiphers={','.join(CIPHERS)}"]
+        words += ["-F", str(settings.ssh_config or "/dev/null")]
+        if settings.key_file is not None:
+            words += ["-i", str(settings.key_file), "-oIdentitiesOnly=yes"]
+        if not settings.agent:
+            words += ["-oIdentityAgent=none"]
+        if settings.user is not None:
+            words += ["-l", settings.user]
+        if settings.ssh_config is None or settings.port != 22:
+            words += ["-p", str(settings.port)]
+        return [*words, "--", settings.host]
+
+
+def quoted(*words: str) -> str:
+    return shlex.join(words)
+
+
+def _words(fault: Exception) -> str:
+    if isinstance(fault, TimeoutError):
+        return "no answer"
+    if isinstance(fault, OSError) and fault.errno:  # asyncio words its own strerror
+        return os.strerror(fault.errno).lower() if fault.errno > 0 else str(fault.strerror).lower()
+    reason = getattr(fault, "reason", "") or str(fault) or type(fault).__name__
+    return str(reason).strip().rstrip(".")[:300]
