@@ -20,7 +20,7 @@ from mlpiped import CommandStep, Pipeline
 digits = Pipeline("digits", steps=[CommandStep(["true"])])
 """
 LIMITS = Limits(deadline=10, memory=512 << 20)
-SHORT = Limits(deadline=1, memory=1 << 30)
+SHORT = Limits(deadline=2, memory=1 << 30)
 
 
 def write(folder: Path, text: str, name: str = "plugin.py") -> Path:
@@ -165,8 +165,8 @@ async def test_a_plugin_that_hangs_is_killed_at_the_deadline_and_its_line_named(
 ) -> None:
     start = time.monotonic()
     result = await load(tmp_path, text, SHORT)
-    assert time.monotonic() - start < 5
-    assert result.faults[0].message == "still loading after 1 s"
+    assert time.monotonic() - start < 10
+    assert result.faults[0].message == "still loading after 2 s"
     assert result.faults[0].line in line
     assert not alive(str(tmp_path))
     assert list(result.files) == [str(tmp_path / "plugin.py")]
@@ -193,7 +193,7 @@ async def test_a_forked_child_that_holds_the_pipe_neither_delays_nor_survives(tm
         """
     start = time.monotonic()
     result = await load(tmp_path, text)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
     assert "ended the interpreter" in result.faults[0].message
     assert gone(int(pid_file.read_text()))
 
@@ -232,7 +232,7 @@ async def test_a_thread_that_never_ends_does_not_delay(tmp_path: Path) -> None:
         tmp_path, GOOD + "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()\n"
     )
     assert result.faults == ()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
 
 
 async def test_files_of_other_kinds_are_refused_without_waiting(tmp_path: Path) -> None:
