@@ -224,7 +224,7 @@ class Backend(Protocol):
     def logs(
         self, handle: Handle, stream: Literal["stdout", "stderr"], offset: int, follow: bool
     ) -> AsyncIterator[bytes]:
-        """Its output from byte `offset`; with `follow`, until the job has ended."""
+        """Its output from byte `offset`, a negative one from the end; with `follow`, until the job has ended."""
         ...
 
     async def fetch(self, handle: Handle, into: Path) -> Path:

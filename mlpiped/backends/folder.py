@@ -250,6 +250,14 @@ def over(folder: Place) -> bool:
     return not held(folder) and (witness(folder) is not None or read_claim(folder) is not None or fenced(folder))
 
 
+def from_start(folder: Place, stream: str, offset: int) -> int:
+    """A negative offset as one from the start."""
+    try:
+        return offset if offset >= 0 else max(0, os.stat(f"{folder}/{stream}").st_size + offset)
+    except FileNotFoundError:
+        return 0
+
+
 def read_stream(folder: Place, stream: str, offset: int, limit: int = 1 << 16) -> bytes:
     """At most `limit` bytes from `offset`; b"" at the end, and when there is no such file."""
     try:

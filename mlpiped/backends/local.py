@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -300,6 +301,7 @@ class LocalBackend:
         self, handle: Handle, stream: Literal["stdout", "stderr"], offset: int, follow: bool
     ) -> AsyncIterator[bytes]:
         folder = self._folder(handle)
+        offset = await self._do("read the log", partial(folders.from_start, folder, stream, offset))
 
         def look(offset: int) -> tuple[bool, bytes]:
             over = (

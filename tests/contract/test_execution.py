@@ -107,6 +107,12 @@ async def test_stdout_and_stderr_are_kept_apart_byte_for_byte(bench: Bench, back
     assert await log(backend, handle, offset=2) == b"\xc3"
 
 
+async def test_the_end_of_a_log_can_be_read_alone(bench: Bench, backend: Backend) -> None:
+    handle, _ = await ended(backend, bench.job("sh", "-c", "echo a long story; echo boom >&2"))
+    assert await log(backend, handle, offset=-6) == b"story\n"
+    assert await log(backend, handle, "stderr", offset=-4096) == b"boom\n"
+
+
 async def test_an_argument_that_is_no_utf8_reaches_the_step_as_it_is(bench: Bench, backend: Backend) -> None:
     handle, _ = await ended(backend, bench.job("printf", "%s", os.fsdecode(b"caf\xe9")))
     assert await log(backend, handle) == b"caf\xe9"

@@ -1,8 +1,8 @@
 """A Docker engine of our own: a dockerd on a private folder, in a network and mount namespace that a process holds.
 
-Whatever ends us ends that process and tells dockerd to stop; containers that outlive a dockerd which was killed are
-ended by `close`. What it stores is in memory, in that namespace. Its images are made here, of the lab's Debian root
-folder: nothing is pulled.
+That process ends when we do, whatever ends us, and tells dockerd to stop; containers that outlive a dockerd which was
+killed are ended by `close`. What it stores is in memory, in that namespace. Its images are made here, of the lab's
+Debian root folder: nothing is pulled.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 LEFT_OUT = ("usr/share", "usr/lib/systemd", "usr/lib/x86_64-linux-gnu/perl*", "usr/lib/x86_64-linux-gnu/gconv", "var/*")
 ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent"}
-HOLD = 'ip link set lo up; mkdir "$1/data"; mount -t tmpfs -o mode=711 lab "$1/data"; echo; exec cat'
+HOLD = 'ip link set lo up; mkdir "$1/data"; mount -t tmpfs -o mode=711 lab "$1/data"; echo; cat; kill $(cat "$1/pid")'
 GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -96,7 +96,7 @@ class Engine:
         self.process: subprocess.Popen[bytes] | None = None
         self._holder = subprocess.Popen(
             ["unshare", "--net", "--mount", "--propagation", "slave", "sh", "-ec", HOLD, "hold", self.folder],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV, preexec_fn=_die_with_us, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV, start_new_session=True,
         )  # fmt: skip
         assert self._holder.stdout is not None
         self._holder.stdout.readline()
@@ -114,7 +114,7 @@ class Engine:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.enter("dockerd", *options), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=ENV, preexec_fn=_stop_with_us, start_new_session=True,
+                env=ENV, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + READY
         while not self.answers():
@@ -267,10 +267,6 @@ def _gone(pid: int) -> bool:
 
 def _die_with_us() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _stop_with_us() -> None:
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def engine() -> Iterator[Engine]:

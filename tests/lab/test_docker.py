@@ -336,6 +336,23 @@ async def test_I4_a_container_of_our_own_that_was_made_before_a_crash_is_taken_o
     assert isinstance(outcome, Exited) and outcome.code == 0
 
 
+async def test_A3_who_loses_the_claim_leaves_the_winners_container_alone(
+    bench: DockerBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(bench) as backend:
+        claim = backend._folders.claim
+
+        def another_was_first(folder: str, record: Handle) -> bool:
+            assert claim(folder, record)
+            return False
+
+        monkeypatch.setattr(backend._folders, "claim", another_was_first)
+        handle = await backend.submit(bench.job("true"))
+        await backend.removed()
+        facts = bench.engine.inspect(handle["id"])
+        assert facts is not None and facts["State"]["Status"] == "created"  # the winner starts it, nobody else
+
+
 async def test_A2_a_container_that_was_claimed_and_not_started_never_starts(
     bench: DockerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

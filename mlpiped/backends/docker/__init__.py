@@ -1,6 +1,8 @@
 """A Docker engine on the daemon's own host, whose containers see the job folder at its own path.
 
 backend     the seam: create by the token's name -> claim -> start -> watch -> judge -> witness
+making      the container of a job: made, or found from before a crash
+jobs        the job folder, and what is only in a container's
 engine      the only room that knows aiodocker
 container   a job as the engine is told of it
 mounts      what of the host it sees

@@ -21,7 +21,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 import anyio
@@ -30,9 +30,10 @@ import anyio.to_thread
 from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Capacity, Exited, Handle, Image, Job, NeverRan, Outcome
 from mlpiped.backends.docker import container as containers
-from mlpiped.backends.docker import jobs, mounts, script
+from mlpiped.backends.docker import jobs, script
 from mlpiped.backends.docker.engine import Engine, Facts, Refused
 from mlpiped.backends.docker.images import ImageRoom
+from mlpiped.backends.docker.making import Maker, Settings
 from mlpiped.backends.docker.removing import Remover
 from mlpiped.backends.docker.watching import Watch
 from mlpiped.backends.host_cards import HostCards
@@ -50,27 +51,6 @@ LATE = 2.0  # seconds that a container is given to end its step by itself, befor
 FOLLOW = 0.1  # seconds between two looks at a log that is followed
 LOOK_AGAIN = 1.0  # seconds between two looks at whether its step has ended
 LITTLE_SPACE = 64 << 20
-
-
-class Settings(Protocol):
-    """`[compute.NAME]` with kind = "docker"."""
-
-    @property
-    def url(self) -> str: ...
-    @property
-    def slots(self) -> int: ...
-    @property
-    def cpus(self) -> float | None: ...
-    @property
-    def memory(self) -> int | None: ...
-    @property
-    def gpus(self) -> Literal["auto"] | int: ...
-    @property
-    def allow_mounts(self) -> tuple[str, ...]: ...
-    @property
-    def user(self) -> str | None: ...
-    @property
-    def pull(self) -> str: ...
 
 
 class DockerBackend:
@@ -96,7 +76,7 @@ class DockerBackend:
         self._folders = jobs.Folders(state_dir.absolute(), user, boot_id())
         self._threads = anyio.CapacityLimiter(4)
         self._locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()  # token -> who may start it
-        self._shells: dict[str, bool] = {}  # image -> whether it has one
+        self._maker = Maker(self._engine, self._folders, settings, name, instance, self._do)
 
     async def start(self, stack: AsyncExitStack) -> None:
         def make() -> None:
@@ -151,80 +131,26 @@ class DockerBackend:
         async with self._alone(job.token):
             if (known := await self._claimed(folder)) is not None:
                 return known
-            container, shell = await self._made(job, job.image, folder)
+            container, shell = await self._maker.made(job, job.image, folder)
             record = jobs.record(job, container, shell, self._folders.boot)
             if not await self._do("claim the job", lambda: self._folders.claim(folder, record)):
-                self._remover.add(container)
-                known = await self._claimed(folder)
-                if known is None:
-                    raise BackendUnavailable(f"token `{job.token}` cannot be claimed")
-                return known
+                return await self._claimed_by_another(folder, container)
             try:
                 await self._engine.start(container)
             except Refused:
                 pass  # the engine keeps its reason with the container, and `wait` reads it there
             return {**record, "token": job.token}
 
-    async def _made(self, job: Job, image: str, folder: str) -> tuple[str, bool]:
-        """The token's container, and whether its image has a shell: one that was not seen before is looked into."""
-        shell = self._shells.get(image, True)
-        while True:
-            config = await self._do("make the job's folder", partial(self._prepare, job, folder, shell))
-            container = await self._create(job, config)
-            try:
-                if image not in self._shells:
-                    self._shells[image] = await self._engine.has_file(container, script.SHELL)
-                if self._shells[image] is shell:
-                    return container, shell
-                await self._engine.remove(container, force=False)
-            except Refused as no:
-                raise BackendUnavailable(f"no container can be made on `{self.name}`: {no.words}") from None
-            shell = not shell
-
-    def _prepare(self, job: Job, folder: str, shell: bool) -> Facts:
-        """Make the folder; the container's configuration. Blocks."""
-        paths = [path for paths in job.inputs.values() for path in paths if os.path.lexists(path)]
-        with open("/proc/self/mountinfo", errors="surrogateescape") as file:
-            mounted = mounts.mount_points(file.read())
-        seen = mounts.plan(
-            folder, self._folders.readable, paths, self._settings.allow_mounts, mounted, self._folders.state_dir
-        )
-        order = folders.order(job.argv(folders.output_paths(folder, job)), self._folders.environment(job, folder), job)
-        config = containers.configuration(job, folder, self._instance, self._folders.user, seen)
-        argv, env = order["argv"], order["env"]
-        if shell:
-            self._folders.build(job, folder, script.write(folder, argv, env, job.timeout, job.grace))
-            return config
-        config = containers.bare(config, argv, env)
-        self._folders.build(job, folder, None)
-        return config
-
-    async def _create(self, job: Job, config: Facts) -> str:
-        """The container of the token: made, or made before and not claimed."""
-        while True:
-            try:
-                return await self._engine.create(job.token, config)
-            except Refused as no:
-                if no.status == 404:
-                    raise InvalidJob(f"no image `{job.image}` on `{self.name}`") from None
-                if no.status == 400 and "bind source path does not exist" not in no.words:
-                    raise InvalidJob(f"the engine refuses the step's container: {no.words}") from None
-                if no.status != 409:
-                    raise BackendUnavailable(f"no container can be made on `{self.name}`: {no.words}") from None
-            found = await self._engine.look(job.token)
-            if found is None:
-                continue  # it was removed in between
-            if found["Config"]["Labels"] and containers.labels(self._instance, job.token).items() <= (
-                found["Config"]["Labels"].items()
-            ):
-                return str(found["Id"])
-            raise BackendUnavailable(
-                f"a container that is not ours has the name `{job.token}`", hint=f"see `docker inspect {job.token}`"
-            )
-
     async def _claimed(self, folder: str) -> Handle | None:
         known = await self._do("look for the job", lambda: folders.read_claim(folder))
         if known is None and await self._do("look for the job", lambda: folders.fenced(folder)):
+            raise BackendUnavailable(f"token `{os.path.basename(folder)}` was fenced and cannot start")
+        return known
+
+    async def _claimed_by_another(self, folder: str, container: str) -> Handle:
+        known = await self._do("look for the job", lambda: folders.read_claim(folder))
+        if known is None:  # it was the fence
+            self._remover.add(container)
             raise BackendUnavailable(f"token `{os.path.basename(folder)}` was fenced and cannot start")
         return known
 
@@ -353,6 +279,7 @@ class DockerBackend:
         self, handle: Handle, stream: Literal["stdout", "stderr"], offset: int, follow: bool
     ) -> AsyncIterator[bytes]:
         folder = self._folder(handle)
+        offset = await self._do("read the log", lambda: folders.from_start(folder, stream, offset))
         look_at, over = 0.0, not follow
 
         def read() -> bytes:

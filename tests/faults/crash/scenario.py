@@ -107,9 +107,13 @@ class Mark(NamedTuple):
 class Scenario:
     """Put into a daemon's plugin folder; the effects file lies outside of its state folder."""
 
-    def __init__(self, daemon: Daemon, *, repeatable: bool = False) -> None:
-        """With `repeatable`, a step that was lost may be run again; by its author's word some may not."""
+    def __init__(self, daemon: Daemon, *, repeatable: bool = False, prelude: str = "") -> None:
+        """With `repeatable`, a step that was lost may be run again; by its author's word some may not.
+
+        `prelude` comes before each plugin's own text: it may say what a step is.
+        """
         self.daemon = daemon
+        self._prelude = prelude
         self._read, self._done = 0, set[tuple[str, str]]()
         self.effects, self.land = daemon.root / "effects", daemon.lab / "land"
         mark, flags = daemon.root / "mark", daemon.root / "flags"
@@ -130,7 +134,9 @@ class Scenario:
             self._plugin(values["{name!r}"].strip("'"), known + body, repeatable)
 
     def _plugin(self, name: str, body: str, repeatable: bool) -> None:
-        self.daemon.plugin(name, SDK + (body.replace("effect=True", "allow_reuse=False") if repeatable else body))
+        self.daemon.plugin(
+            name, SDK + self._prelude + (body.replace("effect=True", "allow_reuse=False") if repeatable else body)
+        )
 
     def drop(self, name: str) -> None:
         """A file arrives, with a content of its own."""

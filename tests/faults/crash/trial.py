@@ -60,6 +60,7 @@ class Trial:
         alive: int = ALIVE,
         points: Sequence[str] = (*POINTS, OUTSIDE, OUTSIDE, OUTSIDE),
         finished: float = FINISHED,
+        prelude: str = "",
     ) -> None:
         self.random = random.Random(seed)
         self.name = f"t{seed}"
@@ -81,7 +82,7 @@ class Trial:
 
                 self.disk = Disk(self.daemon.state, self.daemon.root / "disk.img")
                 self.daemon.state.chmod(0o700)
-            self.scenario = Scenario(self.daemon, repeatable=power or murder)
+            self.scenario = Scenario(self.daemon, repeatable=power or murder, prelude=prelude)
             if not clocks:
                 for name in TICKING:
                     (self.daemon.plugins / f"{name}.py").unlink()
