@@ -340,8 +340,9 @@ run() {
     [ -z "$timeout" ] || kill "$watch" 2>/dev/null
     flags
     set +f
-    for events in .events/*; do
-        say "$events" "e $T $flags $end"
+    set -- .events/*
+    for events in "$@"; do # one that nobody reads any more may be full
+        if [ $# = 1 ]; then say "$events" "e $T $flags $end"; else say "$events" "e $T $flags $end" & fi
     done
 }
 
