@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.bench import figures, moments, work
+from tests.bench import durability, figures, moments, work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +31,8 @@ BENCHES: dict[str, Callable[[], Iterator[figures.Figure]]] = {
     "status": moments.status,
     "idle": moments.idle,
     "noop": work.noop,
+    "commits": durability.commits,
+    "adopt": durability.adopt,
 }
 
 
