@@ -113,9 +113,9 @@ def scan(target: Target, known: Mapping[bytes, SeenRow]) -> Look:
         if not stat.S_ISDIR(os.stat(target.root).st_mode):
             look.fault = "is not a folder"
             return look
-        look.mount = mount_of(target.root)
         _Walk(target, known, look).expand(target.root, target.parts)
         look.point, look.missing = _point(target, look.deep)
+        look.mount = mount_of(look.point.path)  # the folder's own: it may be mounted below the root
     except FileNotFoundError:
         look.fault = "is missing"
     except OSError as error:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import anyio
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from trigger_rig import Folder, arrival, landing, rig
 
 pytestmark = pytest.mark.anyio
@@ -211,6 +213,64 @@ async def test_f3_an_unmounted_root_is_unavailable_and_not_a_folder_without_file
                 assert "is not mounted" in place.waits
 
 
+@pytest.fixture
+def bound(lab: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder that is bound to `lab/in`: the datastore's root stays when it goes."""
+    away = tmp_path / "away"
+    away.mkdir()
+    words = ["mount", "--bind", str(away), str(lab / "in")]
+    if os.geteuid() != 0 or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield away
+    while os.path.ismount(lab / "in"):
+        subprocess.run(["umount", "-l", str(lab / "in")], check=True)
+
+
+async def test_F3_a_mount_below_the_root_that_goes_is_unavailable_and_picked_up_when_it_is_bound_again(
+    tmp_path: Path, lab: Path, bound: Path
+) -> None:
+    async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.1)) as place:
+        place.drop("a.csv")
+        await world.fired(1)
+        subprocess.run(["umount", "-l", str(lab / "in")], check=True)
+        place.drop("wrong.csv")  # on the mount point, not on what was mounted there
+        await world.until(lambda: "unavailable" in place.waits)
+        assert f"what was at `{lab}/in` is gone" in place.waits
+        await place.looked()
+        assert "unavailable" in place.waits and len(world.events) == 1
+        (bound / "b.csv").write_text("came meanwhile")
+        subprocess.run(["mount", "--bind", str(bound), str(lab / "in")], check=True)
+        assert (await world.fired(2))[1] == "in/b.csv is new"
+        place.drop("c.csv")
+        await world.fired(3, 3)  # by the kernel's word again: nobody means to look so soon
+
+
+# --- F4: file systems that others write to --------------------------------------------------------------------
+@pytest.mark.parametrize("at", ["the root", "a folder below it"])
+async def test_F4_what_is_written_beneath_a_fuse_mount_is_found_by_polling(tmp_path: Path, lab: Path, at: str) -> None:
+    mount, beneath = (lab if at == "the root" else lab / "in"), tmp_path / "beneath"
+    folder = beneath / "in" if at == "the root" else beneath
+    folder.mkdir(parents=True)
+    if mount == lab:
+        (lab / "in").rmdir()
+    if shutil.which("bindfs") is None or not os.access("/dev/fuse", os.W_OK):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("a FUSE mount needs bindfs and /dev/fuse")
+    server = subprocess.Popen(["bindfs", "-f", str(beneath), str(mount)], stderr=subprocess.PIPE)
+    try:
+        async with rig(tmp_path / "state") as world:
+            await world.until(lambda: os.path.ismount(mount) or server.poll() is not None)
+            assert server.poll() is None, server.stderr and server.stderr.read()
+            async with landing(world, lab, arrival(settle=0.1), store=Folder(lab, poll_interval=0.2)) as place:
+                assert place.mode == "poll (fuse)"
+                (folder / "a.csv").write_text("from another machine")  # no event of inotify comes of this
+                assert await world.fired(1, 5) == ["in/a.csv is new"]
+    finally:
+        if os.path.ismount(mount):
+            subprocess.run(["umount", "-l", str(mount)], check=True)
+        server.terminate()
+        server.wait(10)
+
+
 # --- F5: half-written files ---------------------------------------------------------------------------------
 async def test_f5_a_slow_writer_fires_once_with_all_it_wrote(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.4)) as place:
@@ -299,6 +359,39 @@ async def test_f8_every_name_that_a_file_system_allows_arrives(tmp_path: Path, l
         await place.still(len(NAMES))
         place.drop("after.csv")  # the watcher hears on after a name that it cannot read
         await world.fired(len(NAMES) + 1, 3)
+
+
+BYTES = st.binary(min_size=1, max_size=251).filter(lambda name: not {0, ord("/")} & {*name})
+DATA = BYTES.filter(lambda name: name[:1] != b".").map(lambda name: name + b".csv")
+
+
+async def test_F8_any_bytes_that_make_a_file_name_arrive_once_and_are_shown_printable(
+    tmp_path: Path, lab: Path
+) -> None:
+    dropped: set[bytes] = set()
+
+    @settings(
+        max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
+    @given(DATA)
+    def drop(name: bytes) -> None:
+        with open(os.path.join(os.fsencode(lab), b"in", name), "wb") as file:
+            file.write(name)
+        dropped.add(name)
+
+    async with (
+        rig(tmp_path / "state") as world,
+        landing(world, lab, arrival(settle=0.2, batch="file", parameter="sample")) as place,
+    ):
+        await anyio.to_thread.run_sync(drop)
+        await world.fired(len(dropped), 30)
+        assert {os.path.basename(event.arrivals[0].path) for event in world.events} == dropped
+        assert {os.path.basename(os.fsencode(event.parameters["sample"])) for event in world.events} == dropped
+        assert all(detail.isprintable() for detail in world.details)
+        place.drop("after.csv")  # the watcher hears on after names that it cannot read
+        await world.fired(len(dropped) + 1, 3)
+    async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.2, batch="file")) as place:
+        await place.still(0)  # the ledger knows each of them by its bytes
 
 
 async def test_a_follower_that_fails_is_heard_of_and_goes_on(

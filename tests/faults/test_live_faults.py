@@ -1,8 +1,9 @@
-"""C7, E1, E2, F7, G9: faults that a whole daemon meets, on a real one."""
+"""C7, E1, E2, E5, F7, G9: faults that a whole daemon meets, on a real one."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -145,6 +146,48 @@ def test_E2_a_live_clock_set_back_by_an_hour_repeats_nothing_and_goes_on_when_it
     assert len(clocked.fires("back")) == len(still)
     clocked.set(10)
     clocked.beats("back", 2)
+
+
+# --- E5 -----------------------------------------------------------------------------------------------------------
+def test_E5_a_machine_that_slept_has_one_run_for_what_it_missed_and_no_step_timed_out_in_its_sleep(
+    clocked: Clocked,
+) -> None:
+    """Asleep: nothing of ours moves, and the wall clock is ten minutes on when it does."""
+    daemon, go = clocked.daemon, clocked.daemon.root / "go"
+    clocked.clock("asleep")
+    wait = f"while [ ! -e {go} ]; do sleep 0.02; done"
+    daemon.install("long", f'pipeline = Pipeline("long", steps=[CommandStep({wait!r}, name="wait", timeout="2m")])\n')
+    number = daemon.run("long")
+    until(lambda: daemon.show(number)["steps"][0]["state"] == "running", "the step runs")
+    before = clocked.beats("asleep")
+    ours = [*daemon.processes()]
+    under_this_clock = [pid for pid in ours if "faketime" in _maps(pid)]
+    assert len(under_this_clock) > 1, "a supervisor too sees the clock that is set"
+    for pid in ours:
+        _signal(pid, signal.SIGSTOP)
+    clocked.set(600)
+    for pid in ours:
+        _signal(pid, signal.SIGCONT)
+    after = clocked.beats("asleep", 3)
+    told = [run["cause"]["detail"] for run in after[len(before) :]]
+    assert sum("missed" in each for each in told) == 1, told
+    assert len(told) < 60, "one run for the ten minutes, not one for each second of them"
+    go.touch()
+    assert daemon.end(number)["outcome"] == "succeeded"
+
+
+def _maps(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
 
 
 # --- F7 -----------------------------------------------------------------------------------------------------------
