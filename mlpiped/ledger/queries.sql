@@ -508,11 +508,13 @@ INSERT INTO arrival_digests (schedule, digest) VALUES (?, ?) ON CONFLICT DO NOTH
 
 -- name: arrivals
 -- What a trigger has seen, by path.
-SELECT path, digest, size, mtime_ns, ino FROM arrivals WHERE schedule = :schedule;
+SELECT path, digest, size, mtime_ns, ino FROM arrivals WHERE schedule = :schedule AND path > :after
+ORDER BY path LIMIT :limit;
 
 -- name: arrival_digests
--- What a trigger has seen, by content.
-SELECT digest FROM arrival_digests WHERE schedule = :schedule;
+-- What a trigger has seen of this content.
+SELECT a.digest FROM json_each(:digests) AS j
+CROSS JOIN arrival_digests AS a ON a.schedule = :schedule AND a.digest = j.value;
 
 -- ==== events, definitions, pauses, audit, stat cache ====
 

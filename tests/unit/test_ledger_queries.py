@@ -147,7 +147,8 @@ async def test_arrivals_keep_the_last_of_each_path_and_all_content_ever(tmp_path
             b"/d/c": "4",
         }
         assert arrivals[b"/d/b"] == ("3", 10, 20, big)
-        assert await ledger.arrival_digests("s1") == {"1", "2", "3", "4"}
+        assert await ledger.arrival_digests("s1", ["1", "2", "3", "4", "5"]) == {"1", "2", "3", "4"}
+        assert list(await ledger.arrivals("s1", b"/d/b", 1)) == [b"/d/c"]
         assert await ledger.arrivals("s2") == {}
         assert (await ledger.events())[1].kind == "fire.skipped"
 
