@@ -74,10 +74,10 @@ class Lot:
 
 def key_of(batch: Sequence[Arrival]) -> str:
     """Names a batch by its contents, whatever the files are called."""
-    lines = batch.joined() if isinstance(batch, Batch) else ["\n".join(sorted({a.digest for a in batch})).encode()]
+    digests = batch.digests() if isinstance(batch, Batch) else sorted({a.digest for a in batch})
     whole = hashlib.sha256()
-    for line in lines:
-        whole.update(line)
+    for i, digest in enumerate(digests):
+        whole.update(f"\n{digest}".encode() if i else digest.encode())
     return whole.hexdigest()[:32]
 
 

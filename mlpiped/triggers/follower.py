@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -16,7 +16,7 @@ from mlpiped.model import Arrival, Cause, CauseKind, Event
 from mlpiped.spec import ArrivalSpec
 from mlpiped.triggers.crowd import PART, Crowd, Lot, in_parts, key_of
 from mlpiped.triggers.mounts import is_remote
-from mlpiped.triggers.packed import NEVER, Pending, Stamp
+from mlpiped.triggers.packed import NEVER, Found, Pending, Stamp
 from mlpiped.triggers.scan import Look, Point, Target, scan, stamps, touched
 from mlpiped.triggers.schedule import ScheduleView
 from mlpiped.triggers.settling import due_at, marked_due, ready
@@ -208,7 +208,7 @@ class Follower:
             self._fresh = not look.changed and not look.gone
             await self._note(look.changed, look.gone, first=self._first)
             self._first = False
-        look.changed, look.gone = {}, []
+        look.gone = []
         self._report(look.fault)
         if self.point != before:
             self.world.rearm()
@@ -222,15 +222,15 @@ class Follower:
         look = await to_thread.run_sync(
             touched, self.target, self.crowd.known, paths, limiter=self.world.limiter, abandon_on_cancel=True
         )
-        await self._note(look.changed, paths - look.changed.keys())
+        await self._note(look.changed, paths - {*look.changed})
         if look.deep:
             self.hint()
 
-    async def _note(self, changed: Mapping[bytes, Stamp], gone: Iterable[bytes], *, first: bool = False) -> None:
+    async def _note(self, changed: Found, gone: Iterable[bytes], *, first: bool = False) -> None:
         """`changed` is to be waited for too, `gone` no more."""
         await self.crowd.drop(gone)
         waiting, pending = self._waiting, self.crowd.pending
-        await self.crowd.put((path, waiting(path, s, pending.get(path), first=first)) for path, s in changed.items())
+        await self.crowd.put((path, waiting(path, s, pending.get(path), first=first)) for path, s in changed.drain())
         await self.crowd.add_up()
 
     def _waiting(self, path: bytes, stamp: Stamp, was: Pending | None, *, first: bool = False) -> Pending:
@@ -258,7 +258,7 @@ class Follower:
     async def _take(self) -> None:
         each = self.spec.batch == "file"
         paths = await self._in_thread(lambda now: ready(self.crowd.waiting(), now, each=each), self._now())
-        moved: dict[bytes, Stamp] = {}
+        moved = Found()
         gone: list[bytes] = []
         async for part in in_parts(paths):
             stamped = await self._in_thread(stamps, part)
@@ -269,10 +269,10 @@ class Follower:
                 elif stamped[path] != p.stamp:
                     moved[path] = stamped[path]
         if moved or gone:
+            paths = [path for path in paths if path in self.crowd.pending and path not in moved]
             await self._note(moved, gone)
             if not each:
                 return
-            paths = [path for path in paths if path in self.crowd.pending and path not in moved]
         lot, moving = Lot(self.id), False
         async for part in in_parts(paths):
             moving |= await self._sort(part, lot)

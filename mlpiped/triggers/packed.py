@@ -85,6 +85,34 @@ def _unpacked(row: bytes) -> Pending:
     return Pending(Stamp(*stamp), due, bool(flags & _OLD), bool(flags & _HELD), bool(flags & _OFFERED))
 
 
+class Found:
+    """Path -> `Stamp`, to be emptied by whoever reads it."""
+
+    def __init__(self) -> None:
+        self._rows: dict[bytes, bytes] = {}
+
+    def __setitem__(self, path: bytes, stamp: Stamp) -> None:
+        self._rows[path] = _STAMP.pack(*stamp)
+
+    def __getitem__(self, path: bytes) -> Stamp:
+        return Stamp(*_STAMP.unpack(self._rows[path]))
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._rows
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def drain(self) -> Iterator[tuple[bytes, Stamp]]:
+        """All of it, and none is left behind: what comes of them needs the memory."""
+        while self._rows:
+            path, row = self._rows.popitem()
+            yield path, Stamp(*_STAMP.unpack(row))
+
+
 class Known:
     """What lay at each path when it was last taken."""
 
@@ -132,17 +160,15 @@ class Batch(Sequence[Arrival]):
     def digest(self, i: int) -> str:
         return f"b3:{self._digests[32 * i : 32 * i + 32].hex()}"
 
-    def digests(self) -> list[str]:
-        """Each once, sorted."""
-        return [f"b3:{raw.hex()}" for raw in self._raw()]
-
-    def joined(self) -> Iterator[bytes]:
-        """Each digest once, sorted, a line each."""
-        for i, raw in enumerate(self._raw()):
-            yield (b"\nb3:" if i else b"b3:") + raw.hex().encode()
-
-    def _raw(self) -> list[bytes]:
-        return sorted({bytes(self._digests[i : i + 32]) for i in range(0, len(self._digests), 32)})
+    def digests(self) -> Iterator[str]:
+        """Each once, sorted: by the first byte and then a part at a time, for no other thread runs during a sort."""
+        parts: list[list[bytes]] = [[] for _ in range(256)]
+        for i in range(0, len(self._digests), 32):
+            parts[self._digests[i]].append(bytes(self._digests[i : i + 32]))
+        for part in parts:
+            for raw in sorted({*part}):
+                yield f"b3:{raw.hex()}"
+            part.clear()
 
     def __len__(self) -> int:
         return len(self._paths)

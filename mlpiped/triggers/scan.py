@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from mlpiped.spec import ArrivalSpec
 from mlpiped.triggers.mounts import Mount, mount_of
-from mlpiped.triggers.packed import Known, Stamp, Waiting
+from mlpiped.triggers.packed import Found, Known, Stamp, Waiting
 
 DRAFTS = (b"~", b".swp", b".swx", b".part", b".tmp", b".crdownload", b".partial", b".filepart")
 _NOWHERE = Mount(b"/", "")
@@ -90,7 +90,7 @@ class Point(NamedTuple):
 class Look:
     """What a scan found."""
 
-    changed: dict[bytes, Stamp] = field(default_factory=dict)
+    changed: Found = field(default_factory=Found)
     waiting: int = 0  # files that are as they were already waited for, and not in `changed`
     gone: list[bytes] = field(default_factory=list)  # what was waited for and is no more
     seen: int = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mlpiped.triggers.packed import NEVER, Pending, Stamp
 
+SORTED = 10_000  # files
 AHEAD = 1.0  # seconds by which a ctime may lie in the future before it is not believed
 
 
@@ -31,14 +32,15 @@ def marked_due(stamp: Stamp, marker_ctime_ns: int | None, settled: float, mono: 
 
 
 def ready(pending: Iterable[tuple[bytes, Pending]], mono: float, *, each: bool) -> list[bytes]:
-    """Those that may be taken now, sorted. Without `each` a file that still moves holds back all others."""
+    """Those that may be taken now, sorted unless they are very many: no other thread runs during a sort. Without `each`
+    a file that still moves holds back all others."""
     due: list[bytes] = []
     for path, p in pending:
         if p.due <= mono:
             due.append(path)
         elif p.due < NEVER and not each:
             return []
-    return sorted(due)
+    return sorted(due) if len(due) <= SORTED else due
 
 
 @dataclass(frozen=True, slots=True)
