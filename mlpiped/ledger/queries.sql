@@ -18,6 +18,10 @@ INSERT INTO run_tags (name, value, run_id) VALUES (?, ?, ?);
 UPDATE runs SET state = 'running', started_at = :now
 WHERE id = :run_id AND {run -> running} RETURNING id;
 
+-- name: pin_code
+-- The code of a run's steps as it was when the run began.
+UPDATE runs SET options = json_set(options, '$.code', json(:code)) WHERE id = :run_id;
+
 -- name: cancel_run
 -- A person wants the run to end: what has not started never will, whatever is restarted meanwhile.
 UPDATE runs SET options = json_set(options, '$.cancelled', json('true'))

@@ -10,6 +10,7 @@ from typing import NamedTuple, overload
 from mlpiped.model import Arrival
 
 NEVER = float("inf")
+SORTED = 100_000  # digests that are sorted together
 
 _STAMP = Struct("=qqQq")
 _PENDING = Struct("=qqQqdB")
@@ -161,14 +162,17 @@ class Batch(Sequence[Arrival]):
         return f"b3:{self._digests[32 * i : 32 * i + 32].hex()}"
 
     def digests(self) -> Iterator[str]:
-        """Each once, sorted: by the first byte and then a part at a time, for no other thread runs during a sort."""
-        parts: list[list[bytes]] = [[] for _ in range(256)]
-        for i in range(0, len(self._digests), 32):
-            parts[self._digests[i]].append(bytes(self._digests[i : i + 32]))
-        for part in parts:
-            for raw in sorted({*part}):
-                yield f"b3:{raw.hex()}"
-            part.clear()
+        """Each once, sorted: by their first bytes, a few of these at a time. All at once would take as much memory as
+        the batch, and no other thread runs during a sort."""
+        firsts = bytes(self._digests[::32])
+        span = max(1, 256 * SORTED // max(SORTED, len(firsts)))
+        for least in range(0, 256, span):
+            parts: list[set[bytes]] = [set() for _ in range(span)]
+            for i, first in enumerate(firsts):
+                if least <= first < least + span:
+                    parts[first - least].add(bytes(self._digests[32 * i : 32 * i + 32]))
+            for part in parts:
+                yield from (f"b3:{raw.hex()}" for raw in sorted(part))
 
     def __len__(self) -> int:
         return len(self._paths)

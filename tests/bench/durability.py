@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.bench import gauges, graphs
 from tests.bench.figures import Figure
@@ -61,6 +61,38 @@ def _waited_for(pid: int) -> int:
         with contextlib.suppress(OSError):
             count += os.readlink(f"{folder}/{name}") == "anon_inode:[pidfd]"
     return count
+
+
+def flood() -> Iterator[Figure]:
+    """1,000,000 files arrive at once: until their one run has ended, what the daemon takes, how soon it answers."""
+    count, answers = 1_000_000, []
+    with Daemon() as daemon:
+        folder = daemon.lab / "in"
+        folder.mkdir()
+        trigger = 'OnArrival(DataReference(lab, "in/*.csv"), settle="2s")'
+        daemon.plugin("flood", graphs.stamp("flood", daemon.root / "effects", trigger))
+        until(lambda: daemon.json("schedules")["schedules"], "its trigger is known")
+        for n in range(count):
+            with open(folder / f"{n}.csv", "w") as file:
+                file.write(str(n))
+        began = time.perf_counter()
+        api = gauges.Api(daemon.socket)
+        runs: list[dict[str, Any]] = []
+        while not (runs and runs[-1]["state"] == "finished"):
+            asked = time.perf_counter()
+            runs = api.ask("GET", "/v1/runs")["runs"]
+            answers.append(time.perf_counter() - asked)
+            assert time.perf_counter() - began < 400, "no run has come of it"
+            time.sleep(0.02)
+        took = time.perf_counter() - began
+        api.close()
+        assert [run["cause"]["detail"] for run in runs] == [f"{count} files new"], runs
+        peak = gauges.status_kb(daemon.pid, "VmHWM")
+    answers.sort()
+    note = f"one run; {took:.0f} s after the last file had been written"
+    yield Figure("a flood of 1,000,000 files, the daemon's peak memory", peak, "MB", 500, note=note)
+    note = f"median {statistics.median(answers) * 1000:.0f} ms of {len(answers):,} answers"
+    yield Figure("a flood of 1,000,000 files, slowest answer", answers[-1] * 1000, "ms", 200, note=note)
 
 
 def commits() -> Iterator[Figure]:

@@ -36,7 +36,7 @@ BENCHES: dict[str, Callable[[], Iterator[figures.Figure]]] = {
 }
 
 
-LONG: dict[str, Callable[[], Iterator[figures.Figure]]] = {"million": moments.million}
+LONG: dict[str, Callable[[], Iterator[figures.Figure]]] = {"million": moments.million, "flood": durability.flood}
 """Only when they are named: they take minutes."""
 
 

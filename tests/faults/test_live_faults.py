@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,3 +254,37 @@ pipeline = Pipeline("gone", steps=steps)
     assert run["outcome"] == "succeeded"
     assert lines(said) == ["one", "two"]
     assert own.ctl("run", "gone").returncode == 2
+
+
+def test_G9_scripts_that_are_removed_during_a_run_are_run_as_they_were_when_it_began(own: Daemon) -> None:
+    go, source = own.root / "go", own.plugins / "src"
+    files = {"two.py": "import helper\nprint(helper.WORD)\n", "helper.py": "WORD = 'as it was'\n"}
+    body = f"""
+one = CommandStep("while [ ! -e {go} ]; do sleep 0.02; done", name="one")
+two = PythonScriptStep("two.py", source_directory="src", name="two")
+two.run_after(one)
+pipeline = Pipeline("scripts", steps=[one, two])
+"""
+
+    def install() -> None:
+        source.mkdir()
+        for name, text in files.items():
+            (source / name).write_text(text)
+        own.install("scripts", body)
+
+    install()
+    number = own.run("scripts")
+    until(lambda: list((own.state / "code").glob("*/*/helper.py")), "its code is kept")
+    until(lambda: own.show(number)["steps"][0]["state"] == "running", "the first step has started")
+    (own.plugins / "scripts.py").unlink()
+    shutil.rmtree(source)
+    until(lambda: own.version("scripts") is None, "the plugin is gone")
+    time.sleep(0.2)  # what is posted to the ledger may lie for a moment; a kill in that moment is as one before the run
+    own.kill9()
+    own.start()
+    go.touch()
+    run = own.end(number)
+    assert run["outcome"] == "succeeded", run["steps"]
+    assert own.ctl("logs", f"{number}/two").stdout == "as it was\n"
+    install()
+    assert step(own.go("scripts"), "two")["outcome"] == "reused", "it has the identity that it had"

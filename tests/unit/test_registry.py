@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 
 import anyio
@@ -366,6 +367,56 @@ async def test_a_save_loop_is_never_half_loaded_and_ends_with_the_last_text(hous
                 await anyio.sleep(0.01)  # the pace of the saves
                 file.write(f"a = Pipeline('a', [CommandStep(['{number}'])])\n")
         await house.until(lambda: house.command("a") == "59" and house.faults() == [])
+
+
+async def test_G4_a_file_saved_a_hundred_times_a_second_beside_editors_drafts_is_never_taken_by_half(
+    house: House,
+) -> None:
+    """What is loaded is at any moment one of the texts that were saved, whole: its two steps are of one save."""
+    file = "from mlpiped import *\nfirst = CommandStep(['{0}'], name='first')\n"
+    rest = "a = Pipeline('a', [first, CommandStep(['{0}'], name='second')])\n"
+    path, seen = house.plugins / "a.py", set()
+
+    def look() -> None:
+        loaded = house.registry.get("a")
+        assert loaded is not None, "its last good version stays"
+        said = {arg.text for each in loaded.spec.steps for arg in each.arguments}  # type: ignore[union-attr]
+        assert len(said) == 1, said
+        seen.update(said)
+
+    path.write_text((file + rest).format(0))
+    async with house.running():
+        for number in range(1, 200):
+            with path.open("w") as out:
+                out.write(file.format(number))
+                out.flush()
+                (house.plugins / f".a.py.swp{number % 3}").write_text("half")
+                (house.plugins / "a.py~").write_text("raise SystemExit")
+                await anyio.sleep(0.005)  # the pace of the saves
+                out.write(rest.format(number))
+            await anyio.sleep(0.005)
+            look()
+        await house.until(lambda: house.command("a") == "199" and house.faults() == [])
+        look()
+
+
+@pytest.mark.parametrize("order", list(permutations("abc")), ids="".join)
+async def test_G6_who_holds_a_name_depends_on_who_came_first_and_at_a_cold_start_on_the_path_alone(
+    house: House, order: tuple[str, ...]
+) -> None:
+    async with house.running():
+        for number, name in enumerate(order):
+            house.pipeline(f"{name}.py", "same", name)
+            await house.until(lambda: len(house.names()) + len(house.faults()) == number + 1)  # noqa: B023
+            assert house.command("same") == order[0]
+        first = str(house.plugins / f"{order[0]}.py")
+        assert sorted(Path(broken.file).stem for broken in house.registry.broken()) == sorted(order[1:])
+        assert all(first in message for message in house.faults())
+    for cache in house.root.glob("*cache*"):
+        shutil.rmtree(cache) if cache.is_dir() else cache.unlink()
+    again = House(house.root)  # a machine on which nobody came first
+    await again.registry.start()
+    assert again.command("same") in ("a", order[0])
 
 
 async def test_a_plugin_that_rewrites_itself_is_not_imported_without_end(house: House) -> None:
