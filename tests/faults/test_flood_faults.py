@@ -1,4 +1,4 @@
-"""F1, F6: more than the kernel's queues hold and than a daemon should keep in its memory, on a real daemon."""
+"""F1, F6, L1: more than the kernel's queues hold and than a daemon should keep in its memory, on a real daemon."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from harness import Daemon, until
+
+from mlpiped import log_cap
 
 MANY = 60_000
 QUEUE = Path("/proc/sys/fs/inotify/max_queued_events")
@@ -71,3 +73,30 @@ def test_F6_a_flood_while_the_daemon_looks_is_one_run_too_and_what_changes_meanw
     (own.lab / "in" / "5.csv").unlink()
     assert own.next_run("landing", run["id"])["cause"]["detail"] == "5 files changed"
     assert len(own.runs("landing")) == 2
+
+
+def test_L1_a_log_without_end_takes_a_bounded_part_of_the_disk_and_its_ends_are_kept_over_a_kill(own: Daemon) -> None:
+    go, count = own.root / "go", 800 << 20
+    own.install(
+        "loud",
+        f"""
+command = (
+    "echo first; yes 'a line that is said again and again' | head -c {count}; "
+    "while [ ! -e {go} ]; do sleep 0.02; done; echo last"
+)
+pipeline = Pipeline("loud", steps=[CommandStep(command, name="loud")])
+""",
+    )
+    number = own.run("loud")
+    log = until(lambda: next(own.state.glob("jobs/*/stdout"), None), "it has a log")
+    until(lambda: log.stat().st_size > count // 4, "much has been said")
+    own.kill9()
+    until(lambda: log.stat().st_size >= count, "all has been said while there was no daemon", 60)
+    own.start()
+    until(lambda: log.stat().st_blocks * 512 <= log_cap.MOST, "the next daemon cuts it")
+    go.touch()
+    assert own.end(number)["outcome"] == "succeeded"
+    said = own.ctl("logs", f"{number}/loud")
+    assert said.stdout.startswith("first\na line that") and said.stdout.endswith("last\n")
+    assert "were not kept" in said.stderr and "\0" not in said.stdout
+    assert len(said.stdout) >= log_cap.HEAD + log_cap.TAIL

@@ -908,11 +908,11 @@ def test_pieces_of_a_log_are_not_cut_inside_a_character(tmp_path: Path, monkeypa
     text = "aż€𝄞b" * 7
     file = tmp_path / "log"
     file.write_text(text)
-    found, at = [], 0
-    while data := log_files._read(file, at):
-        found.append(data.decode())
-        at += len(data)
-    assert "".join(found) == text
+    read, at = [], 0
+    while found := log_files._read(file, at):
+        read.append(found[1].decode())
+        at += len(found[1])
+    assert "".join(read) == text
 
 
 async def test_wait_answers_at_the_end_of_the_run_and_at_the_end_of_the_time() -> None:
