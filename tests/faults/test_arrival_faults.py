@@ -29,14 +29,14 @@ def lab(tmp_path: Path) -> Path:
 
 
 # --- F1: the kernel's word is not to be relied on -------------------------------------------------------------
-async def test_f1_what_the_kernel_did_not_tell_is_found_by_the_next_reconcile(tmp_path: Path, lab: Path) -> None:
+async def test_F1_what_the_kernel_did_not_tell_is_found_by_the_next_reconcile(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.1), reconcile=0.5) as place:
         place.arrivals._watcher._hint = lambda _: None  # an overflowing queue: every event is dropped
         place.drop("a.csv")
         await world.fired(1, 3)
 
 
-async def test_f1_a_tree_that_appears_faster_than_watches_can_be_added_is_found(tmp_path: Path, lab: Path) -> None:
+async def test_F1_a_tree_that_appears_faster_than_watches_can_be_added_is_found(tmp_path: Path, lab: Path) -> None:
     async with (
         rig(tmp_path / "state") as world,
         landing(world, lab, arrival("in/**", settle=0.1, batch="file")) as place,
@@ -78,7 +78,7 @@ anyio.run(main)
         ("max_inotify_instances", "inotify's limit of instances is reached"),
     ],
 )
-async def test_f2_an_exhausted_limit_means_polling_one_warning_and_says_so(
+async def test_F2_an_exhausted_limit_means_polling_one_warning_and_says_so(
     tmp_path: Path, lab: Path, limit: str, says: str
 ) -> None:
     if not os.path.exists(f"/proc/sys/user/{limit}") or shutil.which("unshare") is None:
@@ -92,7 +92,7 @@ async def test_f2_an_exhausted_limit_means_polling_one_warning_and_says_so(
     assert err.count("WARNING") == 1 and says in err
 
 
-async def test_f2_a_folder_that_cannot_be_watched_does_not_blind_the_others(
+async def test_F2_a_folder_that_cannot_be_watched_does_not_blind_the_others(
     tmp_path: Path, lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlpiped.triggers import watching
@@ -120,7 +120,7 @@ async def test_f2_a_folder_that_cannot_be_watched_does_not_blind_the_others(
 
 
 # --- F3: folders that go and come ---------------------------------------------------------------------------
-async def test_f3_a_watched_folder_that_is_deleted_and_made_again_is_picked_up(tmp_path: Path, lab: Path) -> None:
+async def test_F3_a_watched_folder_that_is_deleted_and_made_again_is_picked_up(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival()) as place:
         place.drop("a.csv")
         await world.fired(1)
@@ -132,7 +132,7 @@ async def test_f3_a_watched_folder_that_is_deleted_and_made_again_is_picked_up(t
         await world.fired(3, 3)
 
 
-async def test_f3_a_folder_that_is_emptied_is_no_fault(
+async def test_F3_a_folder_that_is_emptied_is_no_fault(
     tmp_path: Path, lab: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rig(tmp_path / "state") as world:
@@ -147,7 +147,7 @@ async def test_f3_a_folder_that_is_emptied_is_no_fault(
         assert not caplog.records
 
 
-async def test_f3_a_watched_folder_that_is_replaced_by_another_is_picked_up(tmp_path: Path, lab: Path) -> None:
+async def test_F3_a_watched_folder_that_is_replaced_by_another_is_picked_up(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival()) as place:
         (lab / "next").mkdir()
         (lab / "in").rename(lab / "old")
@@ -161,7 +161,7 @@ async def test_f3_a_watched_folder_that_is_replaced_by_another_is_picked_up(tmp_
         await place.still(1)
 
 
-async def test_f3_a_root_that_goes_is_reported_and_picked_up_when_it_returns(
+async def test_F3_a_root_that_goes_is_reported_and_picked_up_when_it_returns(
     tmp_path: Path, lab: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.1)) as place:
@@ -190,7 +190,7 @@ def mounted(lab: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("left_behind", ["an empty mount point", "another folder"])
-async def test_f3_an_unmounted_root_is_unavailable_and_not_a_folder_without_files(
+async def test_F3_an_unmounted_root_is_unavailable_and_not_a_folder_without_files(
     tmp_path: Path, mounted: Path, left_behind: str
 ) -> None:
     async with rig(tmp_path / "state") as world:
@@ -274,7 +274,7 @@ async def test_F4_what_is_written_beneath_a_fuse_mount_is_found_by_polling(tmp_p
 
 
 # --- F5: half-written files ---------------------------------------------------------------------------------
-async def test_f5_a_slow_writer_fires_once_with_all_it_wrote(tmp_path: Path, lab: Path) -> None:
+async def test_F5_a_slow_writer_fires_once_with_all_it_wrote(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.4)) as place:
         with open(lab / "in" / "a.csv", "wb", buffering=0) as file:
             for _ in range(12):
@@ -286,7 +286,7 @@ async def test_f5_a_slow_writer_fires_once_with_all_it_wrote(tmp_path: Path, lab
         await place.still(1)
 
 
-async def test_f5_a_writer_that_pauses_too_long_fires_again_with_the_rest(tmp_path: Path, lab: Path) -> None:
+async def test_F5_a_writer_that_pauses_too_long_fires_again_with_the_rest(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.1)):
         with open(lab / "in" / "a.csv", "wb", buffering=0) as file:
             file.write(b"first")
@@ -296,7 +296,7 @@ async def test_f5_a_writer_that_pauses_too_long_fires_again_with_the_rest(tmp_pa
         assert [event.arrivals[0].size for event in world.events] == [5, 12]
 
 
-async def test_f5_a_file_that_keeps_its_old_mtime_and_size_is_seen_by_its_inode(tmp_path: Path, lab: Path) -> None:
+async def test_F5_a_file_that_keeps_its_old_mtime_and_size_is_seen_by_its_inode(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.1)) as place:
         place.drop("a.csv", "old")
         os.utime(lab / "in" / "a.csv", (1, 1))
@@ -308,7 +308,7 @@ async def test_f5_a_file_that_keeps_its_old_mtime_and_size_is_seen_by_its_inode(
 
 
 # --- F6: very many ------------------------------------------------------------------------------------------
-async def test_f6_a_flood_of_files_is_one_run_and_leaves_the_loop_free(tmp_path: Path, lab: Path) -> None:
+async def test_F6_a_flood_of_files_is_one_run_and_leaves_the_loop_free(tmp_path: Path, lab: Path) -> None:
     slowest = 0.0
 
     async def lag() -> None:
@@ -346,7 +346,7 @@ NAMES = [
 ]
 
 
-async def test_f8_every_name_that_a_file_system_allows_arrives(tmp_path: Path, lab: Path) -> None:
+async def test_F8_every_name_that_a_file_system_allows_arrives(tmp_path: Path, lab: Path) -> None:
     spec = arrival(settle=0.1, batch="file", parameter="sample")
     async with rig(tmp_path / "state") as world, landing(world, lab, spec) as place:
         for n, name in enumerate(NAMES):

@@ -1,4 +1,4 @@
-"""C7, E1, E2, E5, F7, G9: faults that a whole daemon meets, on a real one."""
+"""C7, E1, E2, E5, E6, F7, G9: faults that a whole daemon meets, on a real one."""
 
 from __future__ import annotations
 
@@ -189,6 +189,25 @@ def _signal(pid: int, number: int) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
+
+
+# --- E6 -----------------------------------------------------------------------------------------------------------
+def test_E6_a_daemon_that_was_down_for_a_year_serves_and_makes_up_for_it_by_one_run(clocked: Clocked) -> None:
+    daemon = clocked.daemon
+    daemon.install(
+        "minutely",
+        'pipeline = Pipeline("minutely", steps=[CommandStep(["true"], name="beat", effect=True)], '
+        'triggers=[Cron("* * * * *", timezone="Europe/Warsaw")], overlap="parallel")\n',
+    )
+    until(lambda: any(s["next_fire"] for s in daemon.json("schedules")["schedules"]), "its clock has begun")
+    daemon.term()
+    clocked.set(366 * 24 * HOUR)
+    daemon.start()
+    made_up = daemon.next_run("minutely")
+    assert "more than 1000 fires" in made_up["cause"]["detail"]
+    assert daemon.end(made_up["id"])["outcome"] == "succeeded"
+    later = [run["cause"]["detail"] for run in clocked.fires("minutely") if run["id"] != made_up["id"]]
+    assert not [each for each in later if "missed" in each] and len(later) <= 2, later  # a minute may have begun
 
 
 # --- F7 -----------------------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ async def test_a_package_that_grows_in_the_folder_is_loaded(house: House) -> Non
         await house.until(lambda: house.names() == [])
 
 
-async def test_of_two_pipelines_of_one_name_the_first_stays(house: House) -> None:
+async def test_G6_of_two_pipelines_of_one_name_the_first_stays(house: House) -> None:
     first = house.pipeline("z.py", "same", "first")
     async with house.running():
         second = house.pipeline("a.py", "same", "second", more="own = Pipeline('own', [CommandStep(['x'])])")
@@ -251,7 +251,7 @@ async def test_of_two_pipelines_of_one_name_the_first_stays(house: House) -> Non
         await house.until(lambda: house.command("same") == "second" and house.faults() == [])
 
 
-async def test_at_a_cold_start_the_first_by_path_has_the_name(house: House) -> None:
+async def test_G6_at_a_cold_start_the_first_by_path_has_the_name(house: House) -> None:
     for name in "dbca":
         house.pipeline(f"{name}.py", "same", name)
     await house.registry.start()
@@ -294,7 +294,7 @@ async def test_reload_checks_against_the_names_of_the_new_config_without_an_impo
     assert house.registry.imports == 2
 
 
-async def test_what_editors_leave_about_is_ignored(house: House) -> None:
+async def test_G4_what_editors_leave_about_is_ignored(house: House) -> None:
     for name in (".a.py.swp", "a.py~", ".hidden.py", "#a.py#", "notes.txt", "__pycache__/a.py"):
         path = house.plugins / name
         path.parent.mkdir(exist_ok=True)
@@ -357,7 +357,7 @@ async def test_a_hanging_plugin_does_not_hold_up_the_others(house: House) -> Non
         await house.until(lambda: house.faults() == ["still loading after 2 s"])
 
 
-async def test_a_save_loop_is_never_half_loaded_and_ends_with_the_last_text(house: House) -> None:
+async def test_G4_a_save_loop_is_never_half_loaded_and_ends_with_the_last_text(house: House) -> None:
     async with house.running():
         for number in range(60):
             path = house.plugins / "a.py"
