@@ -240,3 +240,22 @@ async def test_what_has_lost_its_bytes_is_reused_by_nobody(tmp_path: Path) -> No
         await ledger.write(moves.lose_artifacts(["b3:made"], NOW))
         with pytest.raises(StaleReuse):
             await ledger.write(moves.finish_step(second, 0, StepOutcome.REUSED, "", NOW, key="b3:k"))
+
+
+async def test_an_index_that_lacks_a_row_is_a_fault_though_the_file_is_well_formed(tmp_path: Path) -> None:
+    async with opened(tmp_path) as ledger:
+        await ledger.write(opening(event()))
+        assert await ledger.faults() == []
+        path = ledger.path
+    with sqlite3.connect(path, isolation_level=None) as c:
+        found = c.execute("SELECT * FROM sqlite_schema WHERE name = 'runs_by_creation'").fetchone()
+        c.execute("PRAGMA writable_schema = ON")
+        c.execute("DELETE FROM sqlite_schema WHERE name = 'runs_by_creation'")
+    with sqlite3.connect(path, isolation_level=None) as c:  # without it for a moment
+        c.execute("UPDATE runs SET created_at = created_at + 1")
+        c.execute("PRAGMA writable_schema = ON")
+        c.execute("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", found)
+    with sqlite3.connect(path) as c:
+        assert c.execute("PRAGMA quick_check").fetchone() == ("ok",)
+    async with opened(tmp_path) as ledger:
+        assert any("runs_by_creation" in fault for fault in await ledger.faults())
