@@ -42,6 +42,7 @@ from mlpiped.hosts import Hosts
 from mlpiped.images import Finder
 from mlpiped.ledger import Ledger, moves, sqlite_version
 from mlpiped.loader import Known, Registry, load_file
+from mlpiped.log_cap import LogCap
 from mlpiped.placement import Place
 from mlpiped.retention.keeper import Keeper
 from mlpiped.scheduler import Scheduler
@@ -148,6 +149,7 @@ class Daemon:
         self.arrivals = Arrivals(memory, self.fingerprinter, self.clock, self.scheduler.emit, dict(settings.datastores))
         self.scheduler.on_resume = self.arrivals.look
         self.keeper = Keeper(ledger, self.store, self.backends, settings.retention, datastores, self.clock)
+        self.log_cap = LogCap(self._running_folders)
         self.server = AsyncExitStack()  # the control socket
         self.rooms = AsyncExitStack()  # the backends
         self.triggers = anyio.CancelScope()
@@ -182,6 +184,7 @@ class Daemon:
         tasks.start_soon(self._heartbeat, name="heartbeat")
         tasks.start_soon(self._housekeeping, name="housekeeping")
         tasks.start_soon(self.keeper.run, name="keeper")
+        tasks.start_soon(self.log_cap.run, name="log cap")
         notify_systemd.ready(f"{len(self.registry.all())} pipelines")
         log.info(
             "serving",
@@ -294,6 +297,11 @@ class Daemon:
             except Exception as fault:  # a full disk, a lock: nothing that a daemon should end for
                 log.warning("housekeeping failed; it is tried again", why=str(fault), in_seconds=CHECKPOINT)
             await anyio.sleep(CHECKPOINT)
+
+    def _running_folders(self) -> list[str]:
+        jobs = f"{self.settings.daemon.state_dir}/jobs"
+        attempts = (t.attempt for each in self.scheduler.executions.values() for t in each.tries.values())
+        return [f"{jobs}/{attempt.token}" for attempt in attempts if attempt is not None and attempt.begun]
 
     def _disk(self, full: bool) -> None:
         self.dispatch.paused = "the disk that holds the ledger is full" if full else None

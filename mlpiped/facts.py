@@ -7,7 +7,7 @@ same walk serves a run and `plan`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
@@ -17,7 +17,7 @@ from mlpiped.errors import InvalidJob, MlpipedError
 from mlpiped.files.fingerprint import Missing, RefFact
 from mlpiped.images import RunImages, wanted_by
 from mlpiped.resolve import Decision, Graph, Known, PastResult, Plan
-from mlpiped.spec import Reference, Upstream
+from mlpiped.spec import Reference, SourceSpec, Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mlpiped.images import Find
     from mlpiped.ledger import Ledger
     from mlpiped.model import OutputFact
-    from mlpiped.spec import Port, Scalar, SourceSpec, StepSpec
+    from mlpiped.spec import Port, Scalar, StepSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,31 @@ class Facts:
         self.parameters = parameters
         self.images = RunImages(world.find_image)
         self.steps: dict[int, StepFacts] = {}
+        self.pins: dict[SourceSpec, str] = {}  # the code as it was when the run began, by its raw digest
+
+    async def pin(self, plan: Plan) -> list[list[str | None]]:
+        """Keep the code of all steps: the plugin may be removed while they wait. [folder, mode, script, raw digest] of
+        each, for `unpin` after a restart."""
+        later: set[SourceSpec] = set()
+        for i, step in enumerate(self.graph.steps):
+            if step.source is not None and plan.outcome[i] is None:
+                code = self.steps[i].code if i in self.steps else None
+                if code is None:
+                    later.add(step.source)
+                else:  # its attempt makes the copy
+                    self.pins[step.source] = code.raw
+        for source in later - self.pins.keys():
+            try:
+                fact = await self.world.code.read(source)
+                await self.world.code.snapshot(source, fact)
+            except (MlpipedError, OSError):
+                continue  # the step that wants it says so in its turn
+            self.pins[source] = fact.raw
+        return [[source.directory, source.mode, source.script, raw] for source, raw in self.pins.items()]
+
+    def unpin(self, kept: Iterable[Any]) -> None:
+        for directory, mode, script, raw in kept:
+            self.pins[SourceSpec(directory=directory, mode=mode, script=script)] = raw
 
     async def decide(self, plan: Plan, indexes: Sequence[int]) -> list[Decision]:
         """A decision for each of `indexes`, all of them ready. Facts of those that run are kept in `steps`.
@@ -222,7 +247,7 @@ class Facts:
                 try:
                     found[source] = await self.world.code.read(source)
                 except MlpipedError as fault:
-                    found[source] = fault.message
+                    found[source] = await self._pinned(source) or fault.message
                 except OSError as fault:
                     found[source] = f"its code cannot be read: {fault.filename}: {fault.strerror}"
         return found
@@ -246,6 +271,16 @@ class Facts:
         text = wanted.dockerfile
         source = None if text is None else "b3:" + blake3(text.encode()).hexdigest()
         return keys.ImagePart(image.identity, image.run, wanted.reference or "", source)
+
+    async def _pinned(self, source: SourceSpec) -> CodeFact | None:
+        """The code that is no longer where it was, as it was when the run began."""
+        if source not in self.pins:
+            return None
+        kept = replace(source, directory=str(self.world.code.place(self.pins[source])))
+        try:
+            return await self.world.code.read(kept)
+        except (MlpipedError, OSError):
+            return None
 
     def _code_of(self, index: int, codes: Mapping[SourceSpec, CodeFact | str]) -> CodeFact | str | None:
         source = self.graph.steps[index].source

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class RunState(StrEnum):
@@ -122,7 +125,7 @@ class Event:
     dedupe: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     cursor: tuple[str, dict[str, Any]] | None = None
-    arrivals: tuple[Arrival, ...] = ()
+    arrivals: Sequence[Arrival] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,8 @@ class Execution:
         forced = range(len(graph.steps)) if force is True else [graph.step(name) for name in force or ()]
         self.plan = Plan(graph, target=graph.step(target) if target else None, force=forced)
         self.facts = Facts(world, graph, row.parameters)
+        self.facts.unpin(row.options.get("code", ()))
+        self._pinned = "code" in row.options
         self.tries: dict[int, Try] = {}
         self.started_at = row.started_at
         self.cancelled = bool(row.options.get("cancelled"))
@@ -207,8 +209,15 @@ class Execution:
                 self._recorded.add(d.index)
         if new:
             self.world.ledger.post(moves.add_steps(self.id, new, now))
+        if decisions and not self._pinned and self._tasks is not None:
+            self._pinned = True
+            self._tasks.start_soon(self._pin, name=f"run {self.id} pin")
         for d in decisions:
             self.dispatcher.request(self, d.index, self.need(d.index), d.key if self._shareable(d.index) else None)
+
+    async def _pin(self) -> None:
+        if kept := await self.facts.pin(self.plan):
+            self.world.ledger.post(moves.pin_code(self.id, kept))
 
     def _shareable(self, index: int) -> bool:
         step = self.graph.steps[index]

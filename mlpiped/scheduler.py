@@ -41,6 +41,9 @@ GRAPHS_KEPT = 64
 """So many versions of pipelines stay in memory, ready to run."""
 
 
+ASKED_FOR = (CauseKind.MANUAL, CauseKind.API, CauseKind.RETRY)  # by somebody who gets the number of a run for it
+
+
 class Scheduler:
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Scheduler:
         self.executions = dispatch.executions
         self.queued: dict[str, list[tuple[RunRow, Graph]]] = {}  # pipeline -> runs whose turn has not come
         self.paused: set[str] = set()
+        self._retrying: set[int] = set()  # runs of which a retry is being opened
         self.on_resume: Callable[[], None] = lambda: None
         self._graphs: dict[str, Graph] = {}
         self._tasks: TaskGroup | None = None
@@ -133,7 +137,7 @@ class Scheduler:
         spec, ledger, now = graph.spec, self.world.ledger, self.clock.now()
         async with self._opening:
             busy = not self._free(spec)
-            if busy and spec.overlap == "skip" and event.cause.kind not in (CauseKind.MANUAL, CauseKind.API):
+            if busy and spec.overlap == "skip" and event.cause.kind not in ASKED_FOR:
                 await ledger.write(moves.record_fire(event, now, "skipped: the last run has not finished"))
                 return None
             if busy and spec.overlap == "queue":
@@ -329,11 +333,18 @@ class Scheduler:
             raise Conflict(f"run {run_id} is {row.state}", hint="wait for it, or cancel it first")
         if row.outcome is RunOutcome.SUCCEEDED:
             raise Conflict(f"run {run_id} succeeded: nothing to retry", hint=f"`mlpipectl run {row.pipeline} --force`")
-        graph = await self._graph_of(row)
-        event = Event(row.pipeline, Cause(CauseKind.RETRY, f"of run {run_id} by {who}"), None, row.parameters)
-        # `--force` was for the first time: a retry goes on with what is done.
-        options = {k: v for k, v in row.options.items() if k != "force"}
-        new = await self._open(event, graph, row.version, owner=who or row.owner, tags=row.tags, options=options)
+        alive = [e.row for e in self.executions.values()] + [r for rows in self.queued.values() for r, _ in rows]
+        if run_id in self._retrying or any(each.options.get("retry_of") == run_id for each in alive):
+            raise Conflict(f"run {run_id} is being retried already", hint="`mlpipectl runs` shows by which run")
+        self._retrying.add(run_id)
+        try:
+            graph = await self._graph_of(row)
+            event = Event(row.pipeline, Cause(CauseKind.RETRY, f"of run {run_id} by {who}"), None, row.parameters)
+            # What was said to the first run, to force it or to end it, was said to that one.
+            options = {k: v for k, v in row.options.items() if k not in ("force", "cancelled")} | {"retry_of": run_id}
+            new = await self._open(event, graph, row.version, owner=who or row.owner, tags=row.tags, options=options)
+        finally:
+            self._retrying.discard(run_id)
         assert new is not None
         return new
 

@@ -25,6 +25,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "systemd": (1, ("journal", "notify_systemd")),
     "config": (2, ("config",)),
     "logs": (2, ("logs",)),
+    "log cap": (2, ("log_cap",)),
     "decisions": (2, ("keys", "resolve")),
     "paths and digests": (2, ("files", "files.hashing", "files.walking")),
     "retention's rules": (2, ("retention", "retention.plan")),

@@ -99,7 +99,7 @@ class CodeReader:
         """
         now = fact
         for _ in range(TRIES):
-            pieces, target = now.pieces, self._place(now.raw)
+            pieces, target = now.pieces, self.place(now.raw)
             try:
                 await self._fingerprinter.hop(lambda p=pieces, t=target: _keep(p, t))  # type: ignore[misc]
                 return target
@@ -114,7 +114,7 @@ class CodeReader:
 
     async def diff(self, old_raw: str | None, old_files: Mapping[str, str], fact: CodeFact) -> str:
         """`train.py (+3 -1), utils.py new, old.py gone`: 3 files at most, then `and 4 more`; empty when equal."""
-        before = self._place(old_raw) if old_raw else None
+        before = self.place(old_raw) if old_raw else None
         pieces = {printable(piece.rel): piece for piece in fact.pieces}
         changed = sorted(
             name for name in old_files.keys() | fact.files.keys() if old_files.get(name) != fact.files.get(name)
@@ -129,7 +129,8 @@ class CodeReader:
         return await self._fingerprinter.hop(sentence) if changed else ""
 
     # --- reading --------------------------------------------------------------------------------------------
-    def _place(self, raw: str) -> Path:
+    def place(self, raw: str) -> Path:
+        """Where the snapshot with this raw digest is, if there is one."""
         digest = raw.rpartition(":")[2]
         return self._store / digest[:2] / digest[2:]
 

@@ -11,6 +11,7 @@ import anyio
 from mlpiped.control import doctor_host
 from mlpiped.control.overview import faults_of
 from mlpiped.control.service import Finding
+from mlpiped.errors import LedgerError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -48,7 +49,8 @@ async def examine(service: Service) -> list[Finding]:
         except TimeoutError:
             found.append(Finding(name, "fail", "gave no answer in time", "a file system may hang"))
         except Exception as error:
-            found.append(Finding(name, "fail", f"could not be looked at: {error}"))
+            hint = "ask again; if it stays so, what the daemon has logged says more"
+            found.append(Finding(name, "fail", f"could not be looked at: {error}", hint))
     return found
 
 
@@ -56,11 +58,14 @@ async def _ledger(service: Service) -> list[Finding]:
     found = []
     if service.ledger.full:
         found.append(Finding("ledger", "fail", "its disk is full: nothing is dispatched", "free space on that disk"))
-    faults = [] if service.ledger_faults is None else await service.ledger_faults()
+    try:
+        faults = [] if service.ledger_faults is None else await service.ledger_faults()
+    except LedgerError as error:  # so damaged that not even the check goes through
+        faults = [error.message]
     if faults:
         hint = "stop the daemon, keep a copy of the state folder, and bring back a backup with `mlpiped restore FILE`"
         found.append(Finding("ledger", "fail", f"is damaged: {faults[0]}", hint))
-    return found or [Finding("ledger", "ok", "its structure is whole")]
+    return found or [Finding("ledger", "ok", "it is whole")]
 
 
 async def _versions(service: Service) -> list[Finding]:

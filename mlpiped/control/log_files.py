@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 
+from mlpiped import log_cap
 from mlpiped.control import metrics
 from mlpiped.errors import UnknownName
 from mlpiped.model import RunState, StepState
@@ -126,7 +127,9 @@ class LogReader:
     async def _send(self, stream: Stream, file: _File) -> bool:
         """What was added since; whether there was anything."""
         any_sent = False
-        while data := await anyio.to_thread.run_sync(_read, file.path, file.offset):
+        while found := await anyio.to_thread.run_sync(_read, file.path, file.offset):
+            skipped, data = found
+            file.offset += skipped
             piece: dict[str, Any] = {
                 "step": file.step,
                 "attempt": file.attempt,
@@ -135,6 +138,8 @@ class LogReader:
             }
             if file.note and not file.said:
                 piece["note"] = file.note
+            if skipped:
+                piece["skipped"] = skipped
             file.said = True
             file.offset += len(data)
             try:
@@ -160,18 +165,26 @@ async def _wait(news: MemoryObjectReceiveStream[list[EventRow]], seconds: float)
         return True
 
 
-def _read(path: Path, offset: int) -> bytes:
-    """Up to CHUNK bytes from `offset`, cut at a character's end where there is one; empty at the end of the file."""
+def _read(path: Path, offset: int) -> tuple[int, bytes] | None:
+    """(bytes that are no longer kept there, up to CHUNK bytes after them, cut at a character's end where there is one);
+    None at the end of the file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return b""
+        return None
     try:
-        data = os.pread(fd, CHUNK, offset)
+        begin, hole = log_cap.bounds(fd, offset)
+        data = os.pread(fd, CHUNK if hole is None else min(CHUNK, hole - begin), begin)
     except OSError:
-        return b""
+        return None
     finally:
         os.close(fd)
+    if not data:
+        return None
+    return begin - offset, _cut_at_a_character(data)
+
+
+def _cut_at_a_character(data: bytes) -> bytes:
     if len(data) == CHUNK:  # do not cut a character in two
         for back in range(1, 4):
             byte = data[-back]

@@ -139,7 +139,7 @@ class Service:
     job_folder: Callable[[str], Path]
     gc_plan: Callable[[], Awaitable[dict[str, Any]]]
     gc: Callable[[], Awaitable[dict[str, Any]]]
-    ledger_faults: Callable[[], Awaitable[Sequence[str]]] | None = None  # PRAGMA quick_check: [] when it is well
+    ledger_faults: Callable[[], Awaitable[Sequence[str]]] | None = None  # PRAGMA integrity_check: [] when it is well
     orphans: Callable[[], Awaitable[Mapping[str, Sequence[int]]]] | None = None  # token -> pids that nobody waits for
     healths: Callable[[], Awaitable[Mapping[str, str | None]]] | None = None  # of each compute, asked now
     loop_lag: Callable[[], float] = lambda: 0.0  # seconds

@@ -128,6 +128,7 @@ def _advance(c: Connection, event: Event, verdict: str, run_id: int | None, now:
 
 
 def _store_arrivals(c: Connection, arrivals: Sequence[Arrival]) -> None:
-    rows = [(a.schedule, a.path, a.digest, a.size, a.mtime_ns, signed(a.ino)) for a in arrivals]
+    """One at a time: a flood may bring a million."""
+    rows = ((a.schedule, a.path, a.digest, a.size, a.mtime_ns, signed(a.ino)) for a in arrivals)
     c.executemany(SQL["put_arrival"], rows)
-    c.executemany(SQL["put_arrival_digest"], [(a.schedule, a.digest) for a in arrivals])
+    c.executemany(SQL["put_arrival_digest"], ((a.schedule, a.digest) for a in arrivals))

@@ -88,6 +88,15 @@ def start_run(run_id: int, now: int) -> Op[None]:
     return op
 
 
+def pin_code(run_id: int, code: Sequence[Sequence[str | None]]) -> Op[None]:
+    """What `Facts.pin` has kept; its options say so from now on. No event: nothing has happened."""
+
+    def op(c: Connection) -> None:
+        c.execute(SQL["pin_code"], {"run_id": run_id, "code": json.dumps(code)})
+
+    return op
+
+
 def cancel_run(run_id: int, now: int) -> Op[bool]:
     """Note that the run is to end; its options say `cancelled` from now on. False when it has ended already."""
 

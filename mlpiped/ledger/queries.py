@@ -235,14 +235,15 @@ class Queries:
         row = await self._one("fire", dedupe=clean(dedupe))
         return None if row is None else FireRow(*row)
 
-    async def arrivals(self, schedule: str) -> dict[bytes, Seen]:
-        """What lay at each path when the trigger last took it into a batch."""
-        rows = await self._every("arrivals", schedule=schedule)
+    async def arrivals(self, schedule: str, after: bytes = b"", limit: int = 1000) -> dict[bytes, Seen]:
+        """What lay at each path when the trigger last took it into a batch, in the order of paths, beyond `after`."""
+        rows = await self._every("arrivals", schedule=schedule, after=after, limit=limit)
         return {path: Seen(digest, size, mtime_ns, unsigned(ino)) for path, digest, size, mtime_ns, ino in rows}
 
-    async def arrival_digests(self, schedule: str) -> set[str]:
-        """All content that the trigger ever took."""
-        return {row[0] for row in await self._every("arrival_digests", schedule=schedule)}
+    async def arrival_digests(self, schedule: str, digests: Sequence[str]) -> set[str]:
+        """What of this content the trigger ever took."""
+        text = json.dumps(list(digests))
+        return {row[0] for row in await self._every("arrival_digests", schedule=schedule, digests=text)}
 
     # --- the rest ---------------------------------------------------------------------------------------------
     async def events(self, after: int = 0, limit: int = 1000, *, run: int | None = None) -> list[EventRow]:

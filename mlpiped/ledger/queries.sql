@@ -18,6 +18,10 @@ INSERT INTO run_tags (name, value, run_id) VALUES (?, ?, ?);
 UPDATE runs SET state = 'running', started_at = :now
 WHERE id = :run_id AND {run -> running} RETURNING id;
 
+-- name: pin_code
+-- The code of a run's steps as it was when the run began.
+UPDATE runs SET options = json_set(options, '$.code', json(:code)) WHERE id = :run_id;
+
 -- name: cancel_run
 -- A person wants the run to end: what has not started never will, whatever is restarted meanwhile.
 UPDATE runs SET options = json_set(options, '$.cancelled', json('true'))
@@ -517,11 +521,13 @@ INSERT INTO arrival_digests (schedule, digest) VALUES (?, ?) ON CONFLICT DO NOTH
 
 -- name: arrivals
 -- What a trigger has seen, by path.
-SELECT path, digest, size, mtime_ns, ino FROM arrivals WHERE schedule = :schedule;
+SELECT path, digest, size, mtime_ns, ino FROM arrivals WHERE schedule = :schedule AND path > :after
+ORDER BY path LIMIT :limit;
 
 -- name: arrival_digests
--- What a trigger has seen, by content.
-SELECT digest FROM arrival_digests WHERE schedule = :schedule;
+-- What a trigger has seen of this content.
+SELECT a.digest FROM json_each(:digests) AS j
+CROSS JOIN arrival_digests AS a ON a.schedule = :schedule AND a.digest = j.value;
 
 -- ==== events, definitions, pauses, audit, stat cache ====
 

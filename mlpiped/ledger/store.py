@@ -187,7 +187,7 @@ class Ledger(Queries):
             return await survey.artifacts()
 
     async def faults(self) -> list[str]:
-        """What SQLite finds wrong in the file's structure; empty when it is well. Reads the whole file."""
+        """What SQLite finds wrong in the file, its indexes too; empty when it is well. Reads the whole file."""
         async with self.survey() as survey:
             return await survey.faults()
 

@@ -92,8 +92,8 @@ class Survey:
         return None if row is None else row[0]
 
     async def faults(self) -> list[str]:
-        """What SQLite finds wrong in the file's structure; empty when it is well. Reads the whole file."""
-        rows = await self._reader.call(lambda c: c.execute("PRAGMA quick_check(10)").fetchall())
+        """What SQLite finds wrong in the file, its indexes too; empty when it is well. Reads the whole file."""
+        rows = await self._reader.call(lambda c: c.execute("PRAGMA integrity_check(10)").fetchall())
         return [row[0] for row in rows if row[0] != "ok"]
 
     async def schema(self) -> int:

@@ -65,6 +65,7 @@ class Writer:
         self._last_event = 0
         self._locked = 0
         self._timers: set[asyncio.TimerHandle] = set()
+        self._company: asyncio.TimerHandle | None = None  # ends the wait of the posted writes that are queued now
         self._failed: list[_Entry] = []  # posted, to be tried again
         self._draining = False
         self._idle = asyncio.Event()
@@ -89,8 +90,7 @@ class Writer:
     def post(self, ops: tuple[Op[Any], ...]) -> None:
         self._queue.append(_Entry(ops, None))
         self._idle.clear()
-        if len(self._queue) == 1:
-            self._later(POST_DELAY, self._soon)
+        self._wait_for_company()
 
     async def drain(self) -> None:
         """Until everything queued is committed or has failed. Nothing may be queued meanwhile."""
@@ -106,13 +106,18 @@ class Writer:
             timer.cancel()
         self._timers.clear()
 
-    def _later(self, delay: float, call: Callable[[], None]) -> None:
+    def _later(self, delay: float, call: Callable[[], None]) -> asyncio.TimerHandle:
         def run() -> None:
             self._timers.discard(timer)
             call()
 
         timer = asyncio.get_running_loop().call_later(delay, run)
         self._timers.add(timer)
+        return timer
+
+    def _wait_for_company(self) -> None:
+        if self._company is None and self._under_way is None and not self._scheduled:
+            self._company = self._later(POST_DELAY, self._soon)
 
     def _soon(self) -> None:
         # Not at once: what else this turn of the loop writes shall be in the same commit.
@@ -125,6 +130,10 @@ class Writer:
         self._scheduled = False
         if self._under_way is not None:
             return
+        if self._company is not None:  # else it would cut short the wait of those that are posted after this
+            self._company.cancel()
+            self._timers.discard(self._company)
+            self._company = None
         batch, self._queue = self._queue, []
         if not batch:
             self._idle.set()
@@ -152,8 +161,10 @@ class Writer:
             if is_full(error):
                 self._set_full(True)
             self._fail(batch, error if isinstance(error, Exception) else LedgerError(str(error)))
-        if self._queue:
+        if any(entry.done is not None for entry in self._queue) or (self._queue and self._draining):
             self._soon()
+        elif self._queue:
+            self._wait_for_company()
         else:
             self._idle.set()
 

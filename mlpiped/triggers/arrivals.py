@@ -16,11 +16,12 @@ from anyio import to_thread
 
 from mlpiped.clock import Clock
 from mlpiped.spec import ArrivalSpec
-from mlpiped.triggers.follower import RECONCILE, Follower, Hasher, Root, World
+from mlpiped.triggers.follower import RECONCILE, Follower
 from mlpiped.triggers.memory import Emit, Memory
 from mlpiped.triggers.scan import Point, identity
 from mlpiped.triggers.schedule import ScheduleView, Trigger, schedule_id
 from mlpiped.triggers.watching import Watcher
+from mlpiped.triggers.world import Hasher, Root, World
 
 log = logging.getLogger(__name__)
 

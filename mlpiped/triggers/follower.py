@@ -3,26 +3,27 @@ system that hangs holds up nobody else."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import anyio
 from anyio import to_thread
 
-from mlpiped.clock import Clock
 from mlpiped.files.hashing import printable
 from mlpiped.model import Arrival, Cause, CauseKind, Event
 from mlpiped.spec import ArrivalSpec
-from mlpiped.triggers.memory import Emit, Memory, SeenRow
+from mlpiped.triggers.crowd import PART, Crowd, Lot, in_parts, key_of
 from mlpiped.triggers.mounts import is_remote
-from mlpiped.triggers.scan import Look, Point, Stamp, Target, scan, stamps, touched
+from mlpiped.triggers.packed import NEVER, Found, Pending, Stamp
+from mlpiped.triggers.scan import Look, Point, Target, scan, stamps, touched
 from mlpiped.triggers.schedule import ScheduleView
-from mlpiped.triggers.settling import NEVER, Pending, due_at, marked_due, next_due, ready
+from mlpiped.triggers.settling import due_at, marked_due, ready
+from mlpiped.triggers.world import Root, World
 
+S = TypeVar("S")
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 RECONCILE = 60.0  # seconds between two looks that nobody asked for
@@ -30,54 +31,7 @@ AGAIN = 10.0  # seconds until a batch that nobody took is offered again
 ECHOES = (0.25, 1.0)  # after a hint: a folder that is being filled is watched a moment too late
 TOUCHED = 1000  # paths that are looked at one by one; more of them are a scan
 AT_ONCE = 64  # events of single files that are handed over together
-
-
-class Root(Protocol):
-    """A datastore's settings."""
-
-    @property
-    def path(self) -> os.PathLike[str]: ...
-    @property
-    def watch(self) -> str: ...
-    @property
-    def poll_interval(self) -> float: ...
-
-
-class FileFact(Protocol):
-    @property
-    def digest(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def mtime_ns(self) -> int: ...
-
-
-class Hasher(Protocol):
-    """What of the Fingerprinter is used here."""
-
-    async def files(self, paths: Sequence[bytes], /) -> Mapping[bytes, FileFact]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """What all followers share. `rearm` is called when a follower's watch point changes."""
-
-    memory: Memory
-    hasher: Hasher
-    clock: Clock
-    emit: Emit
-    limiter: anyio.CapacityLimiter
-    reconcile: float
-    rearm: Callable[[], None]
-    refused: Callable[[bytes], str]  # why the kernel does not watch this folder, or nothing
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    digest: str
-    size: int
-    mtime_ns: int
-    ino: int
+PAGE = 20_000  # rows of the ledger that are read at once
 
 
 class Follower:
@@ -85,11 +39,11 @@ class Follower:
         self.id, self.pipeline, self.spec, self.root, self.world = id, pipeline, spec, root, world
         self.target = Target.of(os.fsencode(root.path), spec)
         self.look: Look | None = None  # the last one
-        self.pending: dict[bytes, Pending] = {}
-        self.known: dict[bytes, SeenRow] = {}
-        self.digests: set[str] = set()
+        self.crowd = Crowd()
+        self._fresh = False  # the last look found nothing that the one before had not
         self.fired_at: int | None = None
         self._first = True  # no good look has been taken since the start
+        self._at_once = False  # what nobody took is offered again
         self._poke = anyio.Event()
         self._scan_at = 0.0  # monotonic, as all of these
         self._not_before = 0.0
@@ -102,22 +56,21 @@ class Follower:
     def update(self, spec: ArrivalSpec) -> None:
         """Another policy for the same place."""
         if spec.model_dump(exclude={"where"}) != self.spec.model_dump(exclude={"where"}):
-            self.pending.clear()
+            self.crowd.forget()
             self.hint()
         self.spec, self.target = spec, Target.of(self.target.root, spec)
 
     def hint(self) -> None:
         """Something may have changed: look soon, but spend most of the time not looking."""
         now = self.world.clock.monotonic()
+        self._fresh = False
         self._scan_at = min(self._scan_at, max(now, self._not_before))
         self._echoes = [now + echo for echo in ECHOES]
         self._poke.set()
 
     def offer_again(self) -> None:
         """At once, what nobody took."""
-        for p in self.pending.values():
-            if p.offered:
-                p.due = self.world.clock.monotonic()
+        self._at_once = True
         self.hint()
 
     def hinted(self, path: bytes) -> None:
@@ -165,7 +118,7 @@ class Follower:
             describe=f"{self.spec.source.datastore}: {self.spec.source.path}",
             last_us=self.fired_at,
             waits_for=self._waits_for(),
-            cursor={"files": len(self.known)},
+            cursor={"files": len(self.crowd.known)},
             mode=self.mode,
         )
 
@@ -174,18 +127,17 @@ class Follower:
             return "the first look"
         if self.look.fault:
             return self._unavailable(self.look.fault)
-        waiting = self.pending.values()
-        moving = [p.due for p in waiting if not p.held and not p.offered and p.due < NEVER]
-        if moving:
-            left = max(0.0, max(moving) - self.world.clock.monotonic())
-            return f"{_files(len(moving))} settling: {left:.0f} s left"
-        if offered := sum(p.offered for p in waiting):
-            return f"the pipeline to take {_files(offered)}"
-        if held := sum(p.held for p in waiting):
-            return f"{self.spec.min_files} files: {held} so far"
-        if waiting:
-            without = f"`{self.spec.marker}`: {_files(len(waiting))} without it"
-            return without if self.spec.marker else f"{_files(len(waiting))} that cannot be read"
+        found = self.crowd.sum
+        if found.moving:
+            left = max(0.0, found.last_moving - self.world.clock.monotonic())
+            return f"{_files(found.moving)} settling: {left:.0f} s left"
+        if found.offered:
+            return f"the pipeline to take {_files(found.offered)}"
+        if found.held:
+            return f"{self.spec.min_files} files: {found.held} so far"
+        if self.crowd.pending:
+            without = f"`{self.spec.marker}`: {_files(len(self.crowd.pending))} without it"
+            return without if self.spec.marker else f"{_files(len(self.crowd.pending))} that cannot be read"
         if self.look.missing:
             return f"`{printable(os.fsdecode(self.look.missing))}`: it does not exist"
         return "new files"
@@ -209,8 +161,11 @@ class Follower:
 
     async def _load(self) -> None:
         row = await self.world.memory.schedule(self.id)
-        self.known = dict(await self.world.memory.arrivals(self.id))
-        self.digests = set(await self.world.memory.arrival_digests(self.id))
+        self.crowd, after = Crowd(), b""
+        while page := await self.world.memory.arrivals(self.id, after, PAGE):
+            for path, seen in page.items():
+                self.crowd.known.put(path, seen.size, seen.mtime_ns, seen.ino)
+            after = path
         self.fired_at = row.fired_at if row else None
         home = row.cursor.get("mount") if row else None
         self._home = os.fsencode(home) if home else None
@@ -218,12 +173,16 @@ class Follower:
     async def _step(self) -> None:
         now = self.world.clock.monotonic()
         self._poke = anyio.Event()
-        settled = next_due(self.pending, each=self.spec.batch == "file")
+        if self._at_once:
+            self._at_once = False
+            await self.crowd.put((path, p._replace(due=now)) for path, p in self.crowd.waiting() if p.offered)
+            await self.crowd.add_up()
+        settled = self.crowd.sum.next_due(each=self.spec.batch == "file")
         if self._touched:
             await self._look_at_touched()
-        elif settled <= now:
+        elif settled <= now and (self._fresh or len(self.crowd.pending) <= TOUCHED):
             await self._take()
-        elif self._scan_at <= now:
+        elif min(settled, self._scan_at) <= now:  # so many came that the kernel may not have told of all
             await self._scan()
         else:
             with anyio.move_on_after(min(self._scan_at, settled) - now):
@@ -233,7 +192,7 @@ class Follower:
         began = self.world.clock.monotonic()
         self._echoes = [at for at in self._echoes if at > began]
         look = await to_thread.run_sync(
-            scan, self.target, self.known, limiter=self.world.limiter, abandon_on_cancel=True
+            scan, self.target, self.crowd.known, self.crowd.pending, limiter=self.world.limiter, abandon_on_cancel=True
         )
         if not look.fault and self._is_unmounted(look):
             look.fault = f"is not mounted: what was at `{printable(os.fsdecode(self._home or b'/'))}` is gone"
@@ -243,11 +202,13 @@ class Follower:
         self._scan_at = min([now + self.interval, *(max(at, self._not_before) for at in self._echoes)])
         if look.fault:
             look.point = None
-            self.pending.clear()
+            self.crowd.forget()
         else:
             self._home = look.mount.point
-            self._note(look.changed, first=self._first)
+            self._fresh = not look.changed and not look.gone
+            await self._note(look.changed, look.gone, first=self._first)
             self._first = False
+        look.gone = []
         self._report(look.fault)
         if self.point != before:
             self.world.rearm()
@@ -259,19 +220,18 @@ class Follower:
     async def _look_at_touched(self) -> None:
         paths, self._touched = self._touched, set()
         look = await to_thread.run_sync(
-            touched, self.target, self.known, paths, limiter=self.world.limiter, abandon_on_cancel=True
+            touched, self.target, self.crowd.known, paths, limiter=self.world.limiter, abandon_on_cancel=True
         )
-        for path in paths - look.changed.keys():
-            self.pending.pop(path, None)
-        for path, stamp in look.changed.items():
-            self.pending[path] = self._waiting(path, stamp, self.pending.get(path))
+        await self._note(look.changed, paths - {*look.changed})
         if look.deep:
             self.hint()
 
-    def _note(self, changed: Mapping[bytes, Stamp], *, first: bool = False) -> None:
-        """`changed` is all there is to wait for."""
-        old = self.pending
-        self.pending = {p: self._waiting(p, stamp, old.get(p), first=first) for p, stamp in changed.items()}
+    async def _note(self, changed: Found, gone: Iterable[bytes], *, first: bool = False) -> None:
+        """`changed` is to be waited for too, `gone` no more."""
+        await self.crowd.drop(gone)
+        waiting, pending = self._waiting, self.crowd.pending
+        await self.crowd.put((path, waiting(path, s, pending.get(path), first=first)) for path, s in changed.drain())
+        await self.crowd.add_up()
 
     def _waiting(self, path: bytes, stamp: Stamp, was: Pending | None, *, first: bool = False) -> Pending:
         """A file, and the time from which on it is complete if nothing more happens to it."""
@@ -297,50 +257,69 @@ class Follower:
     # --- taking what is complete ------------------------------------------------------------------------------
     async def _take(self) -> None:
         each = self.spec.batch == "file"
-        paths = ready(self.pending, self.world.clock.monotonic(), each=each)
-        now = await to_thread.run_sync(stamps, paths, limiter=self.world.limiter, abandon_on_cancel=True)
-        still = [path for path in paths if now.get(path) == self.pending[path].stamp]
-        if len(still) < len(paths):
-            moved = {path: now[path] for path in paths if path in now}
-            self._note({path: p.stamp for path, p in self.pending.items() if path not in paths} | moved)
+        paths = await self._in_thread(lambda now: ready(self.crowd.waiting(), now, each=each), self._now())
+        moved = Found()
+        gone: list[bytes] = []
+        async for part in in_parts(paths):
+            stamped = await self._in_thread(stamps, part)
+            for path in part:
+                p = self.crowd.pending.get(path)
+                if path not in stamped or p is None:
+                    gone.append(path)
+                elif stamped[path] != p.stamp:
+                    moved[path] = stamped[path]
+        if moved or gone:
+            paths = [path for path in paths if path in self.crowd.pending and path not in moved]
+            await self._note(moved, gone)
             if not each:
                 return
-        facts = await self.world.hasher.files(still)
-        now = await to_thread.run_sync(stamps, still, limiter=self.world.limiter, abandon_on_cancel=True)
-        arrivals, moving = [], False
-        for path in still:
-            p, fact = self.pending[path], facts.get(path)
-            if now.get(path) != p.stamp or (fact and (fact.size, fact.mtime_ns) != (p.stamp.size, p.stamp.mtime_ns)):
-                p.due, moving = self.world.clock.monotonic() + self.spec.settle, True
-            elif fact is None:  # closed to us: looked at again with each scan, and holds nobody up
-                p.due = NEVER
-            else:
-                arrivals.append(Arrival(self.id, path, fact.digest, fact.size, fact.mtime_ns, p.stamp.ino))
-        if arrivals and (each or not moving):
-            await self._offer(arrivals)
+        lot, moving = Lot(self.id), False
+        async for part in in_parts(paths):
+            moving |= await self._sort(part, lot)
+        if each or not moving:
+            await self._offer(lot)
+        await self.crowd.add_up()
 
-    async def _offer(self, arrivals: Sequence[Arrival]) -> None:
-        """Sort what has come: content that has fired before, what lay there all along, and what is news."""
-        same = [a for a in arrivals if a.digest in self.digests]
-        if same:
-            await self.world.memory.put_arrivals(same)
-            self._taken(same)
-        news = [a for a in arrivals if a.digest not in self.digests]
-        passed = [a for a in news if self.pending[a.path].old]
-        if passed:
+    async def _sort(self, paths: Sequence[bytes], lot: Lot) -> bool:
+        """Hash files that are complete, and put them where they belong: content that has fired before, what lay there
+        all along, and what is news. Whether one of them still moves."""
+        facts = await self.world.hasher.files(paths)
+        stamped = await self._in_thread(stamps, paths)
+        known = await self.world.memory.arrival_digests(self.id, [fact.digest for fact in facts.values()])
+        moving = False
+        for path in paths:
+            p, fact = self.crowd.pending.get(path), facts.get(path)
+            if p is None:  # the trigger was changed meanwhile
+                continue
+            same = fact is None or (fact.size, fact.mtime_ns) == (p.stamp.size, p.stamp.mtime_ns)
+            if stamped.get(path) != p.stamp or not same:
+                self.crowd.pending[path], moving = p._replace(due=self._now() + self.spec.settle), True
+            elif fact is None:  # closed to us: looked at again with each scan, and holds nobody up
+                self.crowd.pending[path] = p._replace(due=NEVER)
+            else:
+                batch = lot.same if fact.digest in known else lot.passed if p.old else lot.news
+                batch.append(path, fact.digest, fact.size, fact.mtime_ns, p.stamp.ino)
+        return moving
+
+    async def _offer(self, lot: Lot) -> None:
+        if lot.same:
+            await self.world.memory.put_arrivals(lot.same)
+            await self.crowd.taken(lot.same)
+        news: Sequence[Arrival] = lot.news
+        if lot.passed:
             verdict = "skipped: it lay there before the daemon looked"
-            await self.world.memory.record_fire(self._event(passed), verdict)
-            self._taken(passed)
-        news = [a for a in news if a.digest not in self.digests]
-        contents: dict[str, list[Arrival]] = {}
-        for arrival in news:
-            contents.setdefault(arrival.digest, []).append(arrival)
+            await self.world.memory.record_fire(await self._event(lot.passed), verdict)
+            await self.crowd.taken(lot.passed)
+            passed = {*lot.passed.digests()}
+            news = [arrival for arrival in lot.news if arrival.digest not in passed]
         if len(news) < self.spec.min_files:
-            for arrival in news:
-                self.pending[arrival.path].held = True
+            await self.crowd.put((path, p._replace(held=True)) for path, p in self.crowd.waiting_of(news))
         elif self.spec.batch == "all" and news:
             await self._fire(news)
         else:
+            contents: dict[str, list[Arrival]] = {}
+            for arrival in news:
+                contents.setdefault(arrival.digest, []).append(arrival)
             batches = list(contents.values())
             for i in range(0, len(batches), AT_ONCE):
                 async with anyio.create_task_group() as tasks:
@@ -350,7 +329,7 @@ class Follower:
     async def _fire(self, batch: Sequence[Arrival]) -> None:
         """Only what the ledger has is taken. The scheduler may let an event pass (a paused pipeline): the files
         then stay, and are offered again."""
-        event = self._event(batch)
+        event = await self._event(batch)
         assert event.dedupe is not None
         taken = False
         try:
@@ -359,36 +338,33 @@ class Follower:
         except Exception:
             log.exception("the arrival of %s for `%s` could not be recorded", event.cause.detail, self.pipeline)
         if taken:
-            self._taken(batch)
+            await self.crowd.taken(batch)
             self.fired_at = self.world.clock.now()
             return
-        for arrival in batch:
-            p = self.pending[arrival.path]
-            p.offered, p.held, p.due = True, False, self.world.clock.monotonic() + AGAIN
+        due = self._now() + AGAIN
+        await self.crowd.put(
+            (path, p._replace(offered=True, held=False, due=due)) for path, p in self.crowd.waiting_of(batch)
+        )
 
-    def _taken(self, arrivals: Sequence[Arrival]) -> None:
-        for a in arrivals:
-            self.pending.pop(a.path, None)
-            self.known[a.path] = _Row(a.digest, a.size, a.mtime_ns, a.ino)
-            self.digests.add(a.digest)
-
-    def _event(self, batch: Sequence[Arrival]) -> Event:
-        digests = sorted({a.digest for a in batch})
-        key = hashlib.sha256("\n".join(digests).encode()).hexdigest()[:32]
+    async def _event(self, batch: Sequence[Arrival]) -> Event:
+        if len(batch) > PART:
+            key, detail = await self._in_thread(lambda batch: (key_of(batch), self._detail(batch)), batch)
+        else:
+            key, detail = key_of(batch), self._detail(batch)
         parameters: dict[str, Any] = {}
         if self.spec.batch == "file" and self.spec.parameter:
             parameters[self.spec.parameter] = os.fsdecode(batch[0].path)
         return Event(
             self.pipeline,
-            Cause(CauseKind.ARRIVAL, self._detail(batch)),
+            Cause(CauseKind.ARRIVAL, detail),
             dedupe=f"arrival:{self.id}:{key}",
             parameters=parameters,
             cursor=(self.id, {"at": self.world.clock.now(), "mount": os.fsdecode(self._home or b"/")}),
-            arrivals=tuple(batch),
+            arrivals=batch,
         )
 
     def _detail(self, batch: Sequence[Arrival]) -> str:
-        changed = sum(a.path in self.known for a in batch)
+        changed = sum(a.path in self.crowd.known for a in batch)
         if len(batch) == 1:
             name = printable(os.fsdecode(os.path.relpath(batch[0].path, self.target.root)))
             return f"{name} {'changed' if changed else 'is new'}"
@@ -396,6 +372,12 @@ class Follower:
         if not changed or not new:
             return f"{_files(len(batch))} {'new' if new else 'changed'}"
         return f"{_files(new)} new, {changed} changed"
+
+    def _now(self) -> float:
+        return self.world.clock.monotonic()
+
+    async def _in_thread(self, work: Callable[[S], T], what: S) -> T:
+        return await to_thread.run_sync(work, what, limiter=self.world.limiter, abandon_on_cancel=True)
 
 
 def _files(n: int) -> str:

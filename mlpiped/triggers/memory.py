@@ -26,8 +26,6 @@ class CursorRow(Protocol):
 
 class SeenRow(Protocol):
     @property
-    def digest(self) -> str: ...
-    @property
     def size(self) -> int: ...
     @property
     def mtime_ns(self) -> int: ...
@@ -40,9 +38,13 @@ class Memory(Protocol):
 
     async def schedule(self, schedule: str) -> CursorRow | None: ...
 
-    async def arrivals(self, schedule: str) -> Mapping[bytes, SeenRow]: ...
+    async def arrivals(self, schedule: str, after: bytes, limit: int) -> Mapping[bytes, SeenRow]:
+        """What lay at each path when it was last taken: the first so many beyond `after`, in the order of paths."""
+        ...
 
-    async def arrival_digests(self, schedule: str) -> set[str]: ...
+    async def arrival_digests(self, schedule: str, digests: Sequence[str]) -> set[str]:
+        """Those of `digests` that were ever taken."""
+        ...
 
     async def fired(self, dedupe: str) -> bool:
         """Whether anything became of that fire."""
@@ -62,8 +64,8 @@ class Memory(Protocol):
 class _Ledger(Protocol):
     async def write(self, *ops: Any) -> list[Any]: ...
     async def schedule(self, schedule_id: str, /) -> CursorRow | None: ...
-    async def arrivals(self, schedule_id: str, /) -> Mapping[bytes, SeenRow]: ...
-    async def arrival_digests(self, schedule_id: str, /) -> set[str]: ...
+    async def arrivals(self, schedule_id: str, after: bytes, limit: int, /) -> Mapping[bytes, SeenRow]: ...
+    async def arrival_digests(self, schedule_id: str, digests: Sequence[str], /) -> set[str]: ...
     async def fire(self, dedupe: str, /) -> object | None: ...
 
 
@@ -76,11 +78,11 @@ class LedgerMemory:
     async def schedule(self, schedule: str) -> CursorRow | None:
         return await self._ledger.schedule(schedule)
 
-    async def arrivals(self, schedule: str) -> Mapping[bytes, SeenRow]:
-        return await self._ledger.arrivals(schedule)
+    async def arrivals(self, schedule: str, after: bytes, limit: int) -> Mapping[bytes, SeenRow]:
+        return await self._ledger.arrivals(schedule, after, limit)
 
-    async def arrival_digests(self, schedule: str) -> set[str]:
-        return await self._ledger.arrival_digests(schedule)
+    async def arrival_digests(self, schedule: str, digests: Sequence[str]) -> set[str]:
+        return await self._ledger.arrival_digests(schedule, digests)
 
     async def fired(self, dedupe: str) -> bool:
         return await self._ledger.fire(dedupe) is not None

@@ -12,24 +12,17 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mlpiped.spec import ArrivalSpec
-from mlpiped.triggers.memory import SeenRow
 from mlpiped.triggers.mounts import Mount, mount_of
+from mlpiped.triggers.packed import Found, Known, Stamp, Waiting
 
 DRAFTS = (b"~", b".swp", b".swx", b".part", b".tmp", b".crdownload", b".partial", b".filepart")
 _NOWHERE = Mount(b"/", "")
 _MAGIC = re.compile(rb"[*?\[]")
-
-
-class Stamp(NamedTuple):
-    size: int
-    mtime_ns: int
-    ino: int
-    ctime_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +90,9 @@ class Point(NamedTuple):
 class Look:
     """What a scan found."""
 
-    changed: dict[bytes, Stamp] = field(default_factory=dict)
+    changed: Found = field(default_factory=Found)
+    waiting: int = 0  # files that are as they were already waited for, and not in `changed`
+    gone: list[bytes] = field(default_factory=list)  # what was waited for and is no more
     seen: int = 0
     deep: bool = False  # it went into folders that the pattern does not name one by one
     mount: Mount = _NOWHERE
@@ -106,16 +101,20 @@ class Look:
     fault: str = ""  # why the root cannot be used at all
 
 
-def scan(target: Target, known: Mapping[bytes, SeenRow]) -> Look:
-    """Everything at `target` that is not as in `known`."""
+def scan(target: Target, known: Known, waiting: Waiting) -> Look:
+    """Everything at `target` that is neither as in `known` nor as in `waiting`."""
     look = Look()
     try:
         if not stat.S_ISDIR(os.stat(target.root).st_mode):
             look.fault = "is not a folder"
             return look
-        look.mount = mount_of(target.root)
-        _Walk(target, known, look).expand(target.root, target.parts)
+        walk = _Walk(target, known, look, waiting)
+        walk.expand(target.root, target.parts)
+        if look.waiting + sum(path in waiting for path in look.changed) < len(waiting):
+            paths, _ = waiting.copy()
+            look.gone = [path for path in paths if path not in look.changed and not walk.still_waits(path)]
         look.point, look.missing = _point(target, look.deep)
+        look.mount = mount_of(look.point.path)  # the folder's own: it may be mounted below the root
     except FileNotFoundError:
         look.fault = "is missing"
     except OSError as error:
@@ -123,7 +122,7 @@ def scan(target: Target, known: Mapping[bytes, SeenRow]) -> Look:
     return look
 
 
-def touched(target: Target, known: Mapping[bytes, SeenRow], paths: Iterable[bytes]) -> Look:
+def touched(target: Target, known: Known, paths: Iterable[bytes]) -> Look:
     """As `scan`, for some paths of a flat target. `deep`: a folder is among them, and only a scan can tell."""
     look = Look()
     walk, part = _Walk(target, known, look), target.parts[-1]
@@ -161,8 +160,9 @@ def identity(path: bytes) -> tuple[int, int] | None:
 
 
 class _Walk:
-    def __init__(self, target: Target, known: Mapping[bytes, SeenRow], look: Look) -> None:
+    def __init__(self, target: Target, known: Known, look: Look, waiting: Waiting | None = None) -> None:
         self.target, self.known, self.look = target, known, look
+        self.waiting = Waiting() if waiting is None else waiting
         self.real_root = os.path.realpath(target.root)
 
     def expand(self, folder: bytes, parts: tuple[bytes, ...]) -> None:
@@ -242,9 +242,17 @@ class _Walk:
         if self.target.is_marker(os.path.basename(path)):
             return
         self.look.seen += 1
-        row = self.known.get(path)
-        if row is None or row.mtime_ns != st.st_mtime_ns or row.size != st.st_size or row.ino != st.st_ino:
-            self.look.changed[path] = _stamp(st)
+        stamp = _stamp(st)
+        if self.known.has(path, stamp):
+            return
+        if self.waiting.waits(path, stamp):
+            self.look.waiting += 1
+        else:
+            self.look.changed[path] = stamp
+
+    def still_waits(self, path: bytes) -> bool:
+        st = self.beneath(path)
+        return st is not None and stat.S_ISREG(st.st_mode) and not self.known.has(path, _stamp(st))
 
     def is_folder(self, entry: os.DirEntry[bytes]) -> bool:
         if not entry.is_symlink():

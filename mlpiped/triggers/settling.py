@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mlpiped.triggers.scan import Stamp
+from mlpiped.triggers.packed import NEVER, Pending, Stamp
 
+SORTED = 10_000  # files
 AHEAD = 1.0  # seconds by which a ctime may lie in the future before it is not believed
-NEVER = float("inf")
-
-
-@dataclass(slots=True)
-class Pending:
-    """One file. `due` is monotonic; NEVER while it waits for its marker, or cannot be read."""
-
-    stamp: Stamp
-    due: float
-    old: bool = False  # it lay there when the first look was taken, and `catch_up="skip"` passes it over
-    held: bool = False  # complete, but there are too few of them
-    offered: bool = False  # nobody took the event (a paused pipeline): it is offered again when due
 
 
 def due_at(stamp: Stamp, settle: float, *, wall: float, mono: float, local: bool) -> float:
@@ -42,14 +31,44 @@ def marked_due(stamp: Stamp, marker_ctime_ns: int | None, settled: float, mono: 
     return mono if marker_ctime_ns >= stamp.ctime_ns else settled
 
 
-def ready(pending: Mapping[bytes, Pending], mono: float, *, each: bool) -> list[bytes]:
-    """Those that may be taken now, sorted. Without `each` a file that still moves holds back all others."""
-    if not each and any(mono < p.due < NEVER for p in pending.values()):
-        return []
-    return sorted(path for path, p in pending.items() if p.due <= mono)
+def ready(pending: Iterable[tuple[bytes, Pending]], mono: float, *, each: bool) -> list[bytes]:
+    """Those that may be taken now, sorted unless they are very many: no other thread runs during a sort. Without `each`
+    a file that still moves holds back all others."""
+    due: list[bytes] = []
+    for path, p in pending:
+        if p.due <= mono:
+            due.append(path)
+        elif p.due < NEVER and not each:
+            return []
+    return sorted(due) if len(due) <= SORTED else due
 
 
-def next_due(pending: Mapping[bytes, Pending], *, each: bool) -> float:
-    """When `ready` is to be asked again; NEVER when that depends on something other than time."""
-    open_ones: Iterable[float] = [p.due for p in pending.values() if not p.held and p.due < NEVER]
-    return (min if each else max)(open_ones, default=NEVER)
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Of all that is waited for: how many move, are held, are offered, and the first and last time that is due."""
+
+    moving: int = 0
+    held: int = 0
+    offered: int = 0
+    first: float = NEVER
+    last: float = NEVER  # NEVER when nothing is due
+    last_moving: float = 0.0
+
+    def next_due(self, *, each: bool) -> float:
+        """When `ready` is to be asked again; NEVER when that depends on something other than time."""
+        return self.first if each else self.last
+
+
+def summed(pending: Iterable[Pending], so_far: Sum) -> Sum:
+    """`so_far` and these."""
+    moving, held, offered = so_far.moving, so_far.held, so_far.offered
+    first, last, last_moving = so_far.first, -NEVER if so_far.last == NEVER else so_far.last, so_far.last_moving
+    for p in pending:
+        held += p.held
+        offered += p.offered
+        if p.held or p.due == NEVER:
+            continue
+        first, last = min(first, p.due), max(last, p.due)
+        if not p.offered:
+            moving, last_moving = moving + 1, max(last_moving, p.due)
+    return Sum(moving, held, offered, first, NEVER if last == -NEVER else last, last_moving)

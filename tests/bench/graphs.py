@@ -85,3 +85,11 @@ def stamp(name: str, effects: Path, trigger: str = "") -> str:
 steps = [CommandStep("date +%s%N >> {effects}", name="stamp", allow_reuse=False)]
 pipeline = Pipeline("{name}", steps=steps, triggers=[{trigger}])
 """
+
+
+def gated(name: str, count: int, gate: Path) -> str:
+    """`count` steps that wait, without work, until somebody has opened the fifo `gate` for writing and closed it."""
+    return f"""{HEAD}
+steps = [CommandStep(["cat", "{gate}"], name=f"s{{i}}", allow_reuse=False) for i in range({count})]
+pipeline = Pipeline("{name}", steps=steps)
+"""

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.bench import docker, figures, moments, ssh, work
+from tests.bench import docker, durability, figures, moments, ssh, work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,10 +35,12 @@ BENCHES: dict[str, Callable[[], Iterator[figures.Figure]]] = {
     "ssh-step": ssh.step,
     "ssh-many": ssh.many,
     "ssh-large": ssh.large,
+    "commits": durability.commits,
+    "adopt": durability.adopt,
 }
 
 
-LONG: dict[str, Callable[[], Iterator[figures.Figure]]] = {"million": moments.million}
+LONG: dict[str, Callable[[], Iterator[figures.Figure]]] = {"million": moments.million, "flood": durability.flood}
 """Only when they are named: they take minutes."""
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import pytest
 from harness import Daemon, lines, step, steps, until
 
 if TYPE_CHECKING:
@@ -274,3 +276,62 @@ def test_a_daemon_that_is_not_there_ends_with_3_and_names_the_socket(tmp_path: P
         assert "hint" in done.stderr
     finally:
         ghost.close()
+
+
+def test_a_cancelled_run_can_be_retried_and_then_runs(daemon: Daemon) -> None:
+    go = daemon.root / "go-on"
+    wait = f"while [ ! -e {go} ]; do sleep 0.02; done"
+    daemon.install("ended", f'pipeline = Pipeline("ended", steps=[CommandStep({wait!r}, name="wait")])\n')
+    first = daemon.run("ended")
+    until(lambda: step(daemon.show(first), "wait")["state"] == "running", "the step runs")
+    daemon.ctl("cancel", first)
+    assert daemon.end(first)["outcome"] == "cancelled"
+    go.touch()
+    again = daemon.json("retry", first)["id"]
+    assert daemon.end(again)["outcome"] == "succeeded"
+    assert "nothing to retry" in daemon.ctl("retry", again).stderr
+
+
+@pytest.mark.parametrize("overlap", ["parallel", "queue", "skip"])
+def test_of_two_who_retry_one_run_at_the_same_time_one_gets_a_run_and_the_other_is_told(
+    daemon: Daemon, overlap: str
+) -> None:
+    name, effects, go = f"twice-{overlap}", daemon.root / f"effects-{overlap}", daemon.root / f"go-{overlap}"
+    command = f"echo ran >> {effects}; while [ ! -e {go} ]; do sleep 0.02; done; exit 1"
+    daemon.install(
+        name,
+        f'pipeline = Pipeline("{name}", steps=[CommandStep({command!r}, name="bad", effect=True)], '
+        f'overlap="{overlap}")\n',
+    )
+    go.touch()
+    first = daemon.go(name)["id"]
+    go.unlink()
+    with ThreadPoolExecutor(8) as people:
+        answers = list(people.map(lambda _: daemon.ctl("retry", first, "--json"), range(8)))
+    won = [json.loads(done.stdout)["id"] for done in answers if done.returncode == 0]
+    assert len(won) == 1, answers
+    assert all("is being retried already" in done.stderr for done in answers if done.returncode)
+    until(lambda: len(lines(effects)) == 2, "the retry runs")
+    go.touch()
+    assert daemon.end(won[0])["outcome"] == "failed"
+    assert daemon.end(daemon.json("retry", first)["id"])["outcome"] == "failed"  # it is over: once more is meant
+    assert len(lines(effects)) == 3
+
+
+def test_a_retry_is_not_skipped_while_another_run_is_under_way(daemon: Daemon) -> None:
+    go = daemon.root / "go-busy"
+    daemon.install(
+        "busy",
+        f"""
+word = PipelineParameter("word", default="wait")
+wait = CommandStep(["sh", "-c", '[ $0 = fail ] && exit 1; while [ ! -e {go} ]; do sleep 0.02; done', word], name="w")
+pipeline = Pipeline("busy", steps=[wait], overlap="skip")
+""",
+    )
+    failed = daemon.go("busy", "-p", "word=fail")["id"]
+    daemon.run("busy")
+    until(lambda: daemon.show("latest")["state"] == "running", "another run is under way")
+    again = daemon.json("retry", failed)["id"]
+    assert daemon.show(again)["cause"]["kind"] == "retry"
+    go.touch()
+    assert daemon.end(again)["outcome"] == "failed"

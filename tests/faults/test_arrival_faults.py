@@ -13,7 +13,11 @@ from pathlib import Path
 
 import anyio
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from trigger_rig import Folder, arrival, landing, rig
+
+from mlpiped.triggers import mounts
 
 pytestmark = pytest.mark.anyio
 
@@ -25,14 +29,14 @@ def lab(tmp_path: Path) -> Path:
 
 
 # --- F1: the kernel's word is not to be relied on -------------------------------------------------------------
-async def test_f1_what_the_kernel_did_not_tell_is_found_by_the_next_reconcile(tmp_path: Path, lab: Path) -> None:
+async def test_F1_what_the_kernel_did_not_tell_is_found_by_the_next_reconcile(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.1), reconcile=0.5) as place:
         place.arrivals._watcher._hint = lambda _: None  # an overflowing queue: every event is dropped
         place.drop("a.csv")
         await world.fired(1, 3)
 
 
-async def test_f1_a_tree_that_appears_faster_than_watches_can_be_added_is_found(tmp_path: Path, lab: Path) -> None:
+async def test_F1_a_tree_that_appears_faster_than_watches_can_be_added_is_found(tmp_path: Path, lab: Path) -> None:
     async with (
         rig(tmp_path / "state") as world,
         landing(world, lab, arrival("in/**", settle=0.1, batch="file")) as place,
@@ -74,7 +78,7 @@ anyio.run(main)
         ("max_inotify_instances", "inotify's limit of instances is reached"),
     ],
 )
-async def test_f2_an_exhausted_limit_means_polling_one_warning_and_says_so(
+async def test_F2_an_exhausted_limit_means_polling_one_warning_and_says_so(
     tmp_path: Path, lab: Path, limit: str, says: str
 ) -> None:
     if not os.path.exists(f"/proc/sys/user/{limit}") or shutil.which("unshare") is None:
@@ -88,7 +92,7 @@ async def test_f2_an_exhausted_limit_means_polling_one_warning_and_says_so(
     assert err.count("WARNING") == 1 and says in err
 
 
-async def test_f2_a_folder_that_cannot_be_watched_does_not_blind_the_others(
+async def test_F2_a_folder_that_cannot_be_watched_does_not_blind_the_others(
     tmp_path: Path, lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlpiped.triggers import watching
@@ -116,7 +120,7 @@ async def test_f2_a_folder_that_cannot_be_watched_does_not_blind_the_others(
 
 
 # --- F3: folders that go and come ---------------------------------------------------------------------------
-async def test_f3_a_watched_folder_that_is_deleted_and_made_again_is_picked_up(tmp_path: Path, lab: Path) -> None:
+async def test_F3_a_watched_folder_that_is_deleted_and_made_again_is_picked_up(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival()) as place:
         place.drop("a.csv")
         await world.fired(1)
@@ -128,7 +132,7 @@ async def test_f3_a_watched_folder_that_is_deleted_and_made_again_is_picked_up(t
         await world.fired(3, 3)
 
 
-async def test_f3_a_folder_that_is_emptied_is_no_fault(
+async def test_F3_a_folder_that_is_emptied_is_no_fault(
     tmp_path: Path, lab: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rig(tmp_path / "state") as world:
@@ -143,7 +147,7 @@ async def test_f3_a_folder_that_is_emptied_is_no_fault(
         assert not caplog.records
 
 
-async def test_f3_a_watched_folder_that_is_replaced_by_another_is_picked_up(tmp_path: Path, lab: Path) -> None:
+async def test_F3_a_watched_folder_that_is_replaced_by_another_is_picked_up(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival()) as place:
         (lab / "next").mkdir()
         (lab / "in").rename(lab / "old")
@@ -157,7 +161,7 @@ async def test_f3_a_watched_folder_that_is_replaced_by_another_is_picked_up(tmp_
         await place.still(1)
 
 
-async def test_f3_a_root_that_goes_is_reported_and_picked_up_when_it_returns(
+async def test_F3_a_root_that_goes_is_reported_and_picked_up_when_it_returns(
     tmp_path: Path, lab: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.1)) as place:
@@ -186,7 +190,7 @@ def mounted(lab: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("left_behind", ["an empty mount point", "another folder"])
-async def test_f3_an_unmounted_root_is_unavailable_and_not_a_folder_without_files(
+async def test_F3_an_unmounted_root_is_unavailable_and_not_a_folder_without_files(
     tmp_path: Path, mounted: Path, left_behind: str
 ) -> None:
     async with rig(tmp_path / "state") as world:
@@ -211,8 +215,66 @@ async def test_f3_an_unmounted_root_is_unavailable_and_not_a_folder_without_file
                 assert "is not mounted" in place.waits
 
 
+@pytest.fixture
+def bound(lab: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder that is bound to `lab/in`: the datastore's root stays when it goes."""
+    away = tmp_path / "away"
+    away.mkdir()
+    words = ["mount", "--bind", str(away), str(lab / "in")]
+    if os.geteuid() != 0 or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield away
+    while mounts.mount_of(os.fsencode(lab / "in")).point == os.fsencode(lab / "in"):  # ismount() sees no bind mount
+        subprocess.run(["umount", "-l", str(lab / "in")], check=True)
+
+
+async def test_F3_a_mount_below_the_root_that_goes_is_unavailable_and_picked_up_when_it_is_bound_again(
+    tmp_path: Path, lab: Path, bound: Path
+) -> None:
+    async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.1)) as place:
+        place.drop("a.csv")
+        await world.fired(1)
+        subprocess.run(["umount", "-l", str(lab / "in")], check=True)
+        place.drop("wrong.csv")  # on the mount point, not on what was mounted there
+        await world.until(lambda: "unavailable" in place.waits)
+        assert f"what was at `{lab}/in` is gone" in place.waits
+        await place.looked()
+        assert "unavailable" in place.waits and len(world.events) == 1
+        (bound / "b.csv").write_text("came meanwhile")
+        subprocess.run(["mount", "--bind", str(bound), str(lab / "in")], check=True)
+        assert (await world.fired(2))[1] == "in/b.csv is new"
+        place.drop("c.csv")
+        await world.fired(3, 3)  # by the kernel's word again: nobody means to look so soon
+
+
+# --- F4: file systems that others write to --------------------------------------------------------------------
+@pytest.mark.parametrize("at", ["the root", "a folder below it"])
+async def test_F4_what_is_written_beneath_a_fuse_mount_is_found_by_polling(tmp_path: Path, lab: Path, at: str) -> None:
+    mount, beneath = (lab if at == "the root" else lab / "in"), tmp_path / "beneath"
+    folder = beneath / "in" if at == "the root" else beneath
+    folder.mkdir(parents=True)
+    if mount == lab:
+        (lab / "in").rmdir()
+    if shutil.which("bindfs") is None or not os.access("/dev/fuse", os.W_OK):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("a FUSE mount needs bindfs and /dev/fuse")
+    server = subprocess.Popen(["bindfs", "-f", str(beneath), str(mount)], stderr=subprocess.PIPE)
+    try:
+        async with rig(tmp_path / "state") as world:
+            await world.until(lambda: os.path.ismount(mount) or server.poll() is not None)
+            assert server.poll() is None, server.stderr and server.stderr.read()
+            async with landing(world, lab, arrival(settle=0.1), store=Folder(lab, poll_interval=0.2)) as place:
+                assert place.mode == "poll (fuse)"
+                (folder / "a.csv").write_text("from another machine")  # no event of inotify comes of this
+                assert await world.fired(1, 5) == ["in/a.csv is new"]
+    finally:
+        if os.path.ismount(mount):
+            subprocess.run(["umount", "-l", str(mount)], check=True)
+        server.terminate()
+        server.wait(10)
+
+
 # --- F5: half-written files ---------------------------------------------------------------------------------
-async def test_f5_a_slow_writer_fires_once_with_all_it_wrote(tmp_path: Path, lab: Path) -> None:
+async def test_F5_a_slow_writer_fires_once_with_all_it_wrote(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.4)) as place:
         with open(lab / "in" / "a.csv", "wb", buffering=0) as file:
             for _ in range(12):
@@ -224,7 +286,7 @@ async def test_f5_a_slow_writer_fires_once_with_all_it_wrote(tmp_path: Path, lab
         await place.still(1)
 
 
-async def test_f5_a_writer_that_pauses_too_long_fires_again_with_the_rest(tmp_path: Path, lab: Path) -> None:
+async def test_F5_a_writer_that_pauses_too_long_fires_again_with_the_rest(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.1)):
         with open(lab / "in" / "a.csv", "wb", buffering=0) as file:
             file.write(b"first")
@@ -234,7 +296,7 @@ async def test_f5_a_writer_that_pauses_too_long_fires_again_with_the_rest(tmp_pa
         assert [event.arrivals[0].size for event in world.events] == [5, 12]
 
 
-async def test_f5_a_file_that_keeps_its_old_mtime_and_size_is_seen_by_its_inode(tmp_path: Path, lab: Path) -> None:
+async def test_F5_a_file_that_keeps_its_old_mtime_and_size_is_seen_by_its_inode(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.1)) as place:
         place.drop("a.csv", "old")
         os.utime(lab / "in" / "a.csv", (1, 1))
@@ -246,7 +308,7 @@ async def test_f5_a_file_that_keeps_its_old_mtime_and_size_is_seen_by_its_inode(
 
 
 # --- F6: very many ------------------------------------------------------------------------------------------
-async def test_f6_a_flood_of_files_is_one_run_and_leaves_the_loop_free(tmp_path: Path, lab: Path) -> None:
+async def test_F6_a_flood_of_files_is_one_run_and_leaves_the_loop_free(tmp_path: Path, lab: Path) -> None:
     slowest = 0.0
 
     async def lag() -> None:
@@ -284,7 +346,7 @@ NAMES = [
 ]
 
 
-async def test_f8_every_name_that_a_file_system_allows_arrives(tmp_path: Path, lab: Path) -> None:
+async def test_F8_every_name_that_a_file_system_allows_arrives(tmp_path: Path, lab: Path) -> None:
     spec = arrival(settle=0.1, batch="file", parameter="sample")
     async with rig(tmp_path / "state") as world, landing(world, lab, spec) as place:
         for n, name in enumerate(NAMES):
@@ -299,6 +361,39 @@ async def test_f8_every_name_that_a_file_system_allows_arrives(tmp_path: Path, l
         await place.still(len(NAMES))
         place.drop("after.csv")  # the watcher hears on after a name that it cannot read
         await world.fired(len(NAMES) + 1, 3)
+
+
+BYTES = st.binary(min_size=1, max_size=251).filter(lambda name: not {0, ord("/")} & {*name})
+DATA = BYTES.filter(lambda name: name[:1] != b".").map(lambda name: name + b".csv")
+
+
+async def test_F8_any_bytes_that_make_a_file_name_arrive_once_and_are_shown_printable(
+    tmp_path: Path, lab: Path
+) -> None:
+    dropped: set[bytes] = set()
+
+    @settings(
+        max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
+    @given(DATA)
+    def drop(name: bytes) -> None:
+        with open(os.path.join(os.fsencode(lab), b"in", name), "wb") as file:
+            file.write(name)
+        dropped.add(name)
+
+    async with (
+        rig(tmp_path / "state") as world,
+        landing(world, lab, arrival(settle=0.2, batch="file", parameter="sample")) as place,
+    ):
+        await anyio.to_thread.run_sync(drop)
+        await world.fired(len(dropped), 30)
+        assert {os.path.basename(event.arrivals[0].path) for event in world.events} == dropped
+        assert {os.path.basename(os.fsencode(event.parameters["sample"])) for event in world.events} == dropped
+        assert all(detail.isprintable() for detail in world.details)
+        place.drop("after.csv")  # the watcher hears on after names that it cannot read
+        await world.fired(len(dropped) + 1, 3)
+    async with rig(tmp_path / "state") as world, landing(world, lab, arrival(settle=0.2, batch="file")) as place:
+        await place.still(0)  # the ledger knows each of them by its bytes
 
 
 async def test_a_follower_that_fails_is_heard_of_and_goes_on(

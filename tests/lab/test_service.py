@@ -123,6 +123,39 @@ def test_steps_get_nothing_that_is_meant_for_the_daemon(service: Service) -> Non
     assert not [name for name in names if name.startswith(("WATCHDOG_", "LISTEN_", "CREDENTIALS_"))]
 
 
+def test_what_the_service_owns_is_its_own_and_outlives_a_stop(service: Service) -> None:
+    machine = service.machine
+    owned = ("stat", "--format=%a %U %G", "/var/lib/mlpiped", "/run/mlpiped", "/run/mlpiped/control.sock")
+    folders = ["700 mlpiped mlpiped", "750 mlpiped mlpiped"]
+    assert machine.run(*owned).stdout.splitlines() == [*folders, "660 mlpiped mlpiped"]
+    home, shell = machine.run("getent", "passwd", "mlpiped").stdout.strip().split(":")[-2:]
+    assert home == "/var/lib/mlpiped" and shell.endswith("nologin")
+    machine.run("systemctl", "stop", UNIT)
+    assert machine.run(*owned[:4]).stdout.splitlines() == folders  # steps that run on have theirs below it
+    service.start()
+
+
+def test_when_memory_runs_out_steps_go_before_the_daemon(service: Service) -> None:
+    assert service.machine.show(UNIT, "OOMScoreAdjust") == "-500"
+    lower = service.machine.run("sh", "-c", "echo -500 > /proc/self/oom_score_adj", check=False).returncode == 0
+    spared = -500 if lower else 0  # some hosts let no machine of theirs put itself above others
+    load = Load(service, "scores", 1, width=1)
+    load.started(0)
+    found = {}
+    proc = service.machine.root / "proc"
+    for pid in (entry.name for entry in proc.iterdir() if entry.name.isdigit()):
+        try:
+            if UNIT in (proc / pid / "cgroup").read_text():
+                words = (proc / pid / "cmdline").read_text().split("\0")
+                what = "step" if words[0] == "sh" else "daemon" if pid == str(service.pid) else "supervisor"
+                found[what] = int((proc / pid / "oom_score_adj").read_text())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    assert found == {"daemon": spared, "supervisor": spared, "step": 500}
+    load.open()
+    load.each_once()
+
+
 def test_mlpipectl_waits_while_the_service_restarts_instead_of_failing(service: Service) -> None:
     answers = service.lab / "answers"
     ask = "while [ ! -e /tmp/enough ]; do mlpipectl status >/dev/null || exit 1; echo ok >> /srv/lab/answers; done"

@@ -10,9 +10,12 @@ import anyio
 import pytest
 from trigger_rig import Folder, arrival, landing, rig
 
+from mlpiped.model import Arrival
 from mlpiped.triggers import mounts
-from mlpiped.triggers.scan import Stamp, Target, scan
-from mlpiped.triggers.settling import NEVER, Pending, due_at, marked_due, next_due, ready
+from mlpiped.triggers.crowd import key_of
+from mlpiped.triggers.packed import NEVER, Batch, Known, Pending, Stamp, Waiting
+from mlpiped.triggers.scan import Target, scan
+from mlpiped.triggers.settling import Sum, due_at, marked_due, ready, summed
 
 pytestmark = pytest.mark.anyio
 
@@ -35,7 +38,7 @@ async def test_a_file_fires_once_within_moments_of_its_settle_time(tmp_path: Pat
         assert (taken.path, taken.size) == (os.fsencode(path), 3)
         assert event.dedupe and event.dedupe.startswith(f"arrival:{taken.schedule}:")
         await place.still(1)
-        assert await world.ledger.arrival_digests(taken.schedule) == {taken.digest}
+        assert await world.ledger.arrival_digests(taken.schedule, [taken.digest, "b3:other"]) == {taken.digest}
 
 
 async def test_files_that_come_together_make_one_run(tmp_path: Path, lab: Path) -> None:
@@ -298,17 +301,53 @@ def test_a_scan_of_many_known_files_keeps_nothing(tmp_path: Path) -> None:
     for n in range(3000):
         (tmp_path / f"{n}.csv").touch()
     target = Target.of(os.fsencode(tmp_path), arrival("*.csv"))
-    found = scan(target, {})
+    known, waiting = Known(), Waiting()
+    found = scan(target, known, waiting)
     assert found.seen == len(found.changed) == 3000
 
-    class Row:
-        digest = ""
+    for path, stamp in found.changed.drain():
+        waiting[path] = Pending(stamp, 1.0)
+    again = scan(target, known, waiting)
+    assert (again.seen, again.waiting, len(again.changed), again.gone) == (3000, 3000, 0, [])
+    for path, (stamp, *_) in waiting.items():
+        known.put(path, stamp.size, stamp.mtime_ns, stamp.ino)
+    again = scan(target, known, Waiting())
+    assert (again.seen, len(again.changed)) == (3000, 0)
 
-        def __init__(self, stamp: Stamp) -> None:
-            self.size, self.mtime_ns, self.ino = stamp.size, stamp.mtime_ns, stamp.ino
 
-    again = scan(target, {path: Row(stamp) for path, stamp in found.changed.items()})  # type: ignore[misc]
-    assert (again.seen, again.changed) == (3000, {})
+def test_a_scan_tells_what_is_no_longer_to_be_waited_for(tmp_path: Path) -> None:
+    for name in ("a.csv", "b.csv", "c.csv"):
+        (tmp_path / name).write_text(name)
+    target, known, waiting = Target.of(os.fsencode(tmp_path), arrival("*.csv")), Known(), Waiting()
+    for path, stamp in scan(target, known, waiting).changed.drain():
+        waiting[path] = Pending(stamp, 1.0)
+    (tmp_path / "a.csv").unlink()
+    b = waiting[os.fsencode(tmp_path / "b.csv")].stamp
+    known.put(os.fsencode(tmp_path / "b.csv"), b.size, b.mtime_ns, b.ino)
+    found = scan(target, known, waiting)
+    assert sorted(found.gone) == [os.fsencode(tmp_path / "a.csv"), os.fsencode(tmp_path / "b.csv")]
+    assert len(found.changed) == 0
+
+
+def test_what_is_packed_comes_out_as_it_went_in() -> None:
+    waiting, most = Waiting(), 2**63 - 1
+    entries = {
+        b"a": Pending(Stamp(0, -1, 2**64 - 1, most), NEVER, True, False, True),
+        b"b": Pending(Stamp(most, most, 0, -most), 0.1, False, True, False),
+    }
+    for path, p in entries.items():
+        waiting[path] = p
+    assert dict(waiting) == entries
+    assert waiting.waits(b"b", entries[b"b"].stamp) and not waiting.waits(b"b", Stamp(1, 2, 3, 4))
+    assert not waiting.waits(b"a", entries[b"a"].stamp)  # its marker may have come
+    batch = Batch("s")
+    batch.append(b"x", "b3:" + "0f" * 32, 1, -2, 2**64 - 1)
+    batch.append(b"y", "b3:" + "0a" * 32, 3, 4, 5)
+    batch.append(b"z", "b3:" + "0a" * 32, 6, 7, 8)
+    assert batch[0] == Arrival("s", b"x", "b3:" + "0f" * 32, 1, -2, 2**64 - 1)
+    assert [a.path for a in batch] == [b"x", b"y", b"z"] == list(batch.paths) and batch[-1].ino == 8
+    assert list(batch.digests()) == ["b3:" + "0a" * 32, "b3:" + "0f" * 32]
+    assert key_of(batch) == key_of(list(batch))
 
 
 @pytest.mark.parametrize(
@@ -332,11 +371,14 @@ def test_a_marker_that_is_older_than_the_file_is_no_proof() -> None:
 def test_one_moving_file_holds_back_a_batch_but_not_single_files() -> None:
     stamp = Stamp(1, 0, 1, 0)
     pending = {b"b": Pending(stamp, 1), b"a": Pending(stamp, 1), b"c": Pending(stamp, 9), b"d": Pending(stamp, NEVER)}
-    assert ready(pending, 5, each=False) == []
-    assert ready(pending, 9, each=False) == [b"a", b"b", b"c"]
-    assert ready(pending, 5, each=True) == [b"a", b"b"]
-    assert next_due(pending, each=False) == 9
-    assert next_due(pending, each=True) == 1
+    assert ready(pending.items(), 5, each=False) == []
+    assert ready(pending.items(), 9, each=False) == [b"a", b"b", b"c"]
+    assert ready(pending.items(), 5, each=True) == [b"a", b"b"]
+    found = summed(pending.values(), Sum())
+    assert (found.next_due(each=False), found.next_due(each=True), found.moving) == (9, 1, 3)
+    held = Pending(stamp, 20, held=True)
+    assert summed([held, Pending(stamp, 12, offered=True)], found) == Sum(3, 1, 1, 1, 12, 9)
+    assert summed([held], Sum()).next_due(each=False) == NEVER
 
 
 MOUNTS = rb"""22 27 0:21 / /proc rw,relatime - proc proc rw

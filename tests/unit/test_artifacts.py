@@ -197,7 +197,7 @@ def hard_link_within(out: Path) -> None:
         (FOLDER, hard_link_within, "hard link"),
     ],
 )
-async def test_what_cannot_be_kept_is_refused_with_a_sentence_and_nothing_is_kept(
+async def test_G8_what_cannot_be_kept_is_refused_with_a_sentence_and_nothing_is_kept(
     lab: Lab, output: JobOutput, made: Callable[[Path], None], sentence: str
 ) -> None:
     folder = lab.job()

@@ -770,6 +770,104 @@ async def test_doctor_says_which_datastore_is_not_seen_by_inotify(monkeypatch: p
         assert [f.level for f in await doctor_host.state(stage.service)] == ["warn"]  # it is on a network too
 
 
+async def test_doctor_reads_the_ledger_and_says_how_to_bring_a_damaged_one_back() -> None:
+    async with staged() as stage:
+
+        async def faults() -> list[str]:
+            return ["row 7 missing from index runs_open"]
+
+        stage.service.ledger_faults = faults
+        found = {check["name"]: check for check in (await stage.get("/v1/doctor"))["checks"]}
+        assert (found["ledger"]["level"], "row 7" in found["ledger"]["message"]) == ("fail", True)
+        assert "mlpiped restore FILE" in found["ledger"]["hint"]
+        stage.service.ledger_faults = stage.ledger.faults  # the real look, at a ledger whose index lies
+        await stage.run()
+        assert "ledger" not in await _ails(stage)
+        await stage.ledger.checkpoint()
+        with open(stage.ledger.path, "r+b") as file:  # a page of the disk that reads as zeros
+            file.seek(await _page_of(stage, "runs_by_outcome"))
+            file.write(bytes(4096))
+        assert "is damaged" in (await _ails(stage))["ledger"]["message"]
+
+
+async def _page_of(stage: Any, index: str) -> int:
+    """Where an index begins in the ledger's file."""
+    sql = "SELECT rootpage FROM sqlite_schema WHERE name = ?"
+    ((page,),) = await stage.ledger._db.call(lambda c: c.execute(sql, (index,)).fetchall())
+    ((size,),) = await stage.ledger._db.call(lambda c: c.execute("PRAGMA page_size").fetchall())
+    return int((page - 1) * size)
+
+
+async def _ails(stage: Any) -> dict[str, Any]:
+    """What of `doctor` is not well, by name; each says what to do."""
+    found = {each["name"]: each for each in (await stage.get("/v1/doctor"))["checks"] if each["level"] != "ok"}
+    assert all(each["hint"] for each in found.values()), found
+    return found
+
+
+@pytest.mark.parametrize(("free", "inodes", "level"), [(0.05, 0.9, "warn"), (0.01, 0.9, "fail"), (0.9, 0.01, "fail")])
+async def test_doctor_says_that_a_disk_is_nearly_full(
+    monkeypatch: pytest.MonkeyPatch, free: float, inodes: float, level: str
+) -> None:
+    use = os.statvfs_result((4096, 4096, 1000, 1000, int(1000 * free), 1000, 1000, int(1000 * inodes), 0, 255))
+    monkeypatch.setattr(doctor_host.os, "statvfs", lambda path: use)
+    async with staged() as stage:
+        found = await _ails(stage)
+        assert found["disk"]["level"] == level
+        assert "gc --plan" in found["disk"]["hint"] or "free space" in found["disk"]["hint"]
+
+
+async def test_doctor_says_that_the_ledgers_disk_is_full() -> None:
+    async with staged() as stage:
+        stage.ledger._writer.full = True
+        found = await _ails(stage)
+        assert (found["ledger"]["level"], found["ledger"]["hint"]) == ("fail", "free space on that disk")
+
+
+async def test_doctor_says_which_limit_of_inotify_is_low_and_how_to_raise_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_host, "WATCHES_WARN", 1 << 40)
+    async with staged() as stage:
+        found = await _ails(stage)
+        assert found["inotify"]["message"].startswith("max_user_watches is ")
+        assert found["inotify"]["hint"].startswith(f"`sysctl fs.inotify.max_user_watches={4 << 40}`")
+
+
+async def test_doctor_says_which_compute_is_not_well_and_that_a_clock_was_never_set() -> None:
+    async with staged() as stage:
+        compute = [{"name": "local", "slots": 1, "used": 0, "health": "its folder is read-only"}]
+        stage.service.actions.compute = lambda: compute  # type: ignore[method-assign]
+        stage.service.clock = _Stopped()
+        found = await _ails(stage)
+        assert found["compute"]["message"] == "`local`: its folder is read-only"
+        assert found["clock"]["message"] == "says 1970-01-01" and "timedatectl" in found["clock"]["hint"]
+
+
+class _Stopped:
+    def now(self) -> int:
+        return 0
+
+    def monotonic(self) -> float:
+        return 0.0
+
+
+async def test_doctor_says_what_it_could_not_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(service: Any) -> list[Any]:
+        raise OSError("no such thing")
+
+    async def hangs(service: Any) -> list[Any]:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr(doctor_host, "inotify", broken)
+    monkeypatch.setattr(doctor_host, "tools", hangs)
+    monkeypatch.setattr("mlpiped.control.doctor.CHECK_TIME", 0.2)
+    async with staged() as stage:
+        found = {each["name"]: each for each in (await stage.get("/v1/doctor"))["checks"] if each["level"] == "fail"}
+        assert "could not be looked at: no such thing" in found["inotify"]["message"]
+        assert found["tools"]["message"] == "gave no answer in time"
+        assert found["inotify"]["hint"] and found["tools"]["hint"]
+
+
 @pytest.mark.parametrize(
     ("version", "bad"),
     [((3, 40, 1), True), ((3, 44, 5), True), ((3, 44, 6), False), ((3, 45, 0), True), ((3, 50, 7), False),
@@ -933,11 +1031,11 @@ def test_pieces_of_a_log_are_not_cut_inside_a_character(tmp_path: Path, monkeypa
     text = "aż€𝄞b" * 7
     file = tmp_path / "log"
     file.write_text(text)
-    found, at = [], 0
-    while data := log_files._read(file, at):
-        found.append(data.decode())
-        at += len(data)
-    assert "".join(found) == text
+    read, at = [], 0
+    while found := log_files._read(file, at):
+        read.append(found[1].decode())
+        at += len(found[1])
+    assert "".join(read) == text
 
 
 async def test_wait_answers_at_the_end_of_the_run_and_at_the_end_of_the_time() -> None:

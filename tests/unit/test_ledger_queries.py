@@ -147,7 +147,8 @@ async def test_arrivals_keep_the_last_of_each_path_and_all_content_ever(tmp_path
             b"/d/c": "4",
         }
         assert arrivals[b"/d/b"] == ("3", 10, 20, big)
-        assert await ledger.arrival_digests("s1") == {"1", "2", "3", "4"}
+        assert await ledger.arrival_digests("s1", ["1", "2", "3", "4", "5"]) == {"1", "2", "3", "4"}
+        assert list(await ledger.arrivals("s1", b"/d/b", 1)) == [b"/d/c"]
         assert await ledger.arrivals("s2") == {}
         assert (await ledger.events())[1].kind == "fire.skipped"
 
@@ -239,3 +240,22 @@ async def test_what_has_lost_its_bytes_is_reused_by_nobody(tmp_path: Path) -> No
         await ledger.write(moves.lose_artifacts(["b3:made"], NOW))
         with pytest.raises(StaleReuse):
             await ledger.write(moves.finish_step(second, 0, StepOutcome.REUSED, "", NOW, key="b3:k"))
+
+
+async def test_an_index_that_lacks_a_row_is_a_fault_though_the_file_is_well_formed(tmp_path: Path) -> None:
+    async with opened(tmp_path) as ledger:
+        await ledger.write(opening(event()))
+        assert await ledger.faults() == []
+        path = ledger.path
+    with sqlite3.connect(path, isolation_level=None) as c:
+        found = c.execute("SELECT * FROM sqlite_schema WHERE name = 'runs_by_creation'").fetchone()
+        c.execute("PRAGMA writable_schema = ON")
+        c.execute("DELETE FROM sqlite_schema WHERE name = 'runs_by_creation'")
+    with sqlite3.connect(path, isolation_level=None) as c:  # without it for a moment
+        c.execute("UPDATE runs SET created_at = created_at + 1")
+        c.execute("PRAGMA writable_schema = ON")
+        c.execute("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", found)
+    with sqlite3.connect(path) as c:
+        assert c.execute("PRAGMA quick_check").fetchone() == ("ok",)
+    async with opened(tmp_path) as ledger:
+        assert any("runs_by_creation" in fault for fault in await ledger.faults())

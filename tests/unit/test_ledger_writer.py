@@ -104,6 +104,49 @@ async def test_a_posted_write_needs_no_other_to_be_committed(tmp_path: Path) -> 
         assert row.facts == {"pipeline": "posted"}
 
 
+async def test_a_write_that_takes_posted_ones_along_ends_their_wait(tmp_path: Path) -> None:
+    async with opened(tmp_path) as ledger:
+        ledger.post(opening(event("posted")))
+        assert ledger._writer._timers
+        await ledger.write(opening(event("written")))
+        assert not ledger._writer._timers  # one that is left would commit what is posted next before its time
+
+
+async def test_what_is_posted_during_a_commit_waits_for_company_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlpiped.ledger.writer.POST_DELAY", 60.0)
+    async with opened(tmp_path) as ledger:
+        before = ledger.commits
+        async with anyio.create_task_group() as group:
+            group.start_soon(ledger.write, opening(event("first")))
+            while ledger._writer._under_way is None:
+                await asyncio.sleep(0)
+            ledger.post(opening(event("posted")))
+        for _ in range(10):
+            await asyncio.sleep(0)  # turns of the loop in which it could be handed over
+        await ledger.write(opening(event("second")))
+        assert ledger.commits - before == 2
+    async with opened(tmp_path) as ledger:
+        assert {run.pipeline for run in await ledger.runs()} == {"first", "posted", "second"}
+
+
+async def test_closing_commits_what_was_posted_during_the_last_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlpiped.ledger.writer.POST_DELAY", 60.0)
+    async with opened(tmp_path) as ledger:
+        async with anyio.create_task_group() as group:
+            group.start_soon(ledger.write, opening(event("first")))
+            while ledger._writer._under_way is None:
+                await asyncio.sleep(0)
+            ledger.post(opening(event("posted")))
+            with anyio.fail_after(10):
+                await ledger.close()
+    async with opened(tmp_path) as ledger:
+        assert {run.pipeline for run in await ledger.runs()} == {"first", "posted"}
+
+
 async def test_a_posted_write_that_is_illegal_is_logged_and_harms_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

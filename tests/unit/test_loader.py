@@ -133,7 +133,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("text", "line", "message"), [one[1:] for one in FAULTS], ids=[one[0] for one in FAULTS])
-async def test_a_bad_plugin_is_one_fault_at_its_line(tmp_path: Path, text: str, line: int, message: str) -> None:
+async def test_G1_G3_a_bad_plugin_is_one_fault_at_its_line(tmp_path: Path, text: str, line: int, message: str) -> None:
     path = write(tmp_path, text)
     result = await load_file(path, limits=LIMITS)
     assert [fault.line for fault in result.faults] == [line], result
@@ -160,7 +160,7 @@ async def test_a_fault_in_a_helper_is_named_at_the_helpers_line(tmp_path: Path) 
     ],
     ids=["loop", "sleep", "ignores SIGTERM"],
 )
-async def test_a_plugin_that_hangs_is_killed_at_the_deadline_and_its_line_named(
+async def test_G2_a_plugin_that_hangs_is_killed_at_the_deadline_and_its_line_named(
     tmp_path: Path, text: str, line: tuple[int, ...]
 ) -> None:
     start = time.monotonic()
@@ -172,14 +172,29 @@ async def test_a_plugin_that_hangs_is_killed_at_the_deadline_and_its_line_named(
     assert list(result.files) == [str(tmp_path / "plugin.py")]
 
 
-async def test_a_flood_on_stdout_is_read_and_dropped(tmp_path: Path) -> None:
+async def test_G3_a_flood_on_stdout_is_read_and_dropped(tmp_path: Path) -> None:
     result = await load(tmp_path, GOOD + "import sys\nfor _ in range(300): sys.stdout.write('x' * 1_000_000)\n")
     assert [spec.name for spec in result.pipelines] == ["digits"]
     assert len(result.detail) <= 64 << 10
 
 
+async def test_G3_a_file_without_end_stops_at_the_limit_of_a_files_size(tmp_path: Path) -> None:
+    huge = tmp_path / "huge"
+    result = await load(
+        tmp_path,
+        f"""\
+        with open({str(huge)!r}, "wb") as file:
+            while True:
+                file.write(bytes(1 << 20))
+        """,
+    )
+    assert "file too large" in result.faults[0].message.lower(), result
+    assert result.faults[0].line == 3
+    assert 0 < huge.stat().st_size <= LIMITS.file_size
+
+
 @pytest.mark.parametrize("escape", ["", "os.setsid()"], ids=["same group", "own session"])
-async def test_a_forked_child_that_holds_the_pipe_neither_delays_nor_survives(tmp_path: Path, escape: str) -> None:
+async def test_G2_a_forked_child_that_holds_the_pipe_neither_delays_nor_survives(tmp_path: Path, escape: str) -> None:
     pid_file = tmp_path / "pid"
     text = f"""
         import os, time
@@ -210,7 +225,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-async def test_a_process_that_left_the_group_and_holds_nothing_does_not_survive(tmp_path: Path) -> None:
+async def test_G2_a_process_that_left_the_group_and_holds_nothing_does_not_survive(tmp_path: Path) -> None:
     text = f"""
         import subprocess
         away = subprocess.Popen(["sleep", "1000"], start_new_session=True, stdin=-3, stdout=-3, stderr=-3)
@@ -226,7 +241,7 @@ async def test_a_fork_that_comes_back_out_of_the_import_does_not_answer_twice(tm
     assert [spec.name for spec in result.pipelines] == ["digits"]
 
 
-async def test_a_thread_that_never_ends_does_not_delay(tmp_path: Path) -> None:
+async def test_G2_a_thread_that_never_ends_does_not_delay(tmp_path: Path) -> None:
     start = time.monotonic()
     result = await load(
         tmp_path, GOOD + "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()\n"
@@ -376,7 +391,7 @@ async def test_a_cancelled_load_leaves_nobody_behind(tmp_path: Path) -> None:
     assert not alive(str(path))
 
 
-async def test_a_file_that_never_holds_still_is_not_half_loaded(tmp_path: Path) -> None:
+async def test_G4_a_file_that_never_holds_still_is_not_half_loaded(tmp_path: Path) -> None:
     result = await load(tmp_path, "open(__file__, 'a').write('# more\\n')\n" + GOOD)
     assert result.pipelines == ()
     assert result.faults[0].message == "changes all the time while it is loaded"

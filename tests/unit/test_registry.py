@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 
 import anyio
@@ -229,7 +230,7 @@ async def test_a_package_that_grows_in_the_folder_is_loaded(house: House) -> Non
         await house.until(lambda: house.names() == [])
 
 
-async def test_of_two_pipelines_of_one_name_the_first_stays(house: House) -> None:
+async def test_G6_of_two_pipelines_of_one_name_the_first_stays(house: House) -> None:
     first = house.pipeline("z.py", "same", "first")
     async with house.running():
         second = house.pipeline("a.py", "same", "second", more="own = Pipeline('own', [CommandStep(['x'])])")
@@ -250,7 +251,7 @@ async def test_of_two_pipelines_of_one_name_the_first_stays(house: House) -> Non
         await house.until(lambda: house.command("same") == "second" and house.faults() == [])
 
 
-async def test_at_a_cold_start_the_first_by_path_has_the_name(house: House) -> None:
+async def test_G6_at_a_cold_start_the_first_by_path_has_the_name(house: House) -> None:
     for name in "dbca":
         house.pipeline(f"{name}.py", "same", name)
     await house.registry.start()
@@ -293,7 +294,7 @@ async def test_reload_checks_against_the_names_of_the_new_config_without_an_impo
     assert house.registry.imports == 2
 
 
-async def test_what_editors_leave_about_is_ignored(house: House) -> None:
+async def test_G4_what_editors_leave_about_is_ignored(house: House) -> None:
     for name in (".a.py.swp", "a.py~", ".hidden.py", "#a.py#", "notes.txt", "__pycache__/a.py"):
         path = house.plugins / name
         path.parent.mkdir(exist_ok=True)
@@ -356,7 +357,7 @@ async def test_a_hanging_plugin_does_not_hold_up_the_others(house: House) -> Non
         await house.until(lambda: house.faults() == ["still loading after 2 s"])
 
 
-async def test_a_save_loop_is_never_half_loaded_and_ends_with_the_last_text(house: House) -> None:
+async def test_G4_a_save_loop_is_never_half_loaded_and_ends_with_the_last_text(house: House) -> None:
     async with house.running():
         for number in range(60):
             path = house.plugins / "a.py"
@@ -366,6 +367,54 @@ async def test_a_save_loop_is_never_half_loaded_and_ends_with_the_last_text(hous
                 await anyio.sleep(0.01)  # the pace of the saves
                 file.write(f"a = Pipeline('a', [CommandStep(['{number}'])])\n")
         await house.until(lambda: house.command("a") == "59" and house.faults() == [])
+
+
+async def test_G4_a_file_saved_a_hundred_times_a_second_beside_editors_drafts_is_never_taken_by_half(
+    house: House,
+) -> None:
+    """What is loaded is at any moment one of the texts that were saved, whole: its two steps are of one save."""
+    file = "from mlpiped import *\nfirst = CommandStep(['{0}'], name='first')\n"
+    rest = "a = Pipeline('a', [first, CommandStep(['{0}'], name='second')])\n"
+    path, seen = house.plugins / "a.py", set()
+
+    def look() -> None:
+        loaded = house.registry.get("a")
+        assert loaded is not None, "its last good version stays"
+        said = {arg.text for each in loaded.spec.steps for arg in each.arguments}  # type: ignore[union-attr]
+        assert len(said) == 1, said
+        seen.update(said)
+
+    path.write_text((file + rest).format(0))
+    async with house.running():
+        for number in range(1, 200):
+            with path.open("w") as out:
+                out.write(file.format(number))
+                out.flush()
+                (house.plugins / f".a.py.swp{number % 3}").write_text("half")
+                (house.plugins / "a.py~").write_text("raise SystemExit")
+                await anyio.sleep(0.005)  # the pace of the saves
+                out.write(rest.format(number))
+            await anyio.sleep(0.005)
+            look()
+        await house.until(lambda: house.command("a") == "199" and house.faults() == [])
+        look()
+
+
+@pytest.mark.parametrize("order", list(permutations("abc")), ids="".join)
+async def test_G6_who_holds_a_name_depends_on_who_came_first_and_at_a_cold_start_on_the_path_alone(
+    house: House, order: tuple[str, ...]
+) -> None:
+    async with house.running():
+        for number, name in enumerate(order):
+            house.pipeline(f"{name}.py", "same", name)
+            await house.until(lambda: len(house.names()) + len(house.faults()) == number + 1)  # noqa: B023
+            assert house.command("same") == order[0]
+        first = str(house.plugins / f"{order[0]}.py")
+        assert sorted(Path(broken.file).stem for broken in house.registry.broken()) == sorted(order[1:])
+        assert all(first in message for message in house.faults())
+    (house.root / "plugins.json").unlink()  # a machine on which nobody came first
+    await house.another().start()
+    assert house.command("same") == "a"
 
 
 async def test_a_plugin_that_rewrites_itself_is_not_imported_without_end(house: House) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import graphlib
+import re
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpiped.errors import Fault
@@ -407,3 +409,70 @@ def test_what_the_sdk_would_refuse_is_refused_in_a_spec_too(more: dict[str, Any]
 
 def test_a_step_may_ask_for_cards() -> None:
     assert faults_of(pipeline(step("train", resources={"gpus": 1})), computes={"local"}) == []
+
+
+# --- G5: names ------------------------------------------------------------------------------------------------------
+ALLOWED = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # beside `NAME`, so that a change of one is seen
+NASTY = [
+    "../x",
+    "a\0b",
+    "a\nb",
+    "a\n",
+    "\x1b[31m",
+    "\u202egnp",
+    "x" * 10_000,
+    "",
+    ".",
+    "..",
+    "a/b",
+    "-a",
+    "a b",
+    "ż",
+    "٣",
+]
+NAMES = st.one_of(st.text(max_size=80), st.from_regex(ALLOWED), st.sampled_from([*NASTY, "CON", "a" * 64, "a" * 65]))
+
+
+@settings(max_examples=2000, deadline=None)
+@given(NAMES)
+def test_G5_a_name_is_taken_only_if_it_is_harmless_in_a_path_and_on_a_terminal(name: str) -> None:
+    allowed = ALLOWED.fullmatch(name) is not None
+    for spec in (
+        pipeline(step("a"), name=name),
+        pipeline(step(name)),
+        pipeline(step("a", outputs=[{"name": name, "file_name": "x"}])),
+    ):
+        faults = faults_of(spec)
+        assert (not faults) == allowed, (name, faults)
+        assert all(fault.message.isprintable() and len(fault.message) < 300 for fault in faults), faults
+
+
+# --- G7: graphs -----------------------------------------------------------------------------------------------------
+@settings(max_examples=1500, deadline=None)
+@given(GRAPHS, st.sets(st.integers(0, 8)), st.booleans())
+def test_G7_a_graph_is_refused_if_and_only_if_it_cannot_be_walked(
+    graph: dict[str, list[str]], by_data: set[int], unknown: bool
+) -> None:
+    """Edges are `after=` or data; judged by the standard library's own sorter."""
+    made = []
+    for name, before in graph.items():
+        edges = dict.fromkeys(before)
+        if int(name) in by_data:
+            ports = [port(f"from{other}", upstream(other, "out")) for other in edges]
+            made.append(step(name, inputs=ports, outputs=[output("out")]))
+        else:
+            made.append(step(name, after=list(edges), outputs=[output("out")]))
+    if unknown:
+        made.append(step("last", inputs=[port("x", upstream("nobody", "out"))]))
+    said = messages(pipeline(*made))
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+        knotted = False
+    except graphlib.CycleError:
+        knotted = True
+    cycles = [each for each in said if "nobody" not in each]
+    assert bool(cycles) == knotted, said
+    assert any("nobody" in each for each in said) == unknown, said
+    for sentence in cycles:
+        walk = sentence.rpartition(": ")[2].split(" -> ")
+        assert walk[0] == walk[-1] and all(a in graph[b] or b in graph[a] for a, b in pairwise(walk)), sentence

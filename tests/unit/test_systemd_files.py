@@ -38,6 +38,15 @@ def test_the_control_socket_outlives_a_restart_and_nothing_limits_how_many_there
     assert settings_of(unit)["StartLimitIntervalSec"] == "0"
 
 
+def test_every_setting_that_protects_and_is_not_there_has_its_reason() -> None:
+    text = UNITS[0].read_text()
+    absent = "PrivateTmp PrivateDevices DevicePolicy MemoryDenyWriteExecute PrivateNetwork IPAddressDeny PrivateUsers "
+    absent += "DynamicUser Delegate ProtectProc ProcSubset MemoryMax TasksMax"
+    for name in absent.split():
+        assert name not in settings_of(UNITS[0])
+        assert any(name in line and ":" in line for line in text.splitlines() if line.startswith("#")), name
+
+
 def test_temporary_files_can_be_made_below_the_hardening() -> None:
     found = settings_of(UNITS[0])
     assert found["ProtectSystem"] == "strict"

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from mlpiped.cli.render import duration, lasting, shown, shown_log
+from mlpiped.cli.render import duration, lasting, shown, shown_log, size
 from mlpiped.cli.verbs import words
 from mlpiped.errors import MlpipedError, Unreachable
 from mlpiped.protocol import path
@@ -121,6 +121,8 @@ def _print_logs(call: Call, url: str) -> None:
         if source != current and (current is not None or not one_step):
             _header(call, f"==> {shown(piece['step'])} ({piece['stream']})")
         current = source
+        if piece.get("skipped"):
+            _header(call, f"\n==> {size(piece['skipped'])} of it were not kept")
         data = base64.b64decode(piece["data"]) if "data" in piece else piece["text"].encode()
         if untouched:
             sys.stdout.buffer.write(data)

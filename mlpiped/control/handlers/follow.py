@@ -119,7 +119,8 @@ async def _ended(ask: Ask, run_id: int) -> bool:
 
 # --- logs -----------------------------------------------------------------------------------------------------------
 async def logs(ask: Ask) -> web.StreamResponse:
-    """What the steps printed, in pieces: {"step", "attempt", "stream", "offset", "text" | "data" (base64)}."""
+    """What the steps printed, in pieces: {"step", "attempt", "stream", "offset", "text" | "data" (base64)}, and
+    "skipped" where so many bytes before `offset` were not kept."""
     query: LogsQuery = ask.query
     service = ask.service
     run = await service.lookup.run(ask.names["run"])
