@@ -84,7 +84,7 @@ def commit_before_rename() -> None:
     place, rest = Store.collect, Attempt._collect
     due: dict[str, Callable[[], Any]] = {}
 
-    async def only_look(self: Store, folder: Any, outputs: Any) -> list[OutputFact]:
+    async def only_look(self: Store, folder: Any, outputs: Any, wanted: Any = None) -> list[OutputFact]:
         def look() -> list[OutputFact]:
             store = f"{self.state_dir}/artifacts"
             found = [collecting.check(str(folder), output, store) for output in outputs]
