@@ -37,7 +37,7 @@ log = structlog.get_logger("attempt")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to reach a backend
 TELL = 0.02  # seconds that a state on the way must last to be written down: the end tells all of it
 READY = 5.0  # seconds for which an intent waits for its turn; then it is taken back
-COMPANY = 0.01  # seconds that a result waits for others to share a commit with, while the machines have enough to do
+COMPANY = 0.025  # seconds that a result waits for others to share a commit with, while the machines have enough to do
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ class Writer:
         self._timers: set[asyncio.TimerHandle] = set()
         self._failed: list[_Entry] = []  # posted, to be tried again
         self._draining = False
+        self._gathering: asyncio.TimerHandle | None = None  # company for writes that can wait for it
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -79,12 +80,18 @@ class Writer:
     def put(self, ops: tuple[Op[Any], ...], within: float = 0) -> asyncio.Future[list[Any]]:
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._queue.append(_Entry(ops, future))
-        if within:
+        if within and not self._scheduled:
             self._idle.clear()
-            self._later(within, self._soon)
+            if self._gathering is None:
+                self._gathering = self._later(within, self._gathered)
         else:
             self._soon()
         return future
+
+    def _gathered(self) -> None:
+        self._gathering = None
+        if self._queue:
+            self._soon()
 
     def post(self, ops: tuple[Op[Any], ...]) -> None:
         self._queue.append(_Entry(ops, None))
@@ -105,14 +112,16 @@ class Writer:
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
+        self._gathering = None
 
-    def _later(self, delay: float, call: Callable[[], None]) -> None:
+    def _later(self, delay: float, call: Callable[[], None]) -> asyncio.TimerHandle:
         def run() -> None:
             self._timers.discard(timer)
             call()
 
         timer = asyncio.get_running_loop().call_later(delay, run)
         self._timers.add(timer)
+        return timer
 
     def _soon(self) -> None:
         # Not at once: what else this turn of the loop writes shall be in the same commit.
@@ -126,6 +135,10 @@ class Writer:
         if self._under_way is not None:
             return
         batch, self._queue = self._queue, []
+        if self._gathering is not None:  # they have found company
+            self._gathering.cancel()
+            self._timers.discard(self._gathering)
+            self._gathering = None
         if not batch:
             self._idle.set()
             return
@@ -232,12 +245,22 @@ class Writer:
         return self._transaction(c, batch, dropped_ballast=True)
 
     def _transaction(self, c: Connection, batch: list[_Entry], *, dropped_ballast: bool) -> _Committed:
+        """At first in good faith: only when an operation fails is each caller's work marked, to be undone by itself."""
+        if len(batch) > 1:
+            try:
+                return self._all(c, batch, dropped_ballast, marked=False)
+            except Exception as error:
+                if is_full(error) or is_busy(error):
+                    raise
+        return self._all(c, batch, dropped_ballast, marked=len(batch) > 1)
+
+    def _all(self, c: Connection, batch: list[_Entry], dropped_ballast: bool, *, marked: bool) -> _Committed:
         c.events = []
         first = self._last_event + 1
         c.execute("BEGIN IMMEDIATE")
         try:
             for entry in batch:
-                self._run(c, entry, alone=len(batch) == 1)
+                self._run(c, entry, marked)
             c.executemany(SQL["insert_event"], [(n, *event) for n, event in enumerate(c.events, first)])
             crash.point("in_commit")
             c.execute("COMMIT")
@@ -250,18 +273,18 @@ class Writer:
         return _Committed(first, c.events, dropped_ballast)
 
     @staticmethod
-    def _run(c: Connection, entry: _Entry, *, alone: bool) -> None:
+    def _run(c: Connection, entry: _Entry, marked: bool) -> None:
         """A caller's own error undoes that caller's operations; an error of the file or the disk undoes the batch."""
         entry.error, mark = None, len(c.events)
-        if not alone:
+        if marked:
             c.execute("SAVEPOINT caller")
         try:
             entry.results = [op(c) for op in entry.ops]
         except Exception as error:
-            if alone or not c.in_transaction or is_full(error) or is_busy(error):
+            if not marked or not c.in_transaction or is_full(error) or is_busy(error):
                 raise
             c.execute("ROLLBACK TO caller")
             del c.events[mark:]
             entry.error = error
-        if not alone:
+        if marked:
             c.execute("RELEASE caller")
