@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,22 +29,31 @@ class _Errand:
 
 
 class Crew:
-    """At most `size` threads, started as they are needed; they end with the process, whatever they wait for."""
+    """At most `size` threads, started as they are needed; they end with the process, whatever they wait for.
+
+    The one that was busy last is the first to be asked: its memory is warm.
+    """
 
     def __init__(self, size: int, name: str) -> None:
         self._size, self._name = size, name
         self._threads = 0
-        self._open = 0  # errands that have not been done
-        self._errands: SimpleQueue[_Errand] = SimpleQueue()
+        self._idle: list[SimpleQueue[_Errand]] = []  # of each thread that has nothing to do
+        self._waiting: deque[_Errand] = deque()
 
     async def do(self, work: Callable[[], T]) -> T:
         """Its result. It is carried out to its end: who is cancelled waits for that, too."""
         errand = _Errand(work)
-        self._open += 1
-        if self._open > self._threads < self._size:
+        if self._idle:
+            self._idle.pop().put(errand)
+        elif self._threads < self._size:
             self._threads += 1
-            threading.Thread(target=self._serve, name=f"{self._name} {self._threads}", daemon=True).start()
-        self._errands.put(errand)
+            queue: SimpleQueue[_Errand] = SimpleQueue()
+            queue.put(errand)
+            threading.Thread(
+                target=self._serve, args=(queue,), name=f"{self._name} {self._threads}", daemon=True
+            ).start()
+        else:
+            self._waiting.append(errand)
         try:
             return await errand.answer  # type: ignore[no-any-return]
         except asyncio.CancelledError:
@@ -53,22 +63,25 @@ class Crew:
                     await errand.over
             raise
 
-    def _serve(self) -> None:
+    def _serve(self, queue: SimpleQueue[_Errand]) -> None:
         while True:
-            errand = self._errands.get()
+            errand = queue.get()
             result, fault = None, None
             try:
                 result = errand.work()
             except BaseException as error:
                 fault = error
             try:
-                errand.loop.call_soon_threadsafe(self._done, errand, result, fault)
+                errand.loop.call_soon_threadsafe(self._done, queue, errand, result, fault)
             except RuntimeError:
                 pass  # the loop is closed: nobody waits
             del errand, result, fault
 
-    def _done(self, errand: _Errand, result: Any, fault: BaseException | None) -> None:
-        self._open -= 1
+    def _done(self, queue: SimpleQueue[_Errand], errand: _Errand, result: object, fault: BaseException | None) -> None:
+        if self._waiting:
+            queue.put(self._waiting.popleft())
+        else:
+            self._idle.append(queue)
         errand.done = True
         if errand.over is not None:
             errand.over.set_result(None)
