@@ -264,7 +264,9 @@ class Attempt:
             usage_json=told,
             started_at=self._started,
         )
-        (first,) = await self.world.ledger.write(commit, within=COMPANY if self._pressed() else 0)
+        # A step with an effect that is lost in a power cut is not run again: its end does not wait.
+        within = COMPANY if self._pressed() and not self.step.effect else 0
+        (first,) = await self.world.ledger.write(commit, within=within)
         if not first:
             return Ended(StepOutcome.LOST, "another attempt was committed first", AttemptEnd.SUPERSEDED, final=True)
         crash.point("after_commit")

@@ -1,4 +1,5 @@
-"""The daemon's own host as a compute. A zygote forks one supervisor per job; neither needs the daemon to live on."""
+"""The daemon's own host as a compute. A zygote forks supervisors, each for one job after the other; no job needs the
+daemon to live on."""
 
 from __future__ import annotations
 
