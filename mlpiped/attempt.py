@@ -38,7 +38,7 @@ log = structlog.get_logger("attempt")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to reach a backend
 TELL = 0.02  # seconds that a state on the way must last to be written down: the end tells all of it
 READY = 5.0  # seconds for which an intent waits for its turn; then it is taken back
-COMPANY = 0.01  # seconds that a result waits for others to share a commit with, while the machines have enough to do
+COMPANY = 0.025  # seconds that a result waits for others to share a commit with, while the machines have enough to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +273,9 @@ class Attempt:
             usage_json=told,
             started_at=self._started,
         )
-        (first,) = await self.world.ledger.write(commit, within=COMPANY if self._pressed() else 0)
+        # A step with an effect that is lost in a power cut is not run again: its end does not wait.
+        within = COMPANY if self._pressed() and not self.step.effect else 0
+        (first,) = await self.world.ledger.write(commit, within=within)
         if not first:
             return Ended(StepOutcome.LOST, "another attempt was committed first", AttemptEnd.SUPERSEDED, final=True)
         crash.point("after_commit")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlpiped.run import Execution
 
 BRISK = 0.25  # seconds: after a lease that was shorter, the next ones get ready
-AHEAD = 8  # so many for each slot; and more when there are no more than one for each
+AHEAD, FEW = 12, 4  # so many for each slot, as soon as there are only a few
 
 
 class Dispatch:
@@ -166,7 +166,7 @@ class Dispatch:
     def _get_ready(self, place: Place) -> None:
         """Let those who are next begin, up to their turn: only who can run here and nowhere else."""
         away = self.paused is not None or place.unwell is not None or place.drained
-        if away or sum(name == place.name for name in self._ready.values()) > place.slots:
+        if away or sum(name == place.name for name in self._ready.values()) > FEW * place.slots:
             return
         for need in self.waiting.first(place.slots * AHEAD, self.now() / 1e6):
             if need.gpus or need.spot in self._ready:  # which cards it will have, its intent must say

@@ -14,6 +14,7 @@ import secrets
 import stat
 import threading
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -70,6 +71,21 @@ class Found:
     foreign: bool = False  # owned by somebody else: must be copied
 
 
+def _mark(digest: str) -> str:
+    """Short enough for the inode of a link: it takes no block of its own."""
+    kind, _, plain = digest.partition(":")
+    return f"{kind}:{b64encode(bytes.fromhex(plain), b'-_').decode()}"
+
+
+def _unmarked(text: str) -> str:
+    """The digest of a mark; earlier ones have it in hex."""
+    kind, _, short = text.partition(":")
+    try:
+        return f"{kind}:{b64decode(short, b'-_', validate=True).hex()}" if len(short) == 44 else text
+    except ValueError:
+        return text
+
+
 def place_of(store: str, digest: str) -> str:
     plain = digest.rpartition(":")[2]
     return f"{store}/{plain[:2]}/{plain[2:]}"
@@ -121,7 +137,7 @@ def _check_kind(output: JobOutput, st: os.stat_result) -> None:
 
 def _collected_before(output: JobOutput, parent: int, store: str) -> Found:
     """An earlier daemon has moved it already. Raises FileNotFoundError."""
-    digest = os.readlink(MARKER, dir_fd=parent)
+    digest = _unmarked(os.readlink(MARKER, dir_fd=parent))
     if not _DIGEST.fullmatch(digest):
         raise FileNotFoundError(errno.ENOENT, "no output", output.file_name)
     path = f"{place_of(store, digest)}/{output.file_name}"
@@ -368,10 +384,10 @@ class _Shelf:
             return
         marker = f"{item.folder}/{MARKER}"
         try:
-            os.symlink(item.digest, marker)
+            os.symlink(_mark(item.digest), marker)
         except FileExistsError:
             os.unlink(marker)
-            os.symlink(item.digest, marker)
+            os.symlink(_mark(item.digest), marker)
         try:
             os.rename(source, final)
         except OSError as fault:

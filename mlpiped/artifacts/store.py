@@ -14,12 +14,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import anyio
-from anyio import to_thread
-
 from mlpiped.artifacts import collecting, copying
 from mlpiped.artifacts.collecting import OutputFault
 from mlpiped.artifacts.copying import sync_folder
+from mlpiped.artifacts.crew import Crew
 from mlpiped.errors import Conflict, UnknownName
 from mlpiped.files.hashing import printable, stamp_of, tree_digest
 from mlpiped.files.walking import PathRefused, is_beneath, walk
@@ -50,7 +48,7 @@ class Store:
         self.root.mkdir(parents=True, exist_ok=True)
         self.incoming.mkdir(exist_ok=True)
         self._fingerprinter = fingerprinter
-        self._limiter = anyio.CapacityLimiter(4)  # its own: waiting for a disk must not keep `plan` waiting
+        self._crew = Crew(4, "store")  # its own: waiting for a disk must not keep `plan` waiting
 
     async def collect(
         self, folder: Path, outputs: Sequence[JobOutput], wanted: Callable[[], bool] | None = None
@@ -170,7 +168,7 @@ class Store:
             )
 
     async def _hop(self, work: Callable[[], T]) -> T:
-        return await to_thread.run_sync(work, limiter=self._limiter)
+        return await self._crew.do(work)
 
 
 def _real(path: str) -> str:

@@ -8,7 +8,7 @@ The job folder, the same on every kind of machine (`FOLDER_*`), named by the att
                     above 100 kB only. The side that executes removes it after the start
     claim/          who executes this token, or the fence: made by one rename, which only one side can win
       handle.json   {"v": 1, "pid": …, "start": …, "boot": "…"}; in a fence {"v": 1, "fenced": true}. It is held (flock)
-                    by the supervisor for as long as that lives
+                    by the supervisor until the witness is there: the process may live on, and be at another job
       exit.json     until the end: the space that the witness will need
     stdout stderr   what the step printed, appended by the step itself
     out/<name>/…    what the step makes, if anything: its path for the output `name` is out/<name>/<file_name>
@@ -17,7 +17,8 @@ The job folder, the same on every kind of machine (`FOLDER_*`), named by the att
     metrics.jsonl   one JSON line a metric
     params.json     the parameters that the step uses; missing without any ($MLPIPED_PARAMS is always a JSON file)
     exit.json       the witness: {"v": 1, "code": int|null, "signal": int|null, "timed_out": bool, "cancelled": bool,
-                    "error": str|null, "started": s, "ended": s, "cpu": s, "max_rss": bytes}, by rename
+                    "error": str|null, "started": s, "ended": s, "cpu": s, "max_rss": bytes, "synced": bool}, by
+                    rename. Not synced: a success is worth nothing after a reboot, for its outputs may not have survived
 
 Trust, in order: exit.json, what the engine or queue says, absence for longer than a deadline. A query that failed is
 no answer. Liveness is read *before* the witness: the other order calls a step lost that ended in between.

@@ -298,9 +298,13 @@ def discard(folder: Place, *, keep_logs: bool) -> None:
 
 
 def _thin(out: str) -> None:
-    """The folders of outputs that were collected are empty: so it takes no walk to remove them."""
+    """Of outputs that were collected a mark is left, if anything: so it takes no walk to remove them."""
     try:
         for name in os.listdir(out):
+            for left in os.listdir(f"{out}/{name}"):
+                if not os.path.islink(f"{out}/{name}/{left}"):
+                    return
+                os.unlink(f"{out}/{name}/{left}")
             os.rmdir(f"{out}/{name}")
     except OSError:
         pass

@@ -1,4 +1,5 @@
-"""The daemon's own host as a compute. A zygote forks one supervisor per job; neither needs the daemon to live on."""
+"""The daemon's own host as a compute. A zygote forks supervisors, each for one job after the other; no job needs the
+daemon to live on."""
 
 from __future__ import annotations
 
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = structlog.get_logger("local")
 LOOK_AGAIN = 1.0  # seconds: hints may be lost, the folder is not
-GATHER = 0.1  # seconds in which what is discarded gathers, or
-GATHERED = 64  # so many jobs
+QUIET, NOT_LATER = 0.5, 5.0  # seconds: what is discarded is removed when nothing more comes for so long, at the latest
 MANY_PATHS = 256  # a command with more is put together in a thread
 NO_ANSWER = 30.0  # seconds without a claim until a submit gives up
 FOLLOW = 0.1  # seconds between two looks at a log that is followed
@@ -357,21 +357,31 @@ class LocalBackend:
 
 
 class _Remover:
-    """Removes the files of jobs, in one hop to a thread for all that gather in a moment."""
+    """Removes the files of jobs, in one hop to a thread for all that gather until nobody else is busy with it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.trouble: str | None = None  # a sentence, until a removal goes well
         self._wanted: list[tuple[str, bool]] = []
+        self._first = self._last = 0.0  # when the first of them came, and the last
         self._timer: asyncio.TimerHandle | None = None
         self._going: set[asyncio.Future[None]] = set()
 
     def add(self, folder: str, keep_logs: bool) -> None:
+        loop = asyncio.get_running_loop()
         self._wanted.append((folder, keep_logs))
-        if len(self._wanted) >= GATHERED:
+        self._last = loop.time()
+        if self._timer is None:
+            self._first = self._last
+            self._timer = loop.call_later(QUIET, self._look)
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = min(self._last + QUIET, self._first + NOT_LATER)
+        if loop.time() >= due:
             self._go()
-        elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(GATHER, self._go)
+        else:
+            self._timer = loop.call_at(due, self._look)
 
     def _go(self) -> None:
         if self._timer is not None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 LOST_CLAIM = 75
 WAKES = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})  # blocked, and waited for
 CANCELS = frozenset({signal.SIGTERM, signal.SIGINT})
-DEFAULTED = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+IGNORED = tuple(number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN)  # here
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 STEP_FILES = 1024  # soft RLIMIT_NOFILE of a step: what programs expect, where the daemon has raised its own
 STEP_OOM_SCORE = 500  # when the host runs out of memory, steps go before the daemon and its supervisors
@@ -247,7 +247,7 @@ def spawn(folder: str, argv: list[str], env: dict[str, str]) -> int:
     try:
         if (name := _found(argv[0], env.get("PATH", os.defpath))) is None:
             raise CannotStart(f"command not found: {shown}")
-        return os.posix_spawn(name, argv, env, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=DEFAULTED)
+        return os.posix_spawn(name, argv, env, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=IGNORED)
     except OSError as error:
         reasons = {
             errno.ENOENT: f"command not found: {shown}, or the interpreter that its first line names",

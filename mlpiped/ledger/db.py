@@ -62,6 +62,7 @@ def connect(path: Path, *, readonly: bool = False) -> Connection:
     conn.execute("PRAGMA temp_store = MEMORY")
     conn.execute("PRAGMA cache_size = -32768")
     conn.execute("PRAGMA journal_size_limit = 67108864")
+    conn.execute("PRAGMA wal_autocheckpoint = 4000")  # pages; most are written again and again
     if readonly:
         conn.execute("PRAGMA query_only = ON")
     return conn

@@ -65,7 +65,7 @@ class Writer:
         self._last_event = 0
         self._locked = 0
         self._timers: set[asyncio.TimerHandle] = set()
-        self._company: asyncio.TimerHandle | None = None  # ends the wait of the posted writes that are queued now
+        self._company: asyncio.TimerHandle | None = None  # ends the wait of those that are queued now
         self._failed: list[_Entry] = []  # posted, to be tried again
         self._draining = False
         self._idle = asyncio.Event()
@@ -81,16 +81,14 @@ class Writer:
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._queue.append(_Entry(ops, future))
         if within:
-            self._idle.clear()
-            self._later(within, self._soon)
+            self._within(within)
         else:
             self._soon()
         return future
 
     def post(self, ops: tuple[Op[Any], ...]) -> None:
         self._queue.append(_Entry(ops, None))
-        self._idle.clear()
-        self._wait_for_company()
+        self._within(POST_DELAY)
 
     async def drain(self) -> None:
         """Until everything queued is committed or has failed. Nothing may be queued meanwhile."""
@@ -105,6 +103,7 @@ class Writer:
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
+        self._company = None
 
     def _later(self, delay: float, call: Callable[[], None]) -> asyncio.TimerHandle:
         def run() -> None:
@@ -115,9 +114,26 @@ class Writer:
         self._timers.add(timer)
         return timer
 
-    def _wait_for_company(self) -> None:
-        if self._company is None and self._under_way is None and not self._scheduled:
-            self._company = self._later(POST_DELAY, self._soon)
+    def _within(self, delay: float) -> None:
+        """The queue goes by then, and sooner with others that do: what it waits for is company."""
+        self._idle.clear()
+        if self._scheduled or self._under_way is not None:
+            return
+        loop = asyncio.get_running_loop()
+        if self._company is not None and self._company.when() <= loop.time() + delay:
+            return
+        self._no_company()
+        self._company = self._later(delay, self._alone)
+
+    def _no_company(self) -> None:
+        if self._company is not None:
+            self._company.cancel()
+            self._timers.discard(self._company)
+            self._company = None
+
+    def _alone(self) -> None:
+        self._company = None
+        self._soon()
 
     def _soon(self) -> None:
         # Not at once: what else this turn of the loop writes shall be in the same commit.
@@ -130,10 +146,7 @@ class Writer:
         self._scheduled = False
         if self._under_way is not None:
             return
-        if self._company is not None:  # else it would cut short the wait of those that are posted after this
-            self._company.cancel()
-            self._timers.discard(self._company)
-            self._company = None
+        self._no_company()  # else it would cut short the wait of those that are posted after this
         batch, self._queue = self._queue, []
         if not batch:
             self._idle.set()
@@ -164,7 +177,7 @@ class Writer:
         if any(entry.done is not None for entry in self._queue) or (self._queue and self._draining):
             self._soon()
         elif self._queue:
-            self._wait_for_company()
+            self._within(POST_DELAY)
         else:
             self._idle.set()
 
@@ -243,12 +256,22 @@ class Writer:
         return self._transaction(c, batch, dropped_ballast=True)
 
     def _transaction(self, c: Connection, batch: list[_Entry], *, dropped_ballast: bool) -> _Committed:
+        """At first in good faith: only when an operation fails is each caller's work marked, to be undone by itself."""
+        if len(batch) > 1:
+            try:
+                return self._all(c, batch, dropped_ballast, marked=False)
+            except Exception as error:
+                if is_full(error) or is_busy(error):
+                    raise
+        return self._all(c, batch, dropped_ballast, marked=len(batch) > 1)
+
+    def _all(self, c: Connection, batch: list[_Entry], dropped_ballast: bool, *, marked: bool) -> _Committed:
         c.events = []
         first = self._last_event + 1
         c.execute("BEGIN IMMEDIATE")
         try:
             for entry in batch:
-                self._run(c, entry, alone=len(batch) == 1)
+                self._run(c, entry, marked)
             c.executemany(SQL["insert_event"], [(n, *event) for n, event in enumerate(c.events, first)])
             crash.point("in_commit")
             c.execute("COMMIT")
@@ -261,18 +284,18 @@ class Writer:
         return _Committed(first, c.events, dropped_ballast)
 
     @staticmethod
-    def _run(c: Connection, entry: _Entry, *, alone: bool) -> None:
+    def _run(c: Connection, entry: _Entry, marked: bool) -> None:
         """A caller's own error undoes that caller's operations; an error of the file or the disk undoes the batch."""
         entry.error, mark = None, len(c.events)
-        if not alone:
+        if marked:
             c.execute("SAVEPOINT caller")
         try:
             entry.results = [op(c) for op in entry.ops]
         except Exception as error:
-            if alone or not c.in_transaction or is_full(error) or is_busy(error):
+            if not marked or not c.in_transaction or is_full(error) or is_busy(error):
                 raise
             c.execute("ROLLBACK TO caller")
             del c.events[mark:]
             entry.error = error
-        if not alone:
+        if marked:
             c.execute("RELEASE caller")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from mlpiped.backends.base import Card
-from mlpiped.dispatch import Dispatch
+from mlpiped.dispatch import AHEAD, BRISK, Dispatch
 from mlpiped.placement import Need, Place
 
 
@@ -24,6 +25,10 @@ class Walk:
     owner: str = "alice"
     cards: dict[int, tuple[str, ...]] = field(default_factory=dict)
     began: dict[int, int] = field(default_factory=dict)  # µs
+    ready: list[int] = field(default_factory=list)
+
+    def get_ready(self, index: int, compute: str) -> None:
+        self.ready.append(index)
 
     def granted(self, index: int, compute: str, cards: Sequence[str] = ()) -> None:
         self.granted_to.append((index, compute))
@@ -261,3 +266,68 @@ def test_who_can_never_have_a_card_is_told_of_every_compute_that_it_may_use() ->
     assert lab.dispatch.why_waiting(2, 0) == never
     assert lab.dispatch.never(Need(2, 0, gpus=3)) == never
     assert lab.dispatch.never(Need(2, 0, gpus=2)) is None
+
+
+# --- getting ready: where leases are short ---------------------------------------------------------------------------
+def crowd(lab: Lab, run: int = 1, count: int = 100) -> Walk:
+    """Two steps run on the two slots of `local`, and many wait."""
+    one = lab.run(run)
+    for index in range(count):
+        lab.ask(one, index)
+    return one
+
+
+def test_after_a_short_lease_those_who_are_next_get_ready_and_have_their_places_in_their_turns(lab: Lab) -> None:
+    one = crowd(lab)
+    assert one.ready == []
+    lab.dispatch.release(1, 0)
+    assert one.granted_to[2:] == [(2, "local")]
+    assert one.ready == list(range(3, 3 + AHEAD * 2))
+    for index in range(1, 20):
+        lab.dispatch.release(1, index)
+    assert [index for index, _ in one.granted_to] == list(range(22))
+    assert one.ready == list(dict.fromkeys(one.ready)), "one of them got ready twice"
+    assert len(one.ready) > AHEAD * 2, "more get ready before the last one has its turn"
+
+
+def test_after_a_long_lease_nobody_gets_ready(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = crowd(lab)
+    later = time.monotonic() + BRISK + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    lab.dispatch.release(1, 0)
+    assert (one.granted_to[2:], one.ready) == ([(2, "local")], [])
+
+
+def test_who_is_ready_waits_for_whoever_comes_later_and_is_better(lab: Lab) -> None:
+    one, two = crowd(lab), lab.run(2)
+    lab.dispatch.release(1, 0)
+    lab.ask(two, 0, priority=5)
+    lab.dispatch.release(1, 1)
+    assert two.granted_to == [(0, "local")]
+    assert lab.dispatch.why_waiting(1, 3) is not None
+    lab.dispatch.release(2, 0)
+    assert one.granted_to[-1] == (3, "local")
+
+
+def test_nobody_gets_ready_for_one_of_several_computes_nor_while_nothing_is_started(lab: Lab) -> None:
+    one = lab.run(1)
+    for index in range(6):
+        lab.ask(one, index, computes=("local", "other"))
+    lab.dispatch.release(1, 0)
+    assert one.ready == []
+    two = crowd(lab, 2)
+    lab.dispatch.paused = "the disk is full"
+    lab.dispatch.release(1, 1)
+    assert two.ready == []
+
+
+def test_who_was_ready_and_has_withdrawn_makes_room_for_the_next(lab: Lab) -> None:
+    one = crowd(lab)
+    lab.dispatch.release(1, 0)
+    for index in list(one.ready):
+        lab.dispatch.withdraw(cast(Any, one), index)
+    before = len(one.ready)
+    lab.dispatch.release(1, 1)
+    assert one.granted_to[-1][0] == one.ready[before] - 1
+    lab.dispatch.forget(1)
+    assert lab.dispatch.why_waiting(1, 60) is None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import anyio.lowlevel
 import pytest
 
+from mlpiped import attempt
 from mlpiped.artifacts import Store
 from mlpiped.backends.base import Exited
 from mlpiped.backends.fake import FakeBackend
@@ -391,3 +392,100 @@ async def test_cancel_of_a_step_while_it_is_being_decided_ends_that_step_alone(l
         StepOutcome.CANCELLED,
         StepOutcome.SUCCEEDED,
     ]
+
+
+# --- who gets ready before its turn -----------------------------------------------------------------------------------
+class Dwindling(FakeBackend):
+    """Its first job is over at once, and all others last for an hour, or until `let_go`."""
+
+    async def submit(self, job: Job) -> Handle:
+        self.run_for = 0.0 if job.token.split("-")[2] == "0" else 3600.0
+        return await super().submit(job)
+
+    def let_go(self) -> None:
+        for entry in self.world.values():
+            if entry is not None:
+                entry[0] = 0.0
+                entry[2].set()
+
+
+async def until_intents(lab: Lab, execution: Execution, count: int) -> None:
+    with lab.ledger.subscribe(kinds=("attempt.intent",)) as events:
+        async for rows in events:
+            count -= len(rows)
+            if count <= 0:
+                return
+    raise AssertionError
+
+
+@pytest.fixture
+def dwindling(lab: Lab) -> Dwindling:
+    backend = lab.backend = Dwindling()
+    return backend
+
+
+STEPS = [{"name": f"s{n}", "salt": str(n)} for n in range(6)]
+
+
+async def test_an_intent_whose_turn_does_not_come_is_taken_back_and_costs_no_attempt(
+    lab: Lab, dwindling: Dwindling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "READY", 0.05)
+    execution = await lab.open(*STEPS)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(until_intents, lab, execution, 6)
+        tasks.start_soon(execution.run)
+        with anyio.fail_after(20):
+            while [await lab.ends(execution, index) for index in (3, 4, 5)] != [[AttemptEnd.NEVER_RAN]] * 3:
+                await anyio.sleep(0.01)
+        rows = await lab.ledger.steps(execution.id)
+        assert [row.state for row in rows[3:]] == [StepState.QUEUED] * 3
+        assert [row.attempts for row in rows[3:]] == [0] * 3
+        dispatch = execution.dispatcher
+        assert "2 slots, 2 in use" in (cast(Dispatch, dispatch).why_waiting(execution.id, 3) or "")
+        assert len(dwindling.world) == 3, "nothing was submitted out of turn"
+        while not execution.over.is_set():
+            dwindling.let_go()
+            await anyio.sleep(0.01)
+    assert execution.outcome() is RunOutcome.SUCCEEDED
+    assert (await lab.ends(execution, 5))[-1] is AttemptEnd.COMMITTED
+    assert [row.attempts for row in await lab.ledger.steps(execution.id)] == [1] * 6
+
+
+async def test_a_step_that_is_ready_and_cancelled_has_never_run_and_its_place_goes_to_the_next(
+    lab: Lab, dwindling: Dwindling
+) -> None:
+    execution = await lab.open(*STEPS)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(execution.run)
+        await until_intents(lab, execution, 6)
+        await execution.cancel(3)
+        while not execution.over.is_set():
+            dwindling.let_go()
+            await anyio.sleep(0.01)
+    assert await lab.ends(execution, 3) == [AttemptEnd.NEVER_RAN]
+    outcomes = [row.outcome for row in await lab.ledger.steps(execution.id)]
+    assert outcomes == [StepOutcome.CANCELLED if n == 3 else StepOutcome.SUCCEEDED for n in range(6)]
+
+
+async def test_A2_intents_of_steps_whose_turn_had_not_come_are_fenced_after_a_restart_and_run_once(
+    lab: Lab, dwindling: Dwindling
+) -> None:
+    execution = await lab.open(*STEPS)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(execution.run)
+        await until_intents(lab, execution, 6)
+        tasks.cancel_scope.cancel()
+    dwindling.let_go()
+    again = await lab.execution(execution.id)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(again.run)
+        while not again.over.is_set():
+            dwindling.let_go()
+            await anyio.sleep(0.01)
+    assert again.outcome() is RunOutcome.SUCCEEDED
+    for index in (3, 4, 5):
+        ends = await lab.ends(again, index)
+        assert ends == [AttemptEnd.NEVER_RAN, AttemptEnd.COMMITTED]
+    started = [token.split("-")[2] for token, entry in dwindling.world.items() if entry is not None]
+    assert sorted(started) == sorted({*started})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-GAP = 0.4
+GAP = 0.06
 """Seconds by which the race of `liveness_after_exit` is widened: in the wild it is lost once in thousands of steps."""
 
 
@@ -32,8 +32,11 @@ def fence_removed() -> None:
 
 
 def liveness_after_exit() -> None:
-    """The exit file is read first, and then whether the supervisor lives: it may end between the two."""
-    from mlpiped.backends import folder
+    """The exit file is read first, and then whether the supervisor lives: it may end between the two.
+
+    Every wait is by the folder, as it is after a restart: what a supervisor says to the daemon is not heard.
+    """
+    from mlpiped.backends import folder, launcher
     from mlpiped.backends.local import LocalBackend
 
     watch, witness = LocalBackend._watch, folder.witness
@@ -51,6 +54,8 @@ def liveness_after_exit() -> None:
         said = early.get()
         return said[0] if said else witness(at)
 
+    _replace(launcher, "IDLE", 0.05)  # the folder's end is seen when the supervisor ends too
+    _replace(launcher.Launcher, "known", lambda self, token: None)
     _replace(LocalBackend, "_watch", late_watch)
     _replace(folder, "witness", early_witness)
 
@@ -79,7 +84,7 @@ def commit_before_rename() -> None:
     place, rest = Store.collect, Attempt._collect
     due: dict[str, Callable[[], Any]] = {}
 
-    async def only_look(self: Store, folder: Any, outputs: Any) -> list[OutputFact]:
+    async def only_look(self: Store, folder: Any, outputs: Any, wanted: Any = None) -> list[OutputFact]:
         def look() -> list[OutputFact]:
             store = f"{self.state_dir}/artifacts"
             found = [collecting.check(str(folder), output, store) for output in outputs]
