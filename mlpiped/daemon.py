@@ -34,7 +34,7 @@ from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
 from mlpiped.dispatch import Dispatch
-from mlpiped.errors import LedgerError, MlpipedError
+from mlpiped.errors import LedgerError, LedgerUnreadable, MlpipedError
 from mlpiped.facts import World
 from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.ledger import Ledger, moves, sqlite_version
@@ -63,6 +63,7 @@ CHECKPOINT = 3600.0  # seconds
 FEEDS = 3  # of systemd's watchdog within the time that it waits
 LAG_LIMIT = 5.0  # seconds that the loop may be late before the watchdog is let bark
 STOP_LIMIT = 5.0  # seconds for each room to close
+BROKEN_LIMIT = 300.0  # seconds in which a ledger that takes no writes may get well before the daemon ends
 M_ARENA_MAX = -8  # malloc.h
 CANCEL_LIMIT = 20.0  # seconds for all runs to end, with on_stop = "cancel"
 
@@ -111,6 +112,8 @@ async def _serve(settings: Settings) -> None:
             await daemon.stop()
             tasks.cancel_scope.cancel()
     log.info("stopped")
+    if daemon.fatal is not None:
+        raise daemon.fatal
 
 
 class Daemon:
@@ -122,6 +125,8 @@ class Daemon:
         self.ledger = ledger
         self.stopping = anyio.Event()
         self.lag = 0.0
+        self.fatal: LedgerError | None = None  # why it ends, if not because somebody wants it to
+        self._broken_since: float | None = None  # of `ledger.broken`
         state = settings.daemon.state_dir
         self.fingerprinter = Fingerprinter(ledger, moves.put_stat_cache)
         self.store = Store(state, self.fingerprinter)
@@ -174,8 +179,9 @@ class Daemon:
         for backend in self.backends.values():
             await backend.start(self.rooms)
         resumed = await self.scheduler.recover(tasks)
-        self.ledger.on_full = self._disk
-        self._disk(self.ledger.full)
+        self.ledger.on_full = lambda _: self._disk()
+        self.ledger.on_broken(lambda _: self._disk())
+        self._disk()
         self._set_triggers()
         await self.scheduler.tell_followers()
         await self._listen()
@@ -266,21 +272,28 @@ class Daemon:
                 tasks.start_soon(self.arrivals.run, name="arrivals")
 
     async def _heartbeat(self) -> None:
-        """Measures how late the loop is; feeds systemd's watchdog while loop and ledger are well."""
+        """Measures how late the loop is; feeds systemd's watchdog while the loop and the ledger's writer go on."""
         interval = notify_systemd.watchdog_interval()
         fed = 0.0
         while True:
             due = self.clock.monotonic() + HEARTBEAT
             await anyio.sleep(HEARTBEAT)
             self.lag = max(0.0, self.clock.monotonic() - due)
+            self._end_if_broken()
             if interval is not None and self.lag < LAG_LIMIT and due - fed >= interval / FEEDS:
                 fed = due
-                try:
-                    await self.ledger.last_event()
-                except LedgerError as fault:
-                    log.error("the ledger does not answer: the watchdog is not fed", why=fault.message)
-                else:
-                    notify_systemd.watchdog()
+                await self.ledger.prove()
+                notify_systemd.watchdog()
+
+    def _end_if_broken(self) -> None:
+        """A disk may come back; a ledger whose bytes are damaged does not."""
+        fault, since = self.ledger.broken, self._broken_since
+        if fault is None or since is None:
+            return
+        if isinstance(fault, LedgerUnreadable) or self.clock.monotonic() > since + BROKEN_LIMIT:
+            log.error("the ledger takes no writes: the daemon ends, its steps run on", why=fault.message)
+            self.fatal = fault
+            self.stopping.set()
 
     async def _housekeeping(self) -> None:
         while True:
@@ -291,8 +304,13 @@ class Daemon:
                 log.warning("housekeeping failed; it is tried again", why=str(fault), in_seconds=CHECKPOINT)
             await anyio.sleep(CHECKPOINT)
 
-    def _disk(self, full: bool) -> None:
-        self.dispatch.paused = "the disk that holds the ledger is full" if full else None
+    def _disk(self) -> None:
+        """What the ledger can take has changed."""
+        fault = self.ledger.broken
+        if fault is None or self._broken_since is None:
+            self._broken_since = None if fault is None else self.clock.monotonic()
+        full = "the disk that holds the ledger is full" if self.ledger.full else None
+        self.dispatch.paused = full if fault is None else fault.message
         self.dispatch.place()
 
     async def _plugins_changed(self) -> None:

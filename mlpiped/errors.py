@@ -14,6 +14,7 @@
     │   ├── LedgerTooNew            written by a newer mlpiped                       (exit 78)
     │   ├── LedgerBusy              another daemon owns this state folder            (exit 75)
     │   ├── LedgerFull              the disk is full: nothing is dispatched until it is not
+    │   ├── LedgerUnwritable        its disk takes no writes: the daemon waits some minutes, and ends (exit 75)
     │   └── IllegalMove             a move that the table in `model` does not allow, or a stale one
     │       └── StaleReuse          what was to be reused is gone or was made anew: plan again
     ├── InvalidJob                  a backend refuses this job for good: never retried
@@ -146,6 +147,10 @@ class LedgerBusy(LedgerError):
 
 class LedgerFull(LedgerError):
     """the disk that holds the ledger is full"""
+
+
+class LedgerUnwritable(LedgerError):
+    """the disk that holds the ledger takes no writes"""
 
 
 class IllegalMove(LedgerError):

@@ -7,6 +7,7 @@ there. Either way a token's folder can be built by several at once, before and a
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -217,12 +218,14 @@ def _read_json(path: Place) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+_TOLD = frozenset(field.name for field in dataclasses.fields(Exited))
+
+
 def exited(record: Mapping[str, Any]) -> Exited | None:
     """The outcome that an exit.json tells; None when it tells none."""
     if record.get("v") != 1 or not {"code", "signal", "error"} <= record.keys():
         return None
-    names = ("code", "signal", "timed_out", "cancelled", "error", "started", "ended", "cpu", "max_rss")
-    return Exited(**{name: record[name] for name in names if name in record})
+    return Exited(**{name: record[name] for name in _TOLD if name in record})
 
 
 def witness(folder: Place) -> Exited | None:

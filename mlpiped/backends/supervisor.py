@@ -45,6 +45,7 @@ CANCELS = frozenset({signal.SIGTERM, signal.SIGINT})
 DEFAULTED = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 STEP_FILES = 1024  # soft RLIMIT_NOFILE of a step: what programs expect, where the daemon has raised its own
+OOM_SCORE = "/proc/self/oom_score_adj"
 STEP_OOM_SCORE = 500  # when the host runs out of memory, steps go before the daemon and its supervisors
 WITNESS_SIZE = 2048  # bytes; what the JSON leaves is spaces
 PACKET = 100_000  # bytes; longer orders come as job.json
@@ -333,6 +334,8 @@ def watch(main: int, timeout: float | None, grace: float) -> dict[str, Any]:
         elif now >= kill_at:
             signal_all(signal.SIGKILL, main)
             kill_at = now + 1.0
+    # A host that goes down sends SIGTERM to the step and to us at the same time. The step was the first to act on it.
+    end["cancelled"] = end["cancelled"] or (kill_at is None and signal.sigtimedwait(CANCELS, 0) is not None)
     code = os.waitstatus_to_exitcode(reaped[0] or 0)
     end["code"], end["signal"] = (code, None) if code >= 0 else (None, -code)
     if reaped[1] and not bury():  # the step is over when its first process is
@@ -359,10 +362,15 @@ def run(folder: str, job: dict[str, Any]) -> dict[str, Any]:
     group = _memory_group(job["token"], job["memory"]) if job.get("memory") else None
     try:
         step = folder, job["argv"], job["env"]
-        main = group.spawn(lambda: spawn(*step)) if group else spawn(*step)
-        _try(_write, f"/proc/{main}/oom_score_adj", b"%d" % STEP_OOM_SCORE)  # may be over already, or ours is higher
+        score = _read(OOM_SCORE)
+        _try(_write, OOM_SCORE, b"%d" % STEP_OOM_SCORE)  # inherited: what the step starts at once has it too
+        try:
+            main = group.spawn(lambda: spawn(*step)) if group else spawn(*step)
+        finally:
+            _try(_write, OOM_SCORE, score)
         end = watch(main, job.get("timeout"), job.get("grace", 10.0))
         if group and end["code"] != 0 and group.killed():
+            end["out_of_memory"] = True
             end["error"] = f"out of memory: it needed more than its limit of {job['memory'] / 2**20:.0f} MiB"
         return end
     finally:
@@ -371,7 +379,8 @@ def run(folder: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end(cancelled: bool = False, error: str | None = None) -> dict[str, Any]:
-    return {"code": None, "signal": None, "timed_out": False, "cancelled": cancelled, "error": error}
+    told = {"code": None, "signal": None, "timed_out": False, "cancelled": cancelled, "error": error}
+    return {**told, "out_of_memory": False}
 
 
 def supervise(folder: str, order: dict[str, Any] | None, boot: str, say: Say) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiosqlite
 
-from mlpiped.errors import LedgerError, LedgerFull, LedgerUnreadable
+from mlpiped.errors import LedgerError, LedgerFull, LedgerUnreadable, LedgerUnwritable
 from mlpiped.model import ATTEMPT_MOVES, RUN_MOVES, STEP_MOVES
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ else:
         import sqlite3 as driver
 
 T = TypeVar("T")
+APPLICATION_ID = 0x6D6C7064  # "mlpd"
 DatabaseError = driver.DatabaseError
 IntegrityError = driver.IntegrityError
 sqlite_version: tuple[int, ...] = driver.sqlite_version_info
@@ -78,6 +79,10 @@ def every(conn: Connection, name: str, parameters: Mapping[str, Any] | Sequence[
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
+_DISK = (driver.SQLITE_IOERR, driver.SQLITE_READONLY, driver.SQLITE_CANTOPEN)
+_CORRUPT = (driver.SQLITE_CORRUPT, driver.SQLITE_NOTADB)
+
+
 def _code(error: BaseException) -> int:
     return int(getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
 
@@ -90,6 +95,11 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, DatabaseError) and _code(error) == driver.SQLITE_FULL
 
 
+def is_of_the_file(error: BaseException) -> bool:
+    """No statement is at fault: the disk takes no writes, or what the file holds is no ledger any more."""
+    return isinstance(error, DatabaseError) and _code(error) in (*_DISK, *_CORRUPT)
+
+
 def in_our_words(error: Exception, path: Path) -> Exception:
     """SQLite's error as one of ours; any other error as it is."""
     if not isinstance(error, driver.Error):
@@ -98,14 +108,14 @@ def in_our_words(error: Exception, path: Path) -> Exception:
         mine: LedgerError = LedgerFull(
             f"no space left for the ledger: `{path}`", hint="free space on that disk; work goes on by itself"
         )
-    elif _code(error) in (driver.SQLITE_CORRUPT, driver.SQLITE_NOTADB):
+    elif _code(error) in _CORRUPT:
         mine = unreadable(path, str(error))
     elif is_busy(error):
         mine = LedgerError(
             f"another program keeps the ledger locked: `{path}`", hint="close the program that has it open"
         )
-    elif _code(error) in (driver.SQLITE_IOERR, driver.SQLITE_READONLY, driver.SQLITE_CANTOPEN):
-        mine = LedgerError(
+    elif _code(error) in _DISK:
+        mine = LedgerUnwritable(
             f"the ledger cannot be written: `{path}`: {error}", hint="look at the disk and its mount, then start again"
         )
     else:

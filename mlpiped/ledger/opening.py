@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlpiped.errors import LedgerBusy, LedgerError, LedgerTooNew
-from mlpiped.ledger.db import DatabaseError, connect, in_our_words, one, unreadable
+from mlpiped.ledger.db import APPLICATION_ID, DatabaseError, connect, in_our_words, one, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 NAME = "ledger.sqlite3"
 BALLAST = "ballast"
-APPLICATION_ID = 0x6D6C7064  # "mlpd"
+MARK = f"{NAME}.open"
+"""There while a daemon has the ledger open, and after one that was killed: the write-ahead log must be there too."""
 REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "ocfs2"}
 
 _log = logging.getLogger("mlpiped.ledger")
@@ -117,7 +118,9 @@ def prepare(path: Path, scripts: Sequence[str]) -> None:
         if not path.exists():
             _refuse_if_used(path)
             _create(path, scripts)
+        _refuse_without_log(path)
         version = check(path, len(scripts))
+        unmark(path.parent)  # the next statement may fold the log in and remove it
         conn = connect(path)
         try:
             if version < len(scripts):
@@ -141,6 +144,32 @@ def _refuse_if_used(path: Path) -> None:
         error = unreadable(path, f"it is missing, but `{left[0]}` is there")
         error.hint = "bring back a backup with `mlpiped restore FILE`; to begin anew, move the whole state folder away"
         raise error
+
+
+def _refuse_without_log(path: Path) -> None:
+    """Without it SQLite would read an older ledger, and what ran since would be run again."""
+    mark, wal = path.with_name(MARK), path.with_name(f"{NAME}-wal")
+    if mark.exists() and not wal.exists():
+        error = unreadable(path, f"it was not closed, and its write-ahead log is missing: `{wal.name}`")
+        error.hint = (
+            "put that file back, or bring back a backup with `mlpiped restore FILE`; if another SQLite program has had"
+            f" the ledger open since, nothing is lost: remove `{mark}` and start again"
+        )
+        raise error
+
+
+def mark(state_dir: Path) -> None:
+    """To be called after a commit: only then is the write-ahead log's name on the disk, too."""
+    os.close(os.open(state_dir / MARK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    sync_folder(state_dir)
+
+
+def unmark(state_dir: Path) -> None:
+    try:
+        (state_dir / MARK).unlink()
+    except FileNotFoundError:
+        return
+    sync_folder(state_dir)
 
 
 def _create(path: Path, scripts: Sequence[str]) -> None:
@@ -286,6 +315,7 @@ def restore(state_dir: Path, source: Path) -> Path | None:
             if part.exists():
                 aside = place
                 os.rename(part, place.with_name(f"{place.name}{suffix}"))
+        unmark(state_dir)
         os.rename(state_dir / f"{NAME}.restored", path)
         sync_folder(state_dir)
         return aside
