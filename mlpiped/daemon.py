@@ -34,7 +34,7 @@ from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
 from mlpiped.dispatch import Dispatch
-from mlpiped.errors import LedgerError, LedgerUnreadable, MlpipedError
+from mlpiped.errors import LedgerError, MlpipedError
 from mlpiped.facts import World
 from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.ledger import Ledger, moves, sqlite_version
@@ -286,11 +286,9 @@ class Daemon:
                 notify_systemd.watchdog()
 
     def _end_if_broken(self) -> None:
-        """A disk may come back; a ledger whose bytes are damaged does not."""
+        """A disk may come back; it is not waited for until nobody knows any more what has run."""
         fault, since = self.ledger.broken, self._broken_since
-        if fault is None or since is None:
-            return
-        if isinstance(fault, LedgerUnreadable) or self.clock.monotonic() > since + BROKEN_LIMIT:
+        if fault is not None and since is not None and self.clock.monotonic() > since + BROKEN_LIMIT:
             log.error("the ledger takes no writes: the daemon ends, its steps run on", why=fault.message)
             self.fatal = fault
             self.stopping.set()

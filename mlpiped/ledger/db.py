@@ -108,20 +108,32 @@ def in_our_words(error: Exception, path: Path) -> Exception:
         mine: LedgerError = LedgerFull(
             f"no space left for the ledger: `{path}`", hint="free space on that disk; work goes on by itself"
         )
-    elif _code(error) in _CORRUPT:
+    elif _code(error) in _CORRUPT and _can_be_read(path):
         mine = unreadable(path, str(error))
     elif is_busy(error):
         mine = LedgerError(
             f"another program keeps the ledger locked: `{path}`", hint="close the program that has it open"
         )
-    elif _code(error) in _DISK:
+    elif is_of_the_file(error):
         mine = LedgerUnwritable(
-            f"the ledger cannot be written: `{path}`: {error}", hint="look at the disk and its mount, then start again"
+            f"the disk of the ledger fails: `{path}`: {error}", hint="look at that disk and its mount, then start again"
         )
     else:
         mine = LedgerError(f"the ledger refused a statement: {error}")
     mine.__cause__ = error
     return mine
+
+
+def _can_be_read(path: Path) -> bool:
+    """SQLite calls a disk that has died a malformed ledger."""
+    try:
+        for file in (path, path.with_name(f"{path.name}-wal")):
+            if file.exists():
+                with file.open("rb", buffering=0) as bytes_:
+                    bytes_.read(1 << 16)
+    except OSError:
+        return False
+    return True
 
 
 def unreadable(path: Path, what: str) -> LedgerUnreadable:

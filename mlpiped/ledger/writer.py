@@ -190,8 +190,9 @@ class Writer:
                 _log.error("a write whose caller has gone has failed: %s", mine)
 
     def _fail_posted(self, entry: _Entry, error: Exception) -> None:
-        entry.tries += 1
-        _log.error("a write that nobody waits for has failed (try %d): %s", entry.tries, error)
+        if self.broken is None or self._draining:  # that has been told, and lasts for as long as it lasts
+            entry.tries += 1
+            _log.error("a write that nobody waits for has failed (try %d): %s", entry.tries, error)
         lasting = not isinstance(error, LedgerError) or isinstance(error, IllegalMove)
         if lasting or self._draining or entry.tries >= POST_TRIES:
             return
