@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mlpiped.errors import LedgerBusy, LedgerError, LedgerTooNew
 from mlpiped.ledger.db import APPLICATION_ID, DatabaseError, connect, in_our_words, one, unreadable
+from mlpiped.ledger.log import damaged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -204,6 +205,8 @@ def check(path: Path, newest: int) -> int:
         faults = [row[0] for row in conn.execute("PRAGMA quick_check(1)").fetchall()]
         if faults != ["ok"] or version < 1:
             raise unreadable(path, " ".join(faults[0].split()) if faults != ["ok"] else "it has no version")
+        if damaged(path):
+            raise unreadable(path, f"its write-ahead log is damaged: `{path.name}-wal`")
     finally:
         conn.close()
     return version

@@ -173,7 +173,7 @@ print(at)
 """
 
 
-async def test_c6_a_migration_killed_at_any_statement_leaves_one_schema_whole_and_is_taken_up_again(
+async def test_C6_a_migration_killed_at_any_statement_leaves_one_schema_whole_and_is_taken_up_again(
     tmp_path: Path,
 ) -> None:
     copied(RELEASED[0], tmp_path).rename(tmp_path / "old")
