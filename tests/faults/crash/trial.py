@@ -14,6 +14,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ class Trial:
         self.disk: Disk | None = None
         self.murder = murder
         self.alive, self.points, self.finished = alive, points, finished
-        self._deck: list[str] = []
+        self._tries: Counter[str] = Counter()
         self._asked = 0
         self._open: set[str] = set()  # seeds of runs that have not been seen to end
         self._hit: set[str] = set()  # … and that have seen a death
@@ -105,16 +106,15 @@ class Trial:
         self.daemon.close()
 
     # --- the whole of it -------------------------------------------------------------------------------------------
-    def go(self, *, runs: int = 0, deaths: int = 0, seconds: float = 0.0) -> Verdict:
-        """Until so many crash-injected runs, deaths, or seconds (whichever is asked for); the verdict."""
+    def go(self, *, runs: int = 0, deaths: int = 0, hits: int = 0) -> Verdict:
+        """Until so many crash-injected runs, deaths, and deaths at each point (what is asked for); the verdict."""
         self.begin()
-        end = time.monotonic() + seconds
         # The judge counts from the ledger at the end. Here only runs count whose number was told before a death, and
         # whose last step had not ended at it: never more than there are.
-        while not (
-            (runs and len(self._hit) >= runs)
-            or (deaths and len(self.evidence.deaths) >= deaths)
-            or (seconds and time.monotonic() > end)
+        while (
+            len(self._hit) < runs
+            or len(self.evidence.deaths) < deaths
+            or min(self._deaths_at(point) for point in self.points) < hits
         ):
             self.life()
         return self.finish()
@@ -237,11 +237,19 @@ class Trial:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
+    def _deaths_at(self, point: str) -> int:
+        return sum(where == point for _, where in self.evidence.deaths)
+
     def _next_point(self) -> str:
-        if not self._deck:
-            self._deck = list(self.points)
-            self.random.shuffle(self._deck)
-        return self._deck.pop()
+        """Each as often as it is listed; what was armed in vain comes again sooner."""
+
+        def turns(point: str) -> float:
+            return (self._deaths_at(point) + 0.3 * self._tries[point]) / self.points.count(point)
+
+        least = min(turns(point) for point in self.points)
+        found = self.random.choice([point for point in dict.fromkeys(self.points) if turns(point) == least])
+        self._tries[found] += 1
+        return found
 
     # --- work ------------------------------------------------------------------------------------------------------
     def feed(self, files: int) -> None:
