@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlpiped.errors import LedgerBusy, LedgerError, LedgerTooNew
+from mlpiped.errors import LedgerBusy, LedgerError, LedgerTooNew, LedgerUnwritable
 from mlpiped.ledger.db import APPLICATION_ID, DatabaseError, connect, in_our_words, one, unreadable
 from mlpiped.ledger.log import damaged
 
@@ -49,8 +49,11 @@ def lock(state_dir: Path) -> int:
 
     The lock is on the folder itself: a lock file could be deleted, and then be locked twice.
     """
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unusable(state_dir, error) from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,14 +64,29 @@ def lock(state_dir: Path) -> int:
                 f"another mlpiped owns the state folder: `{state_dir}`: {who}",
                 hint="stop that daemon, or give this one a state_dir of its own",
             ) from None
-        note = os.open("pid", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644, dir_fd=fd)
-        give_to_owner(note, state_dir)
-        os.write(note, b"%d\n" % os.getpid())
-        os.close(note)
+        _leave_pid(state_dir, fd)
+    except OSError as error:
+        os.close(fd)
+        raise _unusable(state_dir, error) from error
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _leave_pid(state_dir: Path, fd: int) -> None:
+    note = os.open("pid", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644, dir_fd=fd)
+    try:
+        give_to_owner(note, state_dir)
+        os.write(note, b"%d\n" % os.getpid())
+    finally:
+        os.close(note)
+
+
+def _unusable(state_dir: Path, error: OSError) -> LedgerError:
+    return LedgerUnwritable(
+        f"the state folder cannot be used: `{state_dir}`: {error.strerror}", hint="look at its disk and its mount"
+    )
 
 
 def _owner(state_dir: Path, fd: int) -> int | None:

@@ -220,6 +220,16 @@ def test_C3_a_disk_that_takes_no_writes_stops_dispatch_and_ends_the_daemon_with_
     assert lines(effects)[-1] == "second"
 
 
+def test_C3_a_daemon_that_starts_on_a_disk_that_takes_no_writes_says_so_and_ends_with_75(on_disk: OnDisk) -> None:
+    daemon = on_disk.daemon.start()
+    daemon.term()
+    on_disk.disk.make_read_only()
+    words = [BIN / "mlpiped", "serve", "--config", daemon.config]
+    done = subprocess.run(words, env=daemon.env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 75, done.stderr
+    assert f"error: the state folder cannot be used: `{daemon.state}`: Read-only file system\nhint: " in done.stderr
+
+
 # --- B2 -----------------------------------------------------------------------------------------------------------
 class Systemd:
     """As much of it as a daemon sees: a socket that hears that it is well."""

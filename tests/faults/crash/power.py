@@ -44,7 +44,17 @@ class Disk:
 
     def mount(self) -> None:
         _do("mount", "-o", "loop", self.image, self.place)
-        (self.place / "lost+found").exists()
+        try:
+            (self.place / ".powered").touch()
+            (self.place / ".powered").unlink()
+        except OSError:
+            # Another mount namespace, made meanwhile by somebody, holds the dead file system: it is what was mounted.
+            # What is in the image is all that had reached the disk.
+            self.unmount()
+            copy = self.image.with_name(f"{self.image.name}.copy")
+            _do("cp", "--sparse=always", self.image, copy)
+            copy.rename(self.image)
+            _do("mount", "-o", "loop", self.image, self.place)
 
     def cut(self) -> None:
         """Nothing reaches the disk any more. Whoever has it open gets EIO from now on."""

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from crash import power
 from crash.judge import Verdict
-from crash.trial import ALIVE, Trial
+from crash.trial import ALIVE, EVERYWHERE, OUTSIDE, Trial
+from mlpiped.crash import POINTS
 
 ROUND = 25  # deaths
 
@@ -56,7 +57,8 @@ def main() -> int:
 
 
 def one(seed: int, *, cut: bool, runs: int, hits: int, alive: int) -> Verdict:
-    with Trial(seed, power=cut, alive=alive) as trial:
+    points = (*POINTS, OUTSIDE) if hits else EVERYWHERE  # what is armed in vain ends from outside
+    with Trial(seed, power=cut, alive=alive, points=points) as trial:
         verdict = trial.go(deaths=0 if runs else ROUND, runs=runs, hits=hits)
         if verdict.violations:
             kept = Path(tempfile.mkdtemp(prefix=f"mlpiped-soak-{seed}-"))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from crash.power import Disk
 
 OUTSIDE = "from outside"
+EVERYWHERE = (*POINTS, OUTSIDE, OUTSIDE, OUTSIDE)
 ALIVE = 24
 """So many runs that were asked for are kept going at a time."""
 
@@ -59,7 +60,7 @@ class Trial:
         clocks: bool = True,
         slots: int = 12,
         alive: int = ALIVE,
-        points: Sequence[str] = (*POINTS, OUTSIDE, OUTSIDE, OUTSIDE),
+        points: Sequence[str] = EVERYWHERE,
         finished: float = FINISHED,
     ) -> None:
         self.random = random.Random(seed)
