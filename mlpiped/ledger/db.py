@@ -7,6 +7,7 @@ raises its own exception classes: nothing outside this module imports either of 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Callable
 from importlib.resources import files
@@ -29,6 +30,7 @@ else:
         import sqlite3 as driver
 
 T = TypeVar("T")
+NO_SPACE = 1 << 18  # bytes
 APPLICATION_ID = 0x6D6C7064  # "mlpd"
 DatabaseError = driver.DatabaseError
 IntegrityError = driver.IntegrityError
@@ -91,20 +93,31 @@ def is_busy(error: BaseException) -> bool:
     return isinstance(error, DatabaseError) and _code(error) in (driver.SQLITE_BUSY, driver.SQLITE_LOCKED)
 
 
-def is_full(error: BaseException) -> bool:
-    return isinstance(error, DatabaseError) and _code(error) == driver.SQLITE_FULL
+def is_full(error: BaseException, path: Path) -> bool:
+    """Where it cannot make the index of the log for want of space, SQLite speaks of an I/O error."""
+    if not isinstance(error, DatabaseError) or _code(error) not in (driver.SQLITE_FULL, *_DISK):
+        return False
+    return _code(error) == driver.SQLITE_FULL or _no_space(path)
+
+
+def _no_space(path: Path) -> bool:
+    try:
+        disk = os.statvfs(path.parent)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < NO_SPACE
 
 
 def is_of_the_file(error: BaseException) -> bool:
-    """No statement is at fault: the disk takes no writes, or what the file holds is no ledger any more."""
-    return isinstance(error, DatabaseError) and _code(error) in (*_DISK, *_CORRUPT)
+    """No statement is at fault: the disk is full or takes no writes, or what the file holds is no ledger any more."""
+    return isinstance(error, DatabaseError) and _code(error) in (driver.SQLITE_FULL, *_DISK, *_CORRUPT)
 
 
 def in_our_words(error: Exception, path: Path) -> Exception:
     """SQLite's error as one of ours; any other error as it is."""
     if not isinstance(error, driver.Error):
         return error
-    if is_full(error):
+    if is_full(error, path):
         mine: LedgerError = LedgerFull(
             f"no space left for the ledger: `{path}`", hint="free space on that disk; work goes on by itself"
         )

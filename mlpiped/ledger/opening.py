@@ -7,6 +7,7 @@ always a damaged one.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -17,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlpiped.errors import LedgerBusy, LedgerError, LedgerTooNew, LedgerUnwritable
+from mlpiped.errors import LedgerBusy, LedgerError, LedgerFull, LedgerTooNew, LedgerUnwritable
 from mlpiped.ledger.db import APPLICATION_ID, DatabaseError, connect, in_our_words, one, unreadable
 from mlpiped.ledger.log import damaged
 
@@ -84,6 +85,8 @@ def _leave_pid(state_dir: Path, fd: int) -> None:
 
 
 def _unusable(state_dir: Path, error: OSError) -> LedgerError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return LedgerFull(f"no space left for the state folder: `{state_dir}`", hint="free space on that disk")
     return LedgerUnwritable(
         f"the state folder cannot be used: `{state_dir}`: {error.strerror}", hint="look at its disk and its mount"
     )

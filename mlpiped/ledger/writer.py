@@ -157,9 +157,9 @@ class Writer:
             self._queue[:0] = batch
         else:
             self._locked = 0
-            if is_full(error):
+            if is_full(error, self._db.path):
                 self._set_full(True)
-            if is_of_the_file(error):
+            elif is_of_the_file(error):
                 self._set_broken(error)
             self._fail(batch, error if isinstance(error, Exception) else LedgerError(str(error)))
         if self._queue:
@@ -273,7 +273,7 @@ class Writer:
         try:
             return self._transaction(c, batch, dropped_ballast=False)
         except DatabaseError as error:
-            if not is_full(error) or not self._ballast.drop():
+            if not is_full(error, self._db.path) or not self._ballast.drop():
                 raise
         return self._transaction(c, batch, dropped_ballast=True)
 
@@ -304,7 +304,7 @@ class Writer:
         try:
             entry.results = [op(c) for op in entry.ops]
         except Exception as error:
-            if alone or not c.in_transaction or is_full(error) or is_busy(error):
+            if alone or not c.in_transaction or is_of_the_file(error) or is_busy(error):
                 raise
             c.execute("ROLLBACK TO caller")
             del c.events[mark:]

@@ -1,4 +1,4 @@
-"""B2, C1, C3: a whole daemon whose ledger is locked by another program, or lies on a disk that hangs or fails."""
+"""B2, C1 to C3: a whole daemon whose ledger another program locks, or lies on a disk that is full, hangs or fails."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +19,6 @@ from harness import BIN, Daemon, lines, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 HELD = 6
 """So many times SQLite's 5 s of patience another program keeps the lock."""
@@ -175,6 +175,29 @@ def cpu(pid: int) -> float | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# --- C2 ---
+def test_C2_a_start_on_a_full_disk_says_so_and_is_tried_again_by_systemd(on_disk: OnDisk) -> None:
+    daemon = on_disk.daemon.start()
+    daemon.term()
+    unit = (Path(__file__).parents[2] / "systemd/mlpiped.service").read_text()
+    filler = daemon.state / "filler"
+    with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+    (daemon.state / "ballast").unlink()
+    with pytest.raises(OSError), filler.open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 10))
+    words = [BIN / "mlpiped", "serve", "--config", daemon.config]
+    done = subprocess.run(words, env=daemon.env, capture_output=True, text=True, timeout=60, check=False)
+    final = re.findall(r"^RestartPreventExitStatus=(.*)$", unit, re.MULTILINE)[0].split()
+    assert str(done.returncode) not in ("0", *final)
+    assert "error: no space left for the" in done.stderr
+    filler.unlink()
+    daemon.start()
+    assert daemon.json("status")["daemon"]["disk_full"] is False
 
 
 # --- C3 -----------------------------------------------------------------------------------------------------------
