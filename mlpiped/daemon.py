@@ -67,6 +67,7 @@ CHECKPOINT = 3600.0  # seconds
 FEEDS = 3  # of systemd's watchdog within the time that it waits
 LAG_LIMIT = 5.0  # seconds that the loop may be late before the watchdog is let bark
 STOP_LIMIT = 5.0  # seconds for each room to close
+BROKEN_LIMIT = 300.0  # seconds in which a ledger that takes no writes may get well before the daemon ends
 M_ARENA_MAX = -8  # malloc.h
 HEALTH_LIMIT = 10.0  # seconds for each compute to say how it is
 CANCEL_LIMIT = 20.0  # seconds for all runs to end, with on_stop = "cancel"
@@ -116,6 +117,8 @@ async def _serve(settings: Settings) -> None:
             await daemon.stop()
             tasks.cancel_scope.cancel()
     log.info("stopped")
+    if daemon.fatal is not None:
+        raise daemon.fatal
 
 
 class Daemon:
@@ -127,6 +130,8 @@ class Daemon:
         self.ledger = ledger
         self.stopping = anyio.Event()
         self.lag = 0.0
+        self.fatal: LedgerError | None = None  # why it ends, if not because somebody wants it to
+        self._broken_since: float | None = None  # of `ledger.broken`
         state = settings.daemon.state_dir
         self.fingerprinter = Fingerprinter(ledger, moves.put_stat_cache)
         self.store = Store(state, self.fingerprinter)
@@ -175,8 +180,9 @@ class Daemon:
         await self.hosts.start()
         resumed = await self.scheduler.recover(tasks)
         self.hosts.watch(tasks)
-        self.ledger.on_full = self._disk
-        self._disk(self.ledger.full)
+        self.ledger.on_full = lambda _: self._disk()
+        self.ledger.on_broken(lambda _: self._disk())
+        self._disk()
         self._set_triggers()
         await self.scheduler.tell_followers()
         await self._listen()
@@ -273,21 +279,26 @@ class Daemon:
                 tasks.start_soon(self.arrivals.run, name="arrivals")
 
     async def _heartbeat(self) -> None:
-        """Measures how late the loop is; feeds systemd's watchdog while loop and ledger are well."""
+        """Measures how late the loop is; feeds systemd's watchdog while the loop and the ledger's writer go on."""
         interval = notify_systemd.watchdog_interval()
         fed = 0.0
         while True:
             due = self.clock.monotonic() + HEARTBEAT
             await anyio.sleep(HEARTBEAT)
             self.lag = max(0.0, self.clock.monotonic() - due)
+            self._end_if_broken()
             if interval is not None and self.lag < LAG_LIMIT and due - fed >= interval / FEEDS:
                 fed = due
-                try:
-                    await self.ledger.last_event()
-                except LedgerError as fault:
-                    log.error("the ledger does not answer: the watchdog is not fed", why=fault.message)
-                else:
-                    notify_systemd.watchdog()
+                await self.ledger.prove()
+                notify_systemd.watchdog()
+
+    def _end_if_broken(self) -> None:
+        """A disk may come back; it is not waited for until nobody knows any more what has run."""
+        fault, since = self.ledger.broken, self._broken_since
+        if fault is not None and since is not None and self.clock.monotonic() > since + BROKEN_LIMIT:
+            log.error("the ledger takes no writes: the daemon ends, its steps run on", why=fault.message)
+            self.fatal = fault
+            self.stopping.set()
 
     async def _housekeeping(self) -> None:
         while True:
@@ -303,8 +314,13 @@ class Daemon:
         attempts = (t.attempt for each in self.scheduler.executions.values() for t in each.tries.values())
         return [f"{jobs}/{attempt.token}" for attempt in attempts if attempt is not None and attempt.begun]
 
-    def _disk(self, full: bool) -> None:
-        self.dispatch.paused = "the disk that holds the ledger is full" if full else None
+    def _disk(self) -> None:
+        """What the ledger can take has changed."""
+        fault = self.ledger.broken
+        if fault is None or self._broken_since is None:
+            self._broken_since = None if fault is None else self.clock.monotonic()
+        full = "the disk that holds the ledger is full" if self.ledger.full else None
+        self.dispatch.paused = full if fault is None else fault.message
         self.dispatch.place()
 
     async def _plugins_changed(self) -> None:

@@ -13,7 +13,8 @@
     │   ├── LedgerUnreadable        corrupt, or not a ledger: never replaced by an empty one (exit 78)
     │   ├── LedgerTooNew            written by a newer mlpiped                       (exit 78)
     │   ├── LedgerBusy              another daemon owns this state folder            (exit 75)
-    │   ├── LedgerFull              the disk is full: nothing is dispatched until it is not
+    │   ├── LedgerFull              the disk is full: nothing is dispatched until it is not (exit 74)
+    │   ├── LedgerUnwritable        its disk takes no writes: the daemon waits some minutes, and ends (exit 75)
     │   └── IllegalMove             a move that the table in `model` does not allow, or a stale one
     │       └── StaleReuse          what was to be reused is gone or was made anew: plan again
     ├── InvalidJob                  a backend refuses this job for good: never retried
@@ -146,6 +147,12 @@ class LedgerBusy(LedgerError):
 
 class LedgerFull(LedgerError):
     """the disk that holds the ledger is full"""
+
+    exit_code = 74  # not one of those after which the service stays down: there may be space in a moment
+
+
+class LedgerUnwritable(LedgerError):
+    """the disk that holds the ledger takes no writes"""
 
 
 class IllegalMove(LedgerError):

@@ -20,7 +20,7 @@ from structlog.tracebacks import ExceptionDictTransformer
 from mlpiped import journal
 
 if TYPE_CHECKING:
-    from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor, WrappedLogger
+    from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 LogFormat = Literal["journal", "json", "console"]
 
@@ -70,10 +70,6 @@ def setup(log: LogFormat, *, stream: TextIO | None = None, level: int | None = N
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,  # loggers made at import time must follow a later set-up
     )
-
-
-def logger(name: str) -> FilteringBoundLogger:
-    return cast("FilteringBoundLogger", structlog.get_logger(name))
 
 
 def _ending(log: LogFormat, out: TextIO) -> list[Processor]:

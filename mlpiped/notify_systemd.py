@@ -45,11 +45,6 @@ def status(text: str, env: Mapping[str, str] = os.environ) -> bool:
     return send(_status(text).lstrip("\n"), env)
 
 
-def extend_timeout(seconds: float, env: Mapping[str, str] = os.environ) -> bool:
-    """Asks for more time to start or to stop."""
-    return send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}", env)
-
-
 def keep(fd: int, name: str, env: Mapping[str, str] = os.environ) -> bool:
     """systemd holds a duplicate of `fd` over a restart and passes it to the next process, as far as the unit's
     `FileDescriptorStoreMax=` allows."""

@@ -23,7 +23,7 @@ from mlpiped.files.hashing import printable, stamp_of, tree_digest
 from mlpiped.files.walking import PathRefused, is_beneath, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mlpiped.backends.base import JobOutput
     from mlpiped.files.fingerprint import Fingerprinter
@@ -141,14 +141,9 @@ class Store:
         before = None if min_age is None else time.time() - min_age
         return await self._hop(lambda: sum(_removed(root, digest, incoming, before) for digest in wanted))
 
-    async def unreferenced(self, known: Collection[str], *, min_age: float = 3600.0) -> list[str]:
-        """Digests (bare hex) in the store that are not in `known` and have not been touched for `min_age` seconds:
-        a younger one may belong to a commit on its way."""
-        plain = {digest.rpartition(":")[2] for digest in known}
-        return [digest for digest in await self.listed(min_age=min_age) if digest not in plain]
-
     async def listed(self, *, min_age: float) -> list[str]:
-        """Digests (bare hex) in the store that have not been touched for `min_age` seconds, sorted."""
+        """Digests (bare hex) in the store that have not been touched for `min_age` seconds, sorted; a younger one may
+        belong to a commit on its way."""
         return await self._hop(lambda: _listed(str(self.root), time.time() - min_age))
 
     async def bytes_of(self, digests: Iterable[str]) -> int:

@@ -17,8 +17,9 @@ The job folder, the same on every kind of machine (`FOLDER_*`), named by the att
     metrics.jsonl   one JSON line a metric
     params.json     the parameters that the step uses; missing without any ($MLPIPED_PARAMS is always a JSON file)
     exit.json       the witness: {"v": 1, "code": int|null, "signal": int|null, "timed_out": bool, "cancelled": bool,
-                    "error": str|null, "started": s, "ended": s, "cpu": s, "max_rss": bytes, "synced": bool}, by
-                    rename. Not synced: a success is worth nothing after a reboot, for its outputs may not have survived
+                    "error": str|null, "out_of_memory": bool, "started": s, "ended": s, "cpu": s, "max_rss": bytes,
+                    "synced": bool}, by rename. Not synced: a success is worth nothing after a reboot, for its outputs
+                    may not have survived
 
 Trust, in order: exit.json, what the engine or queue says, absence for longer than a deadline. A query that failed is
 no answer. Liveness is read *before* the witness: the other order calls a step lost that ended in between.

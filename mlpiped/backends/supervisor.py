@@ -11,12 +11,10 @@ A packet is {"folder": …, "order": …, "until": …}. The order is what job.j
 first) and "params" (the text of params.json) name what the folder lacks. With null the folder has a job.json. After
 `until` (monotonic seconds) the folder and its claim may have been removed: it is not carried out.
 
-A supervisor needs nobody: it enforces the timeout, carries out SIGTERM as a cancellation, ends everything that the step
-started, and writes exit.json, whether or not there is a daemon. What it says on the line are hints.
-
-A power cut must not take the claim, nor the witness with the outputs that it vouches for. A daemon that listens makes
-outputs and outcome durable itself, and the witness says `"synced": false`: it counts for as long as the host is up.
-Where nobody listens, the supervisor does it.
+A supervisor needs no daemon: it enforces the timeout, takes SIGTERM for a cancellation, ends all that the step started,
+and writes exit.json. What it says on the line are hints. A power cut must not take the outputs that a witness vouches
+for: a daemon that listens makes them durable, and the witness says `"synced": false`: it counts while the host is up.
+Where nobody listens, the supervisor makes them durable before the witness.
 """
 
 from __future__ import annotations
@@ -46,12 +44,13 @@ CANCELS = frozenset({signal.SIGTERM, signal.SIGINT})
 IGNORED = tuple(number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN)  # here
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 STEP_FILES = 1024  # soft RLIMIT_NOFILE of a step: what programs expect, where the daemon has raised its own
+OOM_SCORE = "/proc/self/oom_score_adj"
 STEP_OOM_SCORE = 500  # when the host runs out of memory, steps go before the daemon and its supervisors
 APPENDED = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 WITNESS_SIZE = 2048  # bytes; what the JSON leaves is spaces
 PACKET = 100_000  # bytes; longer orders come as job.json
 HINT_WAIT = array("l", (0, 50_000)).tobytes()  # a timeval: so long a hint waits for a daemon with ten of them unread
-NO_END = {"code": None, "signal": None, "timed_out": False, "cancelled": False, "error": None}
+NO_END = {"code": None, "signal": None, "timed_out": False, "cancelled": False, "error": None, "out_of_memory": False}
 SHORT = 0.01  # seconds; of an attempt that is over by then, all is said at once
 ATTEMPTS = 1000  # of one supervisor: what leaks, leaks no further
 UNKILLABLE = 30.0  # seconds until a process that survives SIGKILL (in the kernel, on a dead disk) is left behind
@@ -243,7 +242,8 @@ def spawn(folder: str, argv: list[str], env: dict[str, str]) -> int:
     os.chdir(folder + "/work")
     files = (("/dev/null", os.O_RDONLY), *((f"{folder}/{name}", APPENDED) for name in ("stdout", "stderr")))
     actions = [(os.POSIX_SPAWN_OPEN, number, path, flags, 0o644) for number, (path, flags) in enumerate(files)]
-    shown = f"`{argv[0][:200]}`"
+    shown, score = f"`{argv[0][:200]}`", _read(OOM_SCORE)
+    _try(_write, OOM_SCORE, b"%d" % STEP_OOM_SCORE)  # inherited: what the step starts at once has it too
     try:
         if (name := _found(argv[0], env.get("PATH", os.defpath))) is None:
             raise CannotStart(f"command not found: {shown}")
@@ -258,6 +258,8 @@ def spawn(folder: str, argv: list[str], env: dict[str, str]) -> int:
         raise CannotStart(reasons.get(error.errno or 0, f"cannot run {shown}: {error.strerror}")) from None
     except ValueError as error:
         raise CannotStart(f"cannot run {shown}: {error}") from None
+    finally:
+        _try(_write, OOM_SCORE, score)
 
 
 class Children:
@@ -303,8 +305,7 @@ def signal_all(number: int, main: int = 0) -> None:
 
 
 def watch(main: int, job: dict[str, Any], children: Children, lasts: Callable[[], object]) -> dict[str, Any]:
-    """Until the step's first process has ended and nothing else of it lives; enforces the timeout and SIGTERM.
-    `lasts` is called when it is not over in a moment."""
+    """Until nothing of the step lives; enforces timeout and SIGTERM. `lasts` is called when that takes a while."""
     end: dict[str, Any] = {**NO_END}
     began = time.monotonic()
     limit = None if job.get("timeout") is None else began + job["timeout"]
@@ -326,6 +327,8 @@ def watch(main: int, job: dict[str, Any], children: Children, lasts: Callable[[]
         elif now >= kill_at:
             signal_all(signal.SIGKILL, main)
             kill_at = now + 1.0
+    # A host that goes down sends SIGTERM to the step and to us at the same time. The step was the first to act on it.
+    end["cancelled"] = end["cancelled"] or (kill_at is None and signal.sigtimedwait(CANCELS, 0) is not None)
     code = os.waitstatus_to_exitcode(reaped[0] or 0)
     end["code"], end["signal"] = (code, None) if code >= 0 else (None, -code)
     if reaped[1] and not children.bury():  # the step is over when its first process is
@@ -347,11 +350,10 @@ def run(folder: str, job: dict[str, Any], children: Children, lasts: Callable[[]
         return {**NO_END, "cancelled": True}
     group = _memory_group(job["token"], job["memory"]) if job.get("memory") else None
     try:
-        step = folder, job["argv"], job["env"]
-        main = group.spawn(lambda: spawn(*step)) if group else spawn(*step)
-        _try(_write, f"/proc/{main}/oom_score_adj", b"%d" % STEP_OOM_SCORE)  # may be over already, or ours is higher
+        main = (group.spawn if group else lambda start: start())(lambda: spawn(folder, job["argv"], job["env"]))
         end = watch(main, job, children, lasts)
         if group and end["code"] != 0 and group.killed():
+            end["out_of_memory"] = True
             end["error"] = f"out of memory: it needed more than its limit of {job['memory'] / 2**20:.0f} MiB"
         return end
     finally:
@@ -486,10 +488,8 @@ def serve(fd: int) -> int:
 
 
 def main() -> int:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = STEP_FILES if hard == resource.RLIM_INFINITY else min(STEP_FILES, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    mode, place = sys.argv[1:]
+    (_, hard), (mode, place) = resource.getrlimit(resource.RLIMIT_NOFILE), sys.argv[1:]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (STEP_FILES if hard < 0 else min(STEP_FILES, hard), hard))
     if mode == "--serve":
         return serve(int(place))
     signal.pthread_sigmask(signal.SIG_BLOCK, WAKES)

@@ -58,6 +58,8 @@ async def _ledger(service: Service) -> list[Finding]:
     found = []
     if service.ledger.full:
         found.append(Finding("ledger", "fail", "its disk is full: nothing is dispatched", "free space on that disk"))
+    if service.ledger.broken:
+        found.append(Finding("ledger", "fail", service.ledger.broken.message, service.ledger.broken.hint))
     try:
         faults = [] if service.ledger_faults is None else await service.ledger_faults()
     except LedgerError as error:  # so damaged that not even the check goes through

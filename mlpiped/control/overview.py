@@ -66,6 +66,7 @@ async def status(service: Service) -> dict[str, Any]:
             "now": json_time(service.clock.now()),
             "state_dir": str(about.state_dir),
             "disk_full": ledger.full,
+            "ledger_broken": ledger.broken and ledger.broken.message,
         },
         "pipelines": {"loaded": loaded, "broken": len(broken), "paused": len(paused)},
         "broken": broken,

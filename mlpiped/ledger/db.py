@@ -7,6 +7,7 @@ raises its own exception classes: nothing outside this module imports either of 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Callable
 from importlib.resources import files
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiosqlite
 
-from mlpiped.errors import LedgerError, LedgerFull, LedgerUnreadable
+from mlpiped.errors import LedgerError, LedgerFull, LedgerUnreadable, LedgerUnwritable
 from mlpiped.model import ATTEMPT_MOVES, RUN_MOVES, STEP_MOVES
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ else:
         import sqlite3 as driver
 
 T = TypeVar("T")
+NO_SPACE = 1 << 18  # bytes
+APPLICATION_ID = 0x6D6C7064  # "mlpd"
 DatabaseError = driver.DatabaseError
 IntegrityError = driver.IntegrityError
 sqlite_version: tuple[int, ...] = driver.sqlite_version_info
@@ -79,6 +82,10 @@ def every(conn: Connection, name: str, parameters: Mapping[str, Any] | Sequence[
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
+_DISK = (driver.SQLITE_IOERR, driver.SQLITE_READONLY, driver.SQLITE_CANTOPEN)
+_CORRUPT = (driver.SQLITE_CORRUPT, driver.SQLITE_NOTADB)
+
+
 def _code(error: BaseException) -> int:
     return int(getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
 
@@ -87,32 +94,60 @@ def is_busy(error: BaseException) -> bool:
     return isinstance(error, DatabaseError) and _code(error) in (driver.SQLITE_BUSY, driver.SQLITE_LOCKED)
 
 
-def is_full(error: BaseException) -> bool:
-    return isinstance(error, DatabaseError) and _code(error) == driver.SQLITE_FULL
+def is_full(error: BaseException, path: Path) -> bool:
+    """Where it cannot make the index of the log for want of space, SQLite speaks of an I/O error."""
+    if not isinstance(error, DatabaseError) or _code(error) not in (driver.SQLITE_FULL, *_DISK):
+        return False
+    return _code(error) == driver.SQLITE_FULL or _no_space(path)
+
+
+def _no_space(path: Path) -> bool:
+    try:
+        disk = os.statvfs(path.parent)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < NO_SPACE
+
+
+def is_of_the_file(error: BaseException) -> bool:
+    """No statement is at fault: the disk is full or takes no writes, or what the file holds is no ledger any more."""
+    return isinstance(error, DatabaseError) and _code(error) in (driver.SQLITE_FULL, *_DISK, *_CORRUPT)
 
 
 def in_our_words(error: Exception, path: Path) -> Exception:
     """SQLite's error as one of ours; any other error as it is."""
     if not isinstance(error, driver.Error):
         return error
-    if is_full(error):
+    if is_full(error, path):
         mine: LedgerError = LedgerFull(
             f"no space left for the ledger: `{path}`", hint="free space on that disk; work goes on by itself"
         )
-    elif _code(error) in (driver.SQLITE_CORRUPT, driver.SQLITE_NOTADB):
+    elif _code(error) in _CORRUPT and _can_be_read(path):
         mine = unreadable(path, str(error))
     elif is_busy(error):
         mine = LedgerError(
             f"another program keeps the ledger locked: `{path}`", hint="close the program that has it open"
         )
-    elif _code(error) in (driver.SQLITE_IOERR, driver.SQLITE_READONLY, driver.SQLITE_CANTOPEN):
-        mine = LedgerError(
-            f"the ledger cannot be written: `{path}`: {error}", hint="look at the disk and its mount, then start again"
+    elif is_of_the_file(error):
+        mine = LedgerUnwritable(
+            f"the disk of the ledger fails: `{path}`: {error}", hint="look at that disk and its mount, then start again"
         )
     else:
         mine = LedgerError(f"the ledger refused a statement: {error}")
     mine.__cause__ = error
     return mine
+
+
+def _can_be_read(path: Path) -> bool:
+    """SQLite calls a disk that has died a malformed ledger."""
+    try:
+        for file in (path, path.with_name(f"{path.name}-wal")):
+            if file.exists():
+                with file.open("rb", buffering=0) as bytes_:
+                    bytes_.read(1 << 16)
+    except OSError:
+        return False
+    return True
 
 
 def unreadable(path: Path, what: str) -> LedgerUnreadable:

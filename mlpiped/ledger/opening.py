@@ -7,6 +7,7 @@ always a damaged one.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -17,8 +18,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlpiped.errors import LedgerBusy, LedgerError, LedgerTooNew
-from mlpiped.ledger.db import DatabaseError, connect, in_our_words, one, unreadable
+from mlpiped.errors import LedgerBusy, LedgerError, LedgerFull, LedgerTooNew, LedgerUnwritable
+from mlpiped.ledger.db import APPLICATION_ID, DatabaseError, connect, in_our_words, one, unreadable
+from mlpiped.ledger.log import damaged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
 NAME = "ledger.sqlite3"
 BALLAST = "ballast"
-APPLICATION_ID = 0x6D6C7064  # "mlpd"
+MARK = f"{NAME}.open"
+"""There while a daemon has the ledger open, and after one that was killed: the write-ahead log must be there too."""
 REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "ocfs2"}
 
 _log = logging.getLogger("mlpiped.ledger")
@@ -47,8 +50,11 @@ def lock(state_dir: Path) -> int:
 
     The lock is on the folder itself: a lock file could be deleted, and then be locked twice.
     """
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unusable(state_dir, error) from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,14 +65,31 @@ def lock(state_dir: Path) -> int:
                 f"another mlpiped owns the state folder: `{state_dir}`: {who}",
                 hint="stop that daemon, or give this one a state_dir of its own",
             ) from None
-        note = os.open("pid", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644, dir_fd=fd)
-        give_to_owner(note, state_dir)
-        os.write(note, b"%d\n" % os.getpid())
-        os.close(note)
+        _leave_pid(state_dir, fd)
+    except OSError as error:
+        os.close(fd)
+        raise _unusable(state_dir, error) from error
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _leave_pid(state_dir: Path, fd: int) -> None:
+    note = os.open("pid", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644, dir_fd=fd)
+    try:
+        give_to_owner(note, state_dir)
+        os.write(note, b"%d\n" % os.getpid())
+    finally:
+        os.close(note)
+
+
+def _unusable(state_dir: Path, error: OSError) -> LedgerError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return LedgerFull(f"no space left for the state folder: `{state_dir}`", hint="free space on that disk")
+    return LedgerUnwritable(
+        f"the state folder cannot be used: `{state_dir}`: {error.strerror}", hint="look at its disk and its mount"
+    )
 
 
 def _owner(state_dir: Path, fd: int) -> int | None:
@@ -117,7 +140,9 @@ def prepare(path: Path, scripts: Sequence[str]) -> None:
         if not path.exists():
             _refuse_if_used(path)
             _create(path, scripts)
+        _refuse_without_log(path)
         version = check(path, len(scripts))
+        unmark(path.parent)  # the next statement may fold the log in and remove it
         conn = connect(path)
         try:
             if version < len(scripts):
@@ -141,6 +166,32 @@ def _refuse_if_used(path: Path) -> None:
         error = unreadable(path, f"it is missing, but `{left[0]}` is there")
         error.hint = "bring back a backup with `mlpiped restore FILE`; to begin anew, move the whole state folder away"
         raise error
+
+
+def _refuse_without_log(path: Path) -> None:
+    """Without it SQLite would read an older ledger, and what ran since would be run again."""
+    mark, wal = path.with_name(MARK), path.with_name(f"{NAME}-wal")
+    if mark.exists() and not wal.exists():
+        error = unreadable(path, f"it was not closed, and its write-ahead log is missing: `{wal.name}`")
+        error.hint = (
+            "put that file back, or bring back a backup with `mlpiped restore FILE`; if another SQLite program has had"
+            f" the ledger open since, nothing is lost: remove `{mark}` and start again"
+        )
+        raise error
+
+
+def mark(state_dir: Path) -> None:
+    """To be called after a commit: only then is the write-ahead log's name on the disk, too."""
+    os.close(os.open(state_dir / MARK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    sync_folder(state_dir)
+
+
+def unmark(state_dir: Path) -> None:
+    try:
+        (state_dir / MARK).unlink()
+    except FileNotFoundError:
+        return
+    sync_folder(state_dir)
 
 
 def _create(path: Path, scripts: Sequence[str]) -> None:
@@ -175,6 +226,8 @@ def check(path: Path, newest: int) -> int:
         faults = [row[0] for row in conn.execute("PRAGMA quick_check(1)").fetchall()]
         if faults != ["ok"] or version < 1:
             raise unreadable(path, " ".join(faults[0].split()) if faults != ["ok"] else "it has no version")
+        if damaged(path):
+            raise unreadable(path, f"its write-ahead log is damaged: `{path.name}-wal`")
     finally:
         conn.close()
     return version
@@ -286,6 +339,7 @@ def restore(state_dir: Path, source: Path) -> Path | None:
             if part.exists():
                 aside = place
                 os.rename(part, place.with_name(f"{place.name}{suffix}"))
+        unmark(state_dir)
         os.rename(state_dir / f"{NAME}.restored", path)
         sync_folder(state_dir)
         return aside

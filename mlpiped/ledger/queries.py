@@ -138,10 +138,6 @@ class Queries:
         row = await self._one("step", run_id=run_id, name=name)
         return None if row is None else step_row(row)
 
-    async def active_attempts(self) -> list[AttemptRow]:
-        """Attempts that have not ended, of all runs, the oldest first."""
-        return [attempt_row(row) for row in await self._every("active_attempts")]
-
     async def attempts_of_run(self, run_id: int) -> dict[int, list[AttemptRow]]:
         """By step, in their order: what a walk is taken up again from."""
         found: dict[int, list[AttemptRow]] = {}

@@ -267,12 +267,6 @@ UPDATE attempts SET state = 'ended', "end" = :end, ended_at = :now, exit_code = 
     reason = :reason, usage = coalesce(:usage, usage), cost_us = :cost_us
 WHERE id = :id AND {attempt -> ended} RETURNING id;
 
--- name: active_attempts
--- What recovery looks up by token: attempts that live, the oldest first.
-SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,
-    intent_at, submitted_at, ended_at, slots, cards
-FROM attempts INDEXED BY attempts_live WHERE state <> 'ended' ORDER BY id;
-
 -- name: attempts
 -- The attempts of a step, in order.
 SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from mlpiped.ledger.ballast import Ballast
 from mlpiped.ledger.db import DatabaseError, Db, in_our_words
 from mlpiped.ledger.queries import Queries
 from mlpiped.ledger.survey import Survey
-from mlpiped.ledger.writer import Writer
+from mlpiped.ledger.writer import Writer, nothing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Iterator
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from mlpiped.clock import Clock
     from mlpiped.ledger.db import Connection, Op
     from mlpiped.ledger.rows import ArtifactRow, EventRow
+
+_log = logging.getLogger("mlpiped.ledger")
 
 BEHIND = 1000  # commits that a subscriber may be behind before it is closed
 
@@ -59,6 +62,7 @@ class Ledger(Queries):
                 opened.append(await Db(path, readonly=True).open())
                 ledger = cls(state_dir, clock, lock, *opened)
                 await ledger._writer.start()
+                await ledger._mark()
             except BaseException:
                 for db in opened:
                     await db.close()
@@ -76,12 +80,21 @@ class Ledger(Queries):
                 await self._writer.drain()
                 self._writer.stop()
                 await self._db.call(_tidy)
+                await to_thread.run_sync(_unmark, self.path.parent)
             finally:
                 for send in list(self._subscribers):
                     self._unsubscribe(send)
                 await self._reader.close()
                 await self._db.close()
                 os.close(self._lock)
+
+    async def _mark(self) -> None:
+        """Leave word that the write-ahead log is needed from now on. A disk that has no room for that is told of."""
+        try:
+            await self.write(nothing)
+            await to_thread.run_sync(opening.mark, self.path.parent)
+        except (LedgerError, OSError) as error:
+            _log.warning("a loss of the ledger's write-ahead log would not be noticed: %s", error)
 
     # --- writing ----------------------------------------------------------------------------------------------
     @property
@@ -102,6 +115,20 @@ class Ledger(Queries):
     @on_full.setter
     def on_full(self, call: Callable[[bool], None] | None) -> None:
         self._writer.on_full = call
+
+    @property
+    def broken(self) -> LedgerError | None:
+        """Why the file takes no writes, while it takes none. Ends by itself when the disk does."""
+        return self._writer.broken
+
+    def on_broken(self, call: Callable[[LedgerError | None], None]) -> None:
+        """Have `call` called on the loop when `broken` comes and goes."""
+        self._writer.on_broken = call
+
+    async def prove(self) -> None:
+        """Until the writing thread has shown that it does not hang: by a commit since the last call, or by one of a
+        page without a row. What the disk thinks of it is told by `full` and `broken`."""
+        await self._writer.prove()
 
     async def write(self, *ops: Op[Any], within: float = 0) -> list[Any]:
         """Run `ops` in one transaction, shared with whoever writes now, and give their results after the fsync.
@@ -205,6 +232,13 @@ def _prepare(state_dir: Path) -> int:
         os.close(lock)
         raise
     return lock
+
+
+def _unmark(state_dir: Path) -> None:
+    try:
+        opening.unmark(state_dir)
+    except OSError as error:
+        _log.warning("the ledger cannot be marked as closed: %s", error)
 
 
 def _tidy(c: Connection) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlpiped import crash
 from mlpiped.errors import IllegalMove, LedgerError
-from mlpiped.ledger.db import SQL, DatabaseError, in_our_words, is_busy, is_full, one
+from mlpiped.ledger.db import APPLICATION_ID, SQL, DatabaseError, in_our_words, is_busy, is_full, is_of_the_file, one
 from mlpiped.ledger.rows import EventRow
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ class _Committed:
     dropped_ballast: bool
 
 
+def nothing(c: Connection) -> None:
+    """The smallest write that reaches the disk: a page, and no row."""
+    c.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
 class Writer:
     """The one writing connection. `announce` is called on the loop with the event rows of each commit, after it."""
 
@@ -57,6 +62,10 @@ class Writer:
         self.commits = 0
         self.full = False
         self.on_full: Callable[[bool], None] | None = None
+        self.broken: LedgerError | None = None  # why the file takes no writes, while it takes none
+        self.on_broken: Callable[[LedgerError | None], None] | None = None
+        self._answers = self._proved = 0  # commits that the thread has come back from, however they went
+        self._answered = asyncio.Event()
         self.listening: Callable[[], bool] = lambda: True
         self._db, self._ballast, self._announce = db, ballast, announce
         self._queue: list[_Entry] = []
@@ -161,9 +170,12 @@ class Writer:
 
     def _settle(self, answer: asyncio.Future[_Committed]) -> None:
         batch, self._under_way = self._under_way or [], None
+        self._answers += 1
+        self._answered.set()
         error = answer.exception()
         if error is None:
             self._locked = 0
+            self._set_broken(None)
             self._deliver(batch, answer.result())
         elif is_busy(error) and self._locked < LOCKED_TRIES:
             self._locked += 1
@@ -171,8 +183,10 @@ class Writer:
             self._queue[:0] = batch
         else:
             self._locked = 0
-            if is_full(error):
+            if is_full(error, self._db.path):
                 self._set_full(True)
+            elif is_of_the_file(error):
+                self._set_broken(error)
             self._fail(batch, error if isinstance(error, Exception) else LedgerError(str(error)))
         if any(entry.done is not None for entry in self._queue) or (self._queue and self._draining):
             self._soon()
@@ -204,8 +218,9 @@ class Writer:
                 _log.error("a write whose caller has gone has failed: %s", mine)
 
     def _fail_posted(self, entry: _Entry, error: Exception) -> None:
-        entry.tries += 1
-        _log.error("a write that nobody waits for has failed (try %d): %s", entry.tries, error)
+        if self.broken is None or self._draining:  # that has been told, and lasts for as long as it lasts
+            entry.tries += 1
+            _log.error("a write that nobody waits for has failed (try %d): %s", entry.tries, error)
         lasting = not isinstance(error, LedgerError) or isinstance(error, IllegalMove)
         if lasting or self._draining or entry.tries >= POST_TRIES:
             return
@@ -217,6 +232,41 @@ class Writer:
         self._queue[:0], self._failed = self._failed, []
         if self._queue:
             self._soon()
+
+    # --- is it well? ------------------------------------------------------------------------------------------
+    async def prove(self) -> None:
+        """Until the thread has come back from a commit: one since the last call, or one that is made now.
+
+        How that went is told by `full` and `broken`; a thread that hangs keeps the caller waiting.
+        """
+        if self._answers == self._proved:
+            self._answered.clear()
+            self._knock()
+            await self._answered.wait()
+        self._proved = self._answers
+
+    def _knock(self) -> None:
+        self.put((nothing,)).add_done_callback(lambda told: told.cancelled() or told.exception())
+
+    def _set_broken(self, error: BaseException | None) -> None:
+        before, self.broken = self.broken, None
+        if error is not None:
+            said = in_our_words(error, self._db.path) if isinstance(error, Exception) else error
+            self.broken = before or (said if isinstance(said, LedgerError) else LedgerError(str(said)))
+        if (before is None) == (self.broken is None):
+            return
+        if self.broken is None:
+            _log.info("the ledger can be written again")
+        else:
+            _log.error("nothing new is dispatched: %s", self.broken)
+            self._later(SPACE_PAUSE, self._look_for_health)
+        if self.on_broken is not None:
+            self.on_broken(self.broken)
+
+    def _look_for_health(self) -> None:
+        if self.broken is not None:
+            self._knock()
+            self._later(SPACE_PAUSE, self._look_for_health)
 
     # --- a full disk ------------------------------------------------------------------------------------------
     def _set_full(self, full: bool) -> None:
@@ -251,7 +301,7 @@ class Writer:
         try:
             return self._transaction(c, batch, dropped_ballast=False)
         except DatabaseError as error:
-            if not is_full(error) or not self._ballast.drop():
+            if not is_full(error, self._db.path) or not self._ballast.drop():
                 raise
         return self._transaction(c, batch, dropped_ballast=True)
 
@@ -261,7 +311,7 @@ class Writer:
             try:
                 return self._all(c, batch, dropped_ballast, marked=False)
             except Exception as error:
-                if is_full(error) or is_busy(error):
+                if is_of_the_file(error) or is_busy(error):
                     raise
         return self._all(c, batch, dropped_ballast, marked=len(batch) > 1)
 
@@ -292,7 +342,7 @@ class Writer:
         try:
             entry.results = [op(c) for op in entry.ops]
         except Exception as error:
-            if not marked or not c.in_transaction or is_full(error) or is_busy(error):
+            if not marked or not c.in_transaction or is_of_the_file(error) or is_busy(error):
                 raise
             c.execute("ROLLBACK TO caller")
             del c.events[mark:]

@@ -12,6 +12,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from crash import power
 from crash.trial import OUTSIDE, Trial
 from harness import BIN, Daemon, lines, step, until
 
@@ -66,6 +67,26 @@ def test_A_a_daemon_that_dies_at_a_point_leaves_nothing_undone_and_nothing_done_
     assert trial.evidence.deaths[-1][1] == point, "it was never there"
     verdict = trial.finish()
     assert not verdict.violations, f"{fault} {point}: {verdict}\n{trial.daemon.tail()}"
+
+
+@pytest.fixture(scope="module")
+def powered() -> Iterator[Trial]:
+    """The same on a disk that loses, with each death, what was not synced."""
+    if (why := power.missing()) is not None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
+    with Trial(4500, power=True, clocks=False, alive=4) as trial:
+        trial.begin()
+        yield trial
+
+
+@pytest.mark.parametrize(("fault", "point"), [(fault, point) for point, fault in IDS.items()])
+def test_B4_the_power_is_cut_at_a_point_and_all_that_was_acknowledged_is_there(
+    powered: Trial, fault: str, point: str
+) -> None:
+    powered.life(point, count=1, patience=20, files=1)
+    assert powered.evidence.deaths[-1][1] == point, "it was never there"
+    verdict = powered.finish()
+    assert not verdict.violations, f"{fault} {point}: {verdict}\n{powered.daemon.tail()}"
 
 
 # --- A4 -----------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def another_program_s(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_page, damage_header, truncate, empty, another_program_s])
-async def test_a_damaged_ledger_is_refused_and_left_as_it_is(tmp_path: Path, damage: Any) -> None:
+async def test_C4_a_damaged_ledger_is_refused_and_left_as_it_is(tmp_path: Path, damage: Any) -> None:
     path = await made(tmp_path)
     damage(path)
     before = digest(path)
@@ -104,7 +104,89 @@ async def test_a_damaged_ledger_is_refused_and_left_as_it_is(tmp_path: Path, dam
         await Ledger.open(tmp_path, SystemClock())
 
 
-async def test_a_ledger_that_was_deleted_is_not_begun_anew(tmp_path: Path) -> None:
+WAL = f"{opening.NAME}-wal"
+LIVE_FILES = (opening.NAME, WAL)
+
+
+def killed(state_dir: Path, commits: int = 60) -> None:
+    """Leave a ledger whose daemon did not close it: what it has committed is in the write-ahead log."""
+    writes = f"for n in range({commits}):\n    await ledger.write(opening(n))\nprint(n, flush=True)\nsys.stdin.read()"
+    process = child(state_dir, writes)
+    assert process.stdout is not None and process.stdin is not None
+    assert process.stdout.readline() == b"%d\n" % (commits - 1)
+    process.kill()
+    process.communicate()
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("where", ["its header", "its first frame", "somewhere", "deleted"])
+async def test_C4_a_write_ahead_log_that_is_damaged_or_gone_is_refused_though_SQLite_would_begin_without_it(
+    tmp_path: Path, where: str
+) -> None:
+    killed(tmp_path)
+    wal = tmp_path / WAL
+    if where == "deleted":
+        wal.unlink()
+    else:
+        size = wal.stat().st_size
+        at = {"its header": 20, "its first frame": 100, "somewhere": random.Random(7).randrange(100, size // 2)}[where]
+        flip(wal, at)
+    before = {name: digest(tmp_path / name) for name in LIVE_FILES if (tmp_path / name).exists()}
+    for _ in range(2):
+        with pytest.raises(LedgerUnreadable, match=r"write-ahead log is (missing|damaged)") as caught:
+            await Ledger.open(tmp_path, SystemClock())
+        assert "restore" in (caught.value.hint or "")
+    assert {name: digest(tmp_path / name) for name in LIVE_FILES if (tmp_path / name).exists()} == before
+
+
+async def test_C4_a_log_that_another_program_has_folded_into_the_ledger_is_missed_but_can_be_waived(
+    tmp_path: Path,
+) -> None:
+    killed(tmp_path)
+    subprocess.run([sys.executable, "-c", FOLD, tmp_path / opening.NAME], check=True)
+    assert not (tmp_path / WAL).exists()
+    with pytest.raises(LedgerUnreadable) as caught:
+        await Ledger.open(tmp_path, SystemClock())
+    assert f"remove `{tmp_path / opening.MARK}`" in (caught.value.hint or "")
+    (tmp_path / opening.MARK).unlink()
+    ledger = await Ledger.open(tmp_path, SystemClock())
+    assert len(await ledger.runs(limit=100)) == 60
+    await ledger.close()
+
+
+FOLD = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM runs').fetchall(); c.close()"
+
+
+async def test_C4_a_ledger_that_was_killed_or_closed_needs_no_help(tmp_path: Path) -> None:
+    killed(tmp_path)
+    for _ in range(2):
+        ledger = await Ledger.open(tmp_path, SystemClock())
+        assert len(await ledger.runs(limit=100)) == 60
+        assert (tmp_path / opening.MARK).exists()
+        await ledger.close()
+        assert not (tmp_path / opening.MARK).exists() and not (tmp_path / WAL).exists()
+    killed(tmp_path, 1)  # its second life, which begins a log anew
+    ledger = await Ledger.open(tmp_path, SystemClock())
+    assert len(await ledger.runs(limit=100)) == 60, "the second life has asked for what was there already"
+    await ledger.close()
+
+
+async def test_C4_a_restored_backup_does_not_miss_the_log_of_the_ledger_that_it_replaces(tmp_path: Path) -> None:
+    killed(tmp_path / "state")
+    (tmp_path / "state" / WAL).unlink()
+    await made(tmp_path / "other")
+    opening.restore(tmp_path / "state", tmp_path / "other" / opening.NAME)
+    ledger = await Ledger.open(tmp_path / "state", SystemClock())
+    assert len(await ledger.runs(limit=1000)) == 200
+    await ledger.close()
+
+
+async def test_C4_a_ledger_that_was_deleted_is_not_begun_anew(tmp_path: Path) -> None:
     (await made(tmp_path)).unlink()
     with pytest.raises(LedgerUnreadable, match="missing"):
         await Ledger.open(tmp_path, SystemClock())
@@ -118,7 +200,7 @@ async def test_a_start_that_was_killed_while_the_ledger_was_made_is_begun_again(
     assert sorted(p.name for p in tmp_path.iterdir()) == [opening.BALLAST, opening.NAME, "pid"]
 
 
-async def test_a_newer_ledger_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+async def test_C5_a_newer_ledger_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     path = await made(tmp_path)
     conn = connect(path)
     conn.execute("PRAGMA user_version = 99")
@@ -129,7 +211,7 @@ async def test_a_newer_ledger_is_refused_and_left_as_it_is(tmp_path: Path) -> No
     assert digest(path) == before and caught.value.exit_code == 78
 
 
-async def test_a_newer_version_that_only_the_write_ahead_log_knows_of_is_refused_too(tmp_path: Path) -> None:
+async def test_C5_a_newer_version_that_only_the_write_ahead_log_knows_of_is_refused_too(tmp_path: Path) -> None:
     path = await made(tmp_path / "a")
     conn = connect(path)
     conn.execute("PRAGMA user_version = 99")
@@ -154,7 +236,7 @@ def columns(path: Path) -> set[str]:
         conn.close()
 
 
-async def test_a_migration_keeps_all_rows_and_a_copy_of_the_old_ledger(tmp_path: Path) -> None:
+async def test_C6_a_migration_keeps_all_rows_and_a_copy_of_the_old_ledger(tmp_path: Path) -> None:
     path = await made(tmp_path)
     opening.prepare(path, [*opening.migrations(), SECOND])
     assert "note" in columns(path) and "note" not in columns(tmp_path / f"{opening.NAME}.v1")
@@ -166,7 +248,7 @@ async def test_a_migration_keeps_all_rows_and_a_copy_of_the_old_ledger(tmp_path:
         await Ledger.open(tmp_path, SystemClock())
 
 
-async def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path) -> None:
+async def test_C6_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path) -> None:
     path = await made(tmp_path)
     with pytest.raises(Exception, match="no such table"):
         opening.prepare(path, [*opening.migrations(), f"{SECOND} INSERT INTO nowhere VALUES (1);"])
@@ -174,7 +256,9 @@ async def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: P
     await (await Ledger.open(tmp_path, SystemClock())).close()
 
 
-async def test_a_second_daemon_is_refused_by_the_pid_of_the_first_even_when_files_were_deleted(tmp_path: Path) -> None:
+async def test_C7_a_second_daemon_is_refused_by_the_pid_of_the_first_even_when_files_were_deleted(
+    tmp_path: Path,
+) -> None:
     first = child(tmp_path, "print('open', flush=True)\nsys.stdin.read()")
     assert first.stdout is not None
     try:
@@ -197,7 +281,7 @@ async def test_a_process_that_dies_without_closing_the_ledger_ends_at_once(tmp_p
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_what_was_acknowledged_before_a_kill_is_there_and_nothing_by_half(tmp_path: Path, seed: int) -> None:
+async def test_B4_what_was_acknowledged_before_a_kill_is_there_and_nothing_by_half(tmp_path: Path, seed: int) -> None:
     writes = """
 async def write(n):
     [run_id] = await ledger.write(opening(n))
@@ -244,7 +328,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-async def test_on_a_full_disk_the_ballast_lets_work_be_recorded_then_writes_fail_and_space_brings_all_back(
+async def test_C2_on_a_full_disk_the_ballast_lets_work_be_recorded_then_writes_fail_and_space_brings_all_back(
     small_disk: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("mlpiped.ledger.writer.SPACE_PAUSE", 0.02)
@@ -281,7 +365,7 @@ async def test_on_a_full_disk_the_ballast_lets_work_be_recorded_then_writes_fail
     assert opening.check(small_disk / "state" / opening.NAME, 1) == 1
 
 
-async def test_an_error_of_the_disk_in_one_caller_s_operation_undoes_nobody_else_s_for_good(tmp_path: Path) -> None:
+async def test_C2_an_error_of_the_disk_in_one_caller_s_operation_undoes_nobody_else_s_for_good(tmp_path: Path) -> None:
     """SQLite rolls the whole transaction back: the others' operations are run again, not lost."""
     ledger = await Ledger.open(tmp_path, SystemClock())
     tries = 0
@@ -306,6 +390,49 @@ async def test_an_error_of_the_disk_in_one_caller_s_operation_undoes_nobody_else
         group.start_soon(write, opening_of("b"))
     assert sorted(map(str, results)) == ["['in the end']", "[1]", "[2]"]
     assert len(await ledger.runs()) == 2 and len(await ledger.events()) == 2
+    await ledger.close()
+
+
+FAILS = """
+import resource
+from mlpiped.errors import LedgerUnwritable
+from mlpiped.ledger import writer
+writer.SPACE_PAUSE = writer.RETRY_DELAY = 0.02
+told = []
+ledger.on_broken(told.append)
+await ledger.write(opening(0))
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+failed = 0
+for n in range(1, 4):
+    try:
+        await ledger.write(opening(n))
+    except LedgerUnwritable as error:
+        failed += 1
+ledger.post(opening(4))
+await anyio.sleep(0.1)
+assert failed == 3 and isinstance(ledger.broken, LedgerUnwritable) and len(told) == 1, (failed, told)
+assert len(await ledger.runs()) == 1
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+with anyio.fail_after(20):
+    while ledger.broken or len(await ledger.runs()) < 2:
+        await anyio.sleep(0.01)
+assert told[1] is None and len(told) == 2
+await ledger.write(opening(5))
+await ledger.close()
+print("well", flush=True)
+"""
+
+
+async def test_C3_writes_that_the_kernel_refuses_are_told_once_and_work_goes_on_by_itself_afterwards(
+    tmp_path: Path,
+) -> None:
+    """EFBIG, by a limit to the size of files: an error of the disk for SQLite, and one that can be taken back."""
+    process = child(tmp_path, FAILS)
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, b"well\n")
+    ledger = await Ledger.open(tmp_path, SystemClock())
+    assert sorted(run.tags["n"] for run in await ledger.runs()) == ["0", "4", "5"]
     await ledger.close()
 
 

@@ -323,6 +323,25 @@ async def test_B4_after_a_reboot_a_success_counts_if_its_outputs_were_made_durab
     assert isinstance(outcome, Exited) and outcome.code == 0
 
 
+@pytest.mark.parametrize("code", [0, 3])
+async def test_B3_a_step_that_traps_the_SIGTERM_of_a_host_that_goes_down_is_lost_and_not_judged_by_its_exit(
+    backend: LocalBackend, code: int
+) -> None:
+    handle = await backend.submit(shell("one", f"trap 'exit {code}' TERM; echo began; while :; do sleep 0.01; done"))
+    await said(backend, handle, b"began")
+    (step,) = [pid for pid, group, _ in supervisor.descendants(handle["pid"]) if group == pid]
+    os.kill(handle["pid"], signal.SIGSTOP)  # systemd stops all, sends SIGTERM to each, and lets all go on
+    for pid in (step, handle["pid"]):
+        os.kill(pid, signal.SIGTERM)
+    with anyio.fail_after(20):
+        while (supervisor._stat(step) or [b"Z"])[0] != b"Z":
+            await anyio.sleep(0.005)
+    os.kill(handle["pid"], signal.SIGCONT)
+    outcome = await backend.wait(handle)
+    assert isinstance(outcome, Exited) and outcome.code == code and outcome.cancelled
+    assert await backend.wait({**handle, "boot": "before"}) == Lost("host rebooted")
+
+
 async def test_B4_a_zero_length_witness_counts_as_none(backend: LocalBackend) -> None:
     handle = await backend.submit(shell("one", "exit 2"))
     await backend.wait(handle)

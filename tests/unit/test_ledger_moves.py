@@ -11,6 +11,7 @@ from mlpiped.errors import IllegalMove, StaleReuse
 from mlpiped.ledger import moves
 from mlpiped.ledger.db import guard
 from mlpiped.ledger.rows import StepRow
+from mlpiped.ledger.store import Ledger
 from mlpiped.model import (
     ATTEMPT_MOVES,
     RUN_MOVES,
@@ -178,18 +179,23 @@ async def test_a_step_moves_exactly_as_the_table_says(tmp_path: Path, source: St
         assert step.state is (to if to in STEP_MOVES[source] else before.state)
 
 
+async def alive(ledger: Ledger, run_id: int) -> list[str]:
+    """The tokens of its first step's attempts that have not ended."""
+    return [attempt.token for attempt in await ledger.attempts(run_id, 0) if attempt.end is None]
+
+
 async def test_a_step_has_one_live_attempt(tmp_path: Path) -> None:
     async with opened(tmp_path) as ledger:
         run_id = await running(ledger)
         await begun(ledger, run_id)
         with pytest.raises(IllegalMove):
             await ledger.write(moves.queue_step(run_id, 0, None, None, NOW))
-        assert (await ledger.active_attempts())[0].token == "t1"
+        assert await alive(ledger, run_id) == ["t1"]
         await ledger.write(ended(end=AttemptEnd.LOST, step_to=StepState.QUEUED, why="host rebooted"))
         await ledger.write(moves.intent(run_id, 0, "t2", 2, "local", "b3:k", "{}", NOW))
         step = await ledger.step(run_id, "prepare")
         assert step is not None and (step.attempts, step.why) == (2, "host rebooted")
-        assert [a.token for a in await ledger.active_attempts()] == ["t2"]
+        assert await alive(ledger, run_id) == ["t2"]
 
 
 async def test_a_token_is_used_once(tmp_path: Path) -> None:
@@ -239,9 +245,9 @@ async def test_the_end_of_an_attempt_does_not_wake_a_cancelled_step(tmp_path: Pa
         run_id = await running(ledger)
         await begun(ledger, run_id)
         await ledger.write(moves.finish_step(run_id, 0, StepOutcome.CANCELLED, "by alice", NOW))
-        assert [a.token for a in await ledger.active_attempts()] == ["t1"]
+        assert await alive(ledger, run_id) == ["t1"]
         assert await ledger.write(ended(step_to=StepState.QUEUED)) == [StepState.FINISHED]
-        assert await ledger.active_attempts() == []
+        assert await alive(ledger, run_id) == []
 
 
 async def test_a_result_that_comes_after_its_step_was_finished_is_superseded_and_never_reused(tmp_path: Path) -> None:

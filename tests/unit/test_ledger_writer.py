@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,54 @@ async def test_a_cancelled_caller_has_written_and_leaves_no_open_transaction(tmp
         runs = await ledger.runs(limit=1000)
         assert len(runs) % 2 == 1 and runs[0].pipeline == "last"
         assert not await ledger._db.call(lambda c: c.in_transaction)
+
+
+CANCELS = int(os.environ.get("MLPIPED_CANCELS", "10000"))
+
+
+@pytest.mark.timeout(60 + CANCELS // 50)
+async def test_C8_ten_thousand_callers_cancelled_at_random_leave_no_half_and_no_open_transaction(
+    tmp_path: Path,
+) -> None:
+    """At each await there is: before it is queued, while it is queued, on the thread, and when it has its answer."""
+    chance = random.Random(8)
+    async with opened(tmp_path) as ledger:
+        told: dict[str, list[int]] = {}
+
+        async def caller(name: str) -> None:
+            pair = opening(event(name)), opening(event(name))
+            if chance.random() < 0.1:
+                ledger.post(*pair)
+            else:
+                told[name] = await ledger.write(*pair)
+            if chance.random() < 0.1:
+                await chance.choice([ledger.runs, ledger.counts, ledger.checkpoint, ledger.prove])()
+
+        async def victim(name: str) -> bool:
+            task = asyncio.create_task(caller(name))
+            for _ in range(chance.choice([0, 1, 2, 3, 5, 10])):
+                await asyncio.sleep(0)
+            if chance.random() < 0.3:
+                await asyncio.sleep(chance.random() * 0.02)
+            task.cancel()
+            return isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)
+
+        cancelled = 0
+        for wave in itertools.count():
+            cancelled += sum(await asyncio.gather(*[victim(f"v{wave}-{n}") for n in range(100)]))
+            if wave % 10 == 0:
+                assert not await ledger._db.call(lambda c: c.in_transaction)
+                assert len(await ledger.write(opening(event("kept")))) == 1
+            if cancelled >= CANCELS:
+                break
+        numbers: dict[str, list[int]] = {}
+        for run in await ledger.runs(limit=10 * CANCELS):
+            numbers.setdefault(run.pipeline, []).insert(0, run.id)
+        assert len(numbers.pop("kept")) == wave // 10 + 1
+        assert {len(pair) for pair in numbers.values()} == {2}, "both of a caller's operations or none"
+        assert told.items() <= numbers.items()
+        assert len(numbers) > len(told) > CANCELS // 100, "some were cancelled when it was done, some had their answer"
+        assert await ledger.faults() == []
 
 
 async def test_a_write_is_carried_out_though_its_caller_was_cancelled_at_once(tmp_path: Path) -> None:

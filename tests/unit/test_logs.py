@@ -45,7 +45,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(("verb", "priority"), [("info", 6), ("warning", 4), ("error", 3), ("critical", 2)])
 def test_a_journal_line_has_its_priority_in_front_of_the_json(verb: str, priority: int) -> None:
     stream = set_up("journal")
-    getattr(logs.logger("x"), verb)("it happened", run=7)
+    getattr(structlog.get_logger("x"), verb)("it happened", run=7)
     text = stream.getvalue()
     assert text.startswith(f"<{priority}>{{")
     assert json.loads(text[3:]) | {"timestamp": ""} == {
@@ -58,7 +58,7 @@ def test_a_journal_line_has_its_priority_in_front_of_the_json(verb: str, priorit
 
 def test_json_is_the_same_without_the_priority() -> None:
     stream = set_up("json")
-    logs.logger("x").info("it happened")
+    structlog.get_logger("x").info("it happened")
     assert lines(stream)[0]["event"] == "it happened"
 
 
@@ -93,7 +93,7 @@ def test_local_variables_are_never_shown(kind: logs.LogFormat) -> None:
     try:
         fail()
     except ValueError:
-        logs.logger("x").exception("no")
+        structlog.get_logger("x").exception("no")
         logging.getLogger("y").exception("no")
     assert "cannot log in" in stream.getvalue()
     assert "sesame-open" not in stream.getvalue()
@@ -108,7 +108,7 @@ def test_an_exception_is_data_with_its_cause_and_the_members_of_a_group() -> Non
         except KeyError as error:
             raise ExceptionGroup("both", [ValueError("one")]) from error
     except ExceptionGroup as group:
-        logs.logger("x").error("no", exc_info=group)
+        structlog.get_logger("x").error("no", exc_info=group)
     (line,) = lines(stream)
     assert [e["type"] for e in line["exception"]] == ["ExceptionGroup", "KeyError"]
     assert line["exception"][0]["members"][0][0]["message"] == "one"
@@ -116,7 +116,7 @@ def test_an_exception_is_data_with_its_cause_and_the_members_of_a_group() -> Non
 
 def test_a_field_is_cut_at_2_kib_and_stays_valid_text() -> None:
     stream = set_up("json")
-    logs.logger("x").info("big", text="é" * 5000, deep={"list": ["x" * 9000]}, data=b"y" * 9000)
+    structlog.get_logger("x").info("big", text="é" * 5000, deep={"list": ["x" * 9000]}, data=b"y" * 9000)
     (line,) = lines(stream)
     for value in (line["text"], line["deep"]["list"][0], line["data"]):
         assert 2000 < len(value.encode()) <= logs.FIELD_LIMIT
@@ -133,7 +133,7 @@ def test_values_that_json_does_not_know_become_plain() -> None:
         "name": "\udcff",
         "error": OSError("gone"),
     }
-    logs.logger("x").info("odd", **odd)
+    structlog.get_logger("x").info("odd", **odd)
     (line,) = lines(stream)
     assert (line["path"], line["raw"], line["many"], line["error"]) == ("/a/b", "\\xff", [3], "gone")
     assert line["number"] == "nan"
@@ -142,23 +142,23 @@ def test_values_that_json_does_not_know_become_plain() -> None:
 def test_what_is_bound_to_the_task_is_in_every_line() -> None:
     stream = set_up("json")
     structlog.contextvars.bind_contextvars(run=12)
-    logs.logger("x").info("a")
+    structlog.get_logger("x").info("a")
     logging.getLogger("y").warning("b")
     assert [line["run"] for line in lines(stream)] == [12, 12]
 
 
 def test_debug_lines_appear_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = set_up("json")
-    logs.logger("x").debug("hidden")
+    structlog.get_logger("x").debug("hidden")
     assert stream.getvalue() == ""
     monkeypatch.setenv("MLPIPED_DEBUG", "1")
     stream = set_up("json")
-    logs.logger("x").debug("shown")
+    structlog.get_logger("x").debug("shown")
     assert lines(stream)[0]["event"] == "shown"
 
 
 def test_a_second_set_up_replaces_the_first() -> None:
-    log = logs.logger("x")
+    log = structlog.get_logger("x")
     first, second = set_up("json"), set_up("console")
     log.info("once")
     assert first.getvalue() == ""
@@ -170,7 +170,7 @@ def test_a_console_line_carries_no_control_characters_of_its_fields() -> None:
     try:
         raise ValueError("\x1b[2Jgone")
     except ValueError:
-        logs.logger("x").exception("bad\x1b[31m name", name="a\nb")
+        structlog.get_logger("x").exception("bad\x1b[31m name", name="a\nb")
     assert "\x1b" not in stream.getvalue()
     assert "a\\nb" in stream.getvalue()
 
@@ -183,14 +183,14 @@ def test_the_console_is_coloured_on_a_terminal_unless_no_color(
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     logs.setup("console", stream=stream)
-    logs.logger("x").info("hello")
+    structlog.get_logger("x").info("hello")
     assert ("\x1b[" in stream.getvalue()) is coloured
 
 
 def test_a_closed_stderr_harms_nobody() -> None:
     stream = set_up("json")
     stream.close()
-    logs.logger("x").info("into the void")
+    structlog.get_logger("x").info("into the void")
 
 
 # --- what systemd is told -----------------------------------------------------------------------------------

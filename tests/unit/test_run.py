@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -280,6 +282,41 @@ async def test_a_restart_goes_on_behind_what_is_finished(lab: Lab) -> None:
         ("a", StepOutcome.SUCCEEDED, 1),
         ("b", StepOutcome.SUCCEEDED, 1),
     ]
+
+
+async def cut_short(lab: Lab, turns: int) -> bool:
+    """A run that is cancelled after so many turns of the loop, and gone on with by the next daemon. False: it was over.
+
+    Each step must have been started by one token, and be committed once.
+    """
+    execution = await lab.open({"name": "a", "salt": f"a{turns}"}, {"name": "b", "after": ["a"], "salt": f"b{turns}"})
+    walk = asyncio.create_task(execution.run())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+        if walk.done():
+            break
+    walk.cancel()
+    (ended,) = await asyncio.gather(walk, return_exceptions=True)
+    assert not isinstance(ended, Exception), ended
+    if isinstance(ended, asyncio.CancelledError):
+        await lab.ledger.write(lambda c: None)  # a daemon that ends writes what was posted
+        with anyio.fail_after(20):
+            assert await (await lab.execution(execution.id)).run() is RunOutcome.SUCCEEDED
+    mine = [token for token, entry in lab.backend.world.items() if entry and token.startswith(f"mlp-{execution.id}-")]
+    assert sorted(token.split("-")[2] for token in mine) == ["0", "1"], mine
+    for index in (0, 1):
+        assert (await lab.ends(execution, index)).count(AttemptEnd.COMMITTED) == 1
+    return isinstance(ended, asyncio.CancelledError)
+
+
+async def test_C8_a_run_that_is_cancelled_at_any_await_goes_on_from_the_ledger_and_starts_each_step_once(
+    lab: Lab,
+) -> None:
+    chance, turns, over = random.Random(8), 0, 0
+    while over < 3:
+        over += not await cut_short(lab, turns)
+        turns += 1 if turns < 60 else chance.randint(1, 12)
+    assert turns > 60
 
 
 def reading(path: str, **fields: Any) -> dict[str, Any]:

@@ -153,6 +153,30 @@ def test_a_cancellation_that_comes_before_the_start_prevents_it(tmp_path: Path) 
     assert not (folder / "work/started").exists()
 
 
+SHUT_DOWN = """
+import os, runpy, signal, sys
+wait = signal.sigtimedwait
+def woken(signals, timeout):
+    got = wait(signals, timeout)
+    if got is not None and got.si_signo == signal.SIGCHLD and timeout > 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return got
+signal.sigtimedwait = woken
+sys.argv[0:] = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_B3_a_step_that_was_quicker_than_its_supervisor_to_heed_the_SIGTERM_to_all_was_cancelled_by_it(
+    tmp_path: Path,
+) -> None:
+    """The signal comes just when the supervisor wakes for the step's end."""
+    folder = job_folder(tmp_path, "sh", "-c", "sleep 0.2; exit 3")
+    assert subprocess.run([sys.executable, "-c", SHUT_DOWN, supervisor.__file__, "--run", folder]).returncode == 0
+    outcome = folders.witness(folder)
+    assert outcome is not None and outcome.code == 3 and outcome.cancelled
+
+
 def test_an_order_that_cannot_be_read_is_told_by_the_witness(tmp_path: Path) -> None:
     folder = job_folder(tmp_path, "true")
     (folder / "job.json").write_text("{")

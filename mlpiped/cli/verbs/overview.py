@@ -40,6 +40,10 @@ def _status(call: Call, answer: dict[str, Any]) -> str:
         full = "the disk of the ledger is full: nothing new is dispatched"
         parts.append(screen.paint(full, "failed") + f"\nhint: free space on the disk of `{shown(daemon['state_dir'])}`")
 
+    if daemon.get("ledger_broken"):
+        said = f"{shown(daemon['ledger_broken'])}: nothing new is dispatched"
+        parts.append(screen.paint(said, "failed") + "\nhint: look at the disk and its mount; steps that run go on")
+
     def section(title: str, columns: list[str], rows: list[list[object]]) -> None:
         if rows:
             parts.append(screen.paint(title, "bold") + "\n" + screen.table(columns, rows, indent="  "))

@@ -9,9 +9,11 @@ place is gone ends at once, with an AttributeError.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,13 +115,75 @@ def commit_before_rename() -> None:
     _replace(Attempt, "_collect", too_late)
 
 
+def witness_before_outputs() -> None:
+    """The witness is durable before the outputs that it vouches for."""
+    import shutil
+    import tempfile
+
+    from mlpiped.backends import memory_group, supervisor
+
+    folder = Path(tempfile.mkdtemp(prefix="supervisor-", dir=Path.cwd()))  # the trial's own, and removed with it
+    text = Path(supervisor.__file__).read_text()
+    weak = text.replace("def sync_tree(path: str) -> None:\n", "def sync_tree(path: str) -> None:\n    return\n")
+    if weak == text:
+        raise AttributeError("the supervisor has no sync_tree")
+    shutil.copy(memory_group.__file__, folder)
+    (folder / "supervisor.py").write_text(weak)
+    supervisor.__file__ = str(folder / "supervisor.py")  # the zygote is started from it
+
+
+def intent_after_submit() -> None:
+    """What is to be submitted is written down when there is time for it."""
+    from mlpiped.attempt import Attempt
+    from mlpiped.backends.local import LocalBackend
+
+    run, submit = Attempt.run, LocalBackend.submit
+    due: ContextVar[Callable[[], Any]] = ContextVar("due")
+
+    class Hasty:
+        """A ledger whose first write waits."""
+
+        def __init__(self, ledger: Any) -> None:
+            self.ledger, self.first = ledger, True
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.ledger, name)
+
+        async def write(self, *ops: Any) -> Any:
+            if not self.first:
+                return await self.ledger.write(*ops)
+            self.first = False
+            due.set(lambda: self.ledger.write(*ops))
+            return [None] * len(ops)
+
+    async def hasty(self: Attempt, *args: Any) -> Any:
+        self.world = dataclasses.replace(self.world, ledger=cast("Any", Hasty(self.world.ledger)))
+        return await run(self, *args)
+
+    async def told_later(self: LocalBackend, job: Any) -> Any:
+        handle = await submit(self, job)
+        await due.get()()
+        return handle
+
+    _replace(Attempt, "run", hasty)
+    _replace(LocalBackend, "submit", told_later)
+
+
 def _replace(where: Any, name: str, by: Any) -> None:
     getattr(where, name)  # it must be there, or the mutant is none
     setattr(where, name, by)
 
 
 MUTANTS = {
-    each.__name__: each for each in (fence_removed, liveness_after_exit, synchronous_normal, commit_before_rename)
+    each.__name__: each
+    for each in (
+        fence_removed,
+        liveness_after_exit,
+        synchronous_normal,
+        commit_before_rename,
+        witness_before_outputs,
+        intent_after_submit,
+    )
 }
 
 

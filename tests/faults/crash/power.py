@@ -1,4 +1,4 @@
-"""A disk whose power can be cut: ext4 on a loop device, ended by FS_IOC_SHUTDOWN without flushing its journal.
+"""A disk that fails: ext4 on a loop device. Its power is cut by FS_IOC_SHUTDOWN without flushing its journal.
 
 What had not been synced when the power went is lost, as on a real machine; what lies elsewhere stays.
 """
@@ -22,7 +22,7 @@ def missing() -> str | None:
     """Why this machine has no such disk; None when it has."""
     if os.geteuid() != 0:
         return "a power cut needs root: it is FS_IOC_SHUTDOWN on a loop mount"
-    for tool in ("mkfs.ext4", "mount", "umount"):
+    for tool in ("mkfs.ext4", "mount", "umount", "findmnt", "fsfreeze"):
         if shutil.which(tool, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") is None:
             return f"a power cut needs `{tool}`"
     if not Path("/dev/loop-control").exists():
@@ -44,7 +44,17 @@ class Disk:
 
     def mount(self) -> None:
         _do("mount", "-o", "loop", self.image, self.place)
-        (self.place / "lost+found").exists()
+        try:
+            (self.place / ".powered").touch()
+            (self.place / ".powered").unlink()
+        except OSError:
+            # Another mount namespace, made meanwhile by somebody, holds the dead file system: it is what was mounted.
+            # What is in the image is all that had reached the disk.
+            self.unmount()
+            copy = self.image.with_name(f"{self.image.name}.copy")
+            _do("cp", "--sparse=always", self.image, copy)
+            copy.rename(self.image)
+            _do("mount", "-o", "loop", self.image, self.place)
 
     def cut(self) -> None:
         """Nothing reaches the disk any more. Whoever has it open gets EIO from now on."""
@@ -53,6 +63,20 @@ class Disk:
             fcntl.ioctl(fd, FS_IOC_SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
         finally:
             os.close(fd)
+
+    def make_read_only(self) -> None:
+        """What ext4 does by itself when it finds its disk damaged."""
+        _do("mount", "-o", "remount,errors=remount-ro", self.place)
+        device = Path(os.path.realpath(_do("findmnt", "-no", "SOURCE", self.place).strip())).name
+        Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("1")
+
+    def freeze(self) -> None:
+        """Whoever writes hangs until `thaw`, and cannot even be killed."""
+        _do("fsfreeze", "--freeze", self.place)
+
+    def thaw(self) -> None:
+        with contextlib.suppress(subprocess.CalledProcessError):  # it is not frozen
+            _do("fsfreeze", "--unfreeze", self.place)
 
     def unmount(self, patience: float = 10.0) -> None:
         until = time.monotonic() + patience
@@ -71,6 +95,6 @@ class Disk:
         self.image.unlink(missing_ok=True)
 
 
-def _do(*words: str | Path) -> None:
-    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-    subprocess.run(words, check=True, capture_output=True, env={**os.environ, "PATH": path, "LC_ALL": "C"}, timeout=30)
+def _do(*words: str | Path) -> str:
+    env = {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin", "LC_ALL": "C"}
+    return subprocess.run(words, check=True, capture_output=True, env=env, timeout=30, text=True).stdout

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from crash.power import Disk
 
 OUTSIDE = "from outside"
+EVERYWHERE = (*POINTS, OUTSIDE, OUTSIDE, OUTSIDE)
 ALIVE = 24
 """So many runs that were asked for are kept going at a time."""
 
@@ -58,7 +60,7 @@ class Trial:
         clocks: bool = True,
         slots: int = 12,
         alive: int = ALIVE,
-        points: Sequence[str] = (*POINTS, OUTSIDE, OUTSIDE, OUTSIDE),
+        points: Sequence[str] = EVERYWHERE,
         finished: float = FINISHED,
         prelude: str = "",
     ) -> None:
@@ -71,7 +73,7 @@ class Trial:
         self.disk: Disk | None = None
         self.murder = murder
         self.alive, self.points, self.finished = alive, points, finished
-        self._deck: list[str] = []
+        self._tries: Counter[str] = Counter()
         self._asked = 0
         self._open: set[str] = set()  # seeds of runs that have not been seen to end
         self._hit: set[str] = set()  # … and that have seen a death
@@ -106,16 +108,15 @@ class Trial:
         self.daemon.close()
 
     # --- the whole of it -------------------------------------------------------------------------------------------
-    def go(self, *, runs: int = 0, deaths: int = 0, seconds: float = 0.0) -> Verdict:
-        """Until so many crash-injected runs, deaths, or seconds (whichever is asked for); the verdict."""
+    def go(self, *, runs: int = 0, deaths: int = 0, hits: int = 0) -> Verdict:
+        """Until so many crash-injected runs, deaths, and deaths at each point (what is asked for); the verdict."""
         self.begin()
-        end = time.monotonic() + seconds
         # The judge counts from the ledger at the end. Here only runs count whose number was told before a death, and
         # whose last step had not ended at it: never more than there are.
-        while not (
-            (runs and len(self._hit) >= runs)
-            or (deaths and len(self.evidence.deaths) >= deaths)
-            or (seconds and time.monotonic() > end)
+        while (
+            len(self._hit) < runs
+            or len(self.evidence.deaths) < deaths
+            or min(self._deaths_at(point) for point in self.points) < hits
         ):
             self.life()
         return self.finish()
@@ -238,11 +239,19 @@ class Trial:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
+    def _deaths_at(self, point: str) -> int:
+        return sum(where == point for _, where in self.evidence.deaths)
+
     def _next_point(self) -> str:
-        if not self._deck:
-            self._deck = list(self.points)
-            self.random.shuffle(self._deck)
-        return self._deck.pop()
+        """Each as often as it is listed; what was armed in vain comes again sooner."""
+
+        def turns(point: str) -> float:
+            return (self._deaths_at(point) + 0.3 * self._tries[point]) / self.points.count(point)
+
+        least = min(turns(point) for point in self.points)
+        found = self.random.choice([point for point in dict.fromkeys(self.points) if turns(point) == least])
+        self._tries[found] += 1
+        return found
 
     # --- work ------------------------------------------------------------------------------------------------------
     def feed(self, files: int) -> None:
