@@ -111,7 +111,7 @@ def test_a_file_that_still_grows_does_not_fire(daemon: Daemon) -> None:
 files = DataReference(lab, "growing/*.txt")
 out = PipelineData("out")
 read = CommandStep(["cp", files, out], name="read", outputs=[out])
-pipeline = Pipeline("growing", steps=[read], triggers=[OnArrival(files, settle="1s")])
+pipeline = Pipeline("growing", steps=[read], triggers=[OnArrival(files, settle="4s")])
 """,
     )
     folder = daemon.lab / "growing"
