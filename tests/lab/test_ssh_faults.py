@@ -290,6 +290,8 @@ async def test_H6_a_full_disk_on_the_box_fails_the_step_and_its_exit_is_readable
         script = "echo began; head -c 9000000 /dev/zero > big; code=$?; cat /dev/zero >> more; exit $((code + 5))"
         handle, found = await ended(backend, shell(script))
         assert found.code == 6 and found.error is None
+        (daemon.state / "jobs" / handle["token"] / "exit.json").unlink()
+        assert await outcome(await daemon.life(stack), handle) == found  # it is in the folder there, not told alone
         assert await log(backend, handle) == b"began\n"
         with pytest.raises(BackendUnavailable, match="is a disk full"):  # and the next one costs no attempt
             await backend.submit(job("true", token="late"))

@@ -182,9 +182,10 @@ trap 'exit 0' HUP INT TERM PIPE
 
 shim=$root/.python
 found=$(command -v "$python")
-if [ -n "$found" ]; then
+wanted="#!/bin/sh${N}exec \"$found\" \"\$@\""
+if [ -n "$found" ] && [ "$(cat "$shim/python" 2>/dev/null)" != "$wanted" ]; then
     mkdir -p "$shim"
-    printf '#!/bin/sh\nexec "%s" "$@"\n' "$found" >"$shim/python.$$"
+    printf '%s\n' "$wanted" >"$shim/python.$$"
     chmod 700 "$shim/python.$$"
     mv -T "$shim/python.$$" "$shim/python"
 fi

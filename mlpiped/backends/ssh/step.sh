@@ -335,8 +335,7 @@ run() {
     bury "$first" || stuck=1
     judge
     [ "$code" != 0 ] || [ ! -d "$T/out" ] || settle "$T/out"
-    printf '%-2047s\n' "$end" 1<>"$T/claim/exit.json"
-    mv -T "$T/claim/exit.json" "$T/exit.json"
+    printf '%-2047s\n' "$end" 1<>"$T/claim/exit.json" && mv -T "$T/claim/exit.json" "$T/exit.json" || exit 71
     [ -z "$timeout" ] || kill "$watch" 2>/dev/null
     flags
     set +f
@@ -344,6 +343,7 @@ run() {
     for events in "$@"; do # one that nobody reads any more may be full
         if [ $# = 1 ]; then say "$events" "e $T $flags $end"; else say "$events" "e $T $flags $end" & fi
     done
+    return 0
 }
 
 # SIGTERM to everything of the step, SIGKILL after its grace. $2 says why.
