@@ -29,10 +29,11 @@ born() {
 
 # Whether the claim of $T is there; $who is `pid start boot grace`, or `fenced`.
 claimed() {
-    who='0 0 -'
-    { read -r who <"$T/claim/who"; } 2>/dev/null && return 0
-    who='0 0 -' # what a power cut left: somebody began, and is gone
-    [ -e "$T/claim" ]
+    for look in first second; do # a claim may appear after the first: it is complete then
+        { read -r who <"$T/claim/who"; } 2>/dev/null && return 0
+        who='0 0 -' # what a power cut left: somebody began, and is gone
+        [ -e "$T/claim" ] || return 1
+    done
 }
 
 # Whether the supervisor that claimed $T lives. $who is read.
