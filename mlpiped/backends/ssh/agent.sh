@@ -166,13 +166,14 @@ health() {
 
 sweep
 mkfifo -m 600 "$events" || exit 70
+echo 0 >"$beats" 2>/dev/null
 cat <>"$events" &
 reader=$!
 (
     last=
     while sleep 120; do
-        read -r beat <"$beats"
-        [ "$beat" != "$last" ] || kill $$
+        born $$ && [ "$born" = "$mine" ] && read -r beat <"$beats" || exit
+        [ "$beat" != "$last" ] || { kill $$; exit; }
         last=$beat
     done
 ) </dev/null >/dev/null 2>&1 &
