@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -200,7 +201,8 @@ async def test_H3_a_step_of_a_box_that_rebooted_is_lost(box: Box, tmp_path: Path
     over, _ = await ended(backend, job("sh", "-c", "exit 4"))
     box.stop()
     for pid in [running["pid"], *daemon.processes(running["token"])]:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     box.boot_id.write_text("11111111-2222-3333-4444-555555555555\n")
     box.start()
     later = await daemon.life(stack)
@@ -290,6 +292,8 @@ async def test_H6_a_full_disk_on_the_box_fails_the_step_and_its_exit_is_readable
         script = "echo began; head -c 9000000 /dev/zero > big; code=$?; cat /dev/zero >> more; exit $((code + 5))"
         handle, found = await ended(backend, shell(script))
         assert found.code == 6 and found.error is None
+        (daemon.state / "jobs" / handle["token"] / "exit.json").unlink()
+        assert await outcome(await daemon.life(stack), handle) == found  # it is in the folder there, not told alone
         assert await log(backend, handle) == b"began\n"
         with pytest.raises(BackendUnavailable, match="is a disk full"):  # and the next one costs no attempt
             await backend.submit(job("true", token="late"))
@@ -339,7 +343,8 @@ async def test_H8_a_stranger_with_the_supervisors_pid_is_neither_adopted_nor_kil
     stranger = subprocess.Popen(["sleep", "600"])
     try:
         for pid in [handle["pid"], *daemon.processes(handle["token"])]:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         claim = daemon.root / handle["token"] / "claim"
         who = (claim / "who").read_text().split()
         (claim / "who").write_text(" ".join([str(stranger.pid), *who[1:]]) + "\n")

@@ -166,13 +166,14 @@ health() {
 
 sweep
 mkfifo -m 600 "$events" || exit 70
+echo 0 >"$beats" 2>/dev/null
 cat <>"$events" &
 reader=$!
 (
     last=
     while sleep 120; do
-        read -r beat <"$beats"
-        [ "$beat" != "$last" ] || kill $$
+        born $$ && [ "$born" = "$mine" ] && read -r beat <"$beats" || exit
+        [ "$beat" != "$last" ] || { kill $$; exit; }
         last=$beat
     done
 ) </dev/null >/dev/null 2>&1 &
@@ -182,9 +183,10 @@ trap 'exit 0' HUP INT TERM PIPE
 
 shim=$root/.python
 found=$(command -v "$python")
-if [ -n "$found" ]; then
+wanted="#!/bin/sh${N}exec \"$found\" \"\$@\""
+if [ -n "$found" ] && [ "$(cat "$shim/python" 2>/dev/null)" != "$wanted" ]; then
     mkdir -p "$shim"
-    printf '#!/bin/sh\nexec "%s" "$@"\n' "$found" >"$shim/python.$$"
+    printf '%s\n' "$wanted" >"$shim/python.$$"
     chmod 700 "$shim/python.$$"
     mv -T "$shim/python.$$" "$shim/python"
 fi

@@ -15,7 +15,12 @@ mkdir -p "$bin" "$root/.cas" "$root/.events" "$root/.new" "$root/.envs" || { ech
 root=$(cd "$root" && pwd -P)
 bin=$root/.bin/$digest
 while read -r name size && [ "$name" != go ]; do
-    head -c "$size" >"$bin/$name.$$" && mv -T "$bin/$name.$$" "$bin/$name" || { echo "x a file cannot be written: $bin/$name"; exit 1; }
+    if [ -s "$bin/$name" ]; then # also where the disk is full by now
+        head -c "$size" >/dev/null
+    else
+        head -c "$size" >"$bin/$name.$$" && mv -T "$bin/$name.$$" "$bin/$name" ||
+            { echo "x a file cannot be written: $bin/$name"; exit 1; }
+    fi
 done
 umask "$umask_before"
 read -r python

@@ -29,10 +29,11 @@ born() {
 
 # Whether the claim of $T is there; $who is `pid start boot grace`, or `fenced`.
 claimed() {
-    who='0 0 -'
-    { read -r who <"$T/claim/who"; } 2>/dev/null && return 0
-    who='0 0 -' # what a power cut left: somebody began, and is gone
-    [ -e "$T/claim" ]
+    for look in first second; do # a claim may appear after the first: it is complete then
+        { read -r who <"$T/claim/who"; } 2>/dev/null && return 0
+        who='0 0 -' # what a power cut left: somebody began, and is gone
+        [ -e "$T/claim" ] || return 1
+    done
 }
 
 # Whether the supervisor that claimed $T lives. $who is read.
@@ -335,8 +336,7 @@ run() {
     bury "$first" || stuck=1
     judge
     [ "$code" != 0 ] || [ ! -d "$T/out" ] || settle "$T/out"
-    printf '%-2047s\n' "$end" 1<>"$T/claim/exit.json"
-    mv -T "$T/claim/exit.json" "$T/exit.json"
+    printf '%-2047s\n' "$end" 1<>"$T/claim/exit.json" && mv -T "$T/claim/exit.json" "$T/exit.json" || exit 71
     [ -z "$timeout" ] || kill "$watch" 2>/dev/null
     flags
     set +f
@@ -344,6 +344,7 @@ run() {
     for events in "$@"; do # one that nobody reads any more may be full
         if [ $# = 1 ]; then say "$events" "e $T $flags $end"; else say "$events" "e $T $flags $end" & fi
     done
+    return 0
 }
 
 # SIGTERM to everything of the step, SIGKILL after its grace. $2 says why.

@@ -25,8 +25,13 @@ put() {
     mkdir -m 700 "$draft" && cd "$draft" || exit 1
     trap 'chmod -R u+rwX "$draft" 2>/dev/null; rm -rf "$draft"' EXIT
     trap 'exit 1' HUP INT TERM
-    while read -r kind one two && [ "$kind" != end ]; do
+    whole=0
+    while read -r kind one two; do # a last line that is cut fails here
         case $kind in
+        end)
+            whole=1
+            break
+            ;;
         d | l) decode "$one" ;;
         *) decode "$two" ;;
         esac
@@ -38,7 +43,7 @@ put() {
         *) false ;;
         esac || exit 1
     done
-    [ "$kind" = end ] || exit 1
+    [ "$whole" = 1 ] || exit 1
     cd "$root" || exit 1
     case $place in
     .cas/*) chmod -R a-w,a+rX "$draft"; chmod u+w "$draft" ;; # steps share it
