@@ -37,7 +37,7 @@ class ContainerTrial(Trial):
     def __init__(self, seed: int, engine: Engine) -> None:
         points = (*POINTS_OF_STEPS, OUTSIDE, OUTSIDE, OUTSIDE)
         super().__init__(
-            seed, clocks=False, slots=1, alive=10, points=points, finished=180.0, prelude=IN_CONTAINERS
+            seed, clocks=False, slots=1, alive=30, points=points, finished=180.0, prelude=IN_CONTAINERS
         )  # fmt: skip
         self.engine = engine
         self.kills = 0
@@ -55,6 +55,7 @@ class ContainerTrial(Trial):
         dies = self.random.random() < 0.3
         if dies:
             timer.start()
+        more.setdefault("patience", self.random.uniform(0.5, 2.5))
         super().life(*words, **more)  # type: ignore[arg-type]
         if dies:
             timer.join()

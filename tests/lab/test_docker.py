@@ -20,6 +20,7 @@ from smi_rig import Smi
 
 from mlpiped.backends.base import Exited, JobOutput, Lost, NeverRan, Part
 from mlpiped.backends.docker import watching
+from mlpiped.backends.host_cards import HostCards
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ async def bench(docker_engine: Engine, tmp_path: Path, anyio_backend: str) -> As
         docker_engine.docker("rm", "--force", *left)
 
 
+@pytest.fixture(autouse=True)
+def leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of cards: not the host's own."""
+    monkeypatch.setitem(HostCards.__init__.__kwdefaults__, "folder", str(tmp_path / "leases"))
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return tmp_path / "leases" / boot
+
+
 def folder(bench: DockerBench, job: Job | Handle) -> Path:
     token = job["token"] if isinstance(job, dict) else job.token
     return bench.place / "state/jobs" / token
@@ -64,9 +73,9 @@ async def shown(path: Path, text: bytes) -> None:
             await anyio.sleep(0.01)
 
 
-async def gated(bench: DockerBench, backend: DockerBackend, more: str = "", **fields: Any) -> Handle:
+async def gated(bench: DockerBench, backend: DockerBackend, more: str = "", before: str = "", **fields: Any) -> Handle:
     """A step that runs until `open_gate`."""
-    handle = await backend.submit(bench.job(f"{GATED}{more}", shell=True, **fields))
+    handle = await backend.submit(bench.job(f"{before}{GATED}{more}", shell=True, **fields))
     await shown(folder(bench, handle) / "stdout", b"ready")
     return handle
 
@@ -154,10 +163,9 @@ async def test_I1_a_step_that_ends_while_the_engine_is_down_keeps_its_exit_code(
 async def test_I2_without_live_restore_a_step_that_ran_is_lost_and_has_not_failed(
     shaken: DockerBench, how: str
 ) -> None:
-    orderly = "; trap 'exit 0' TERM"  # a step that would end well when it is told to
     async with served(shaken) as backend:
         handle = await gated(shaken, backend)
-        polite = await gated(shaken, backend, orderly)
+        polite = await gated(shaken, backend, before="trap 'exit 0' TERM; ")  # it would end well if it were told to
         await anyio.to_thread.run_sync(restarted, shaken.engine, how, False)
         for each in (handle, polite):
             assert isinstance(await finally_(backend, each), Lost)
@@ -169,7 +177,10 @@ async def test_I2_without_live_restore_a_step_that_ran_is_lost_and_has_not_faile
 
 async def test_I2_a_step_of_an_image_without_a_shell_is_lost_with_its_engine_too(shaken: DockerBench) -> None:
     async with served(shaken) as backend:
-        handle = await backend.submit(shaken.job("/busybox", "sleep", "300", image=shaken.engine.image(BARE)))
+        script = "trap 'exit 0' TERM; /busybox touch $MLPIPED_SCRATCH/on; while :; do /busybox sleep 0.05; done"
+        job = shaken.job("/busybox", "sh", "-c", script, image=shaken.engine.image(BARE))
+        handle = await backend.submit(job)
+        await shown(folder(shaken, handle) / "work/on", b"")
         await anyio.to_thread.run_sync(restarted, shaken.engine, "stopped", False)
         assert isinstance(await finally_(backend, handle), Lost)
 
@@ -259,19 +270,15 @@ async def test_cards_are_asked_for_by_uuid_and_told_to_the_step(bench: DockerBen
 
 
 async def test_a_card_is_leased_for_as_long_as_its_step_lasts_and_to_nobody_else(
-    bench: DockerBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: DockerBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leases: Path
 ) -> None:
     """The engine has no driver to give it, so the step ends at its start; till then the card is taken."""
     smi = Smi.make(tmp_path / "smi", "GPU-00000000-aaaa", "GPU-00000000-bbbb")
     monkeypatch.setenv("PATH", str(smi.folder), prepend=":")
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    leases = tmp_path / "leases" / boot
     one, two = (
         DockerBench(tmp_path / name, bench.stack, bench.engine, gpus="auto", instance=name) for name in ("one", "two")
     )
     async with served(one) as backend, served(two) as other:
-        for each in (backend, other):
-            each._cards._folder = str(tmp_path / "leases")
         assert await backend.health() is None
         assert [card.uuid for card in backend.capacity().cards] == list(smi.uuids)
         handle = await backend.submit(bench.job("true", gpus=smi.uuids[:1]))
