@@ -9,6 +9,8 @@ no row moved is an IllegalMove and nothing is written. Each move leaves one even
     fire.<verdict> {pipeline, detail}   pipeline.paused|resumed {pipeline, who}
     compute.drained|undrained {compute, who}   compute.unwell|well {compute, why}
 
+A state that lasts for a moment only may never be written: a short step goes from `submitting` to `finished`.
+
 Four things are refused whatever the caller believes: two live attempts of one step, two commits of one step, success
 without a commit, and reuse of what is not the committed result of that key at this moment (StaleReuse).
 """

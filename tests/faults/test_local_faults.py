@@ -211,9 +211,14 @@ async def test_jobs_share_a_supervisor_one_after_the_other_and_none_has_the_usag
     hungry = Job(token="big", arguments=tuple((Part("text", text),) for text in (sys.executable, "-c", HUNGRY)))
     big = await backend.submit(hungry)
     first = await backend.wait(big)
+    held = Path(f"/proc/{big['pid']}/fd")
+    before = len(list(held.iterdir()))
     small = await backend.submit(shell("small", "true"))
     second = await backend.wait(small)
     assert big["pid"] == small["pid"]
+    with anyio.fail_after(10):
+        while len(list(held.iterdir())) > before:  # the claim is let go just after its end was told
+            await anyio.sleep(0.01)
     assert isinstance(first, Exited) and isinstance(second, Exited)
     assert (first.max_rss or 0) > 64 << 20 > 4 * (second.max_rss or 0)
     assert (first.cpu or 0) > (second.cpu or 0)

@@ -126,6 +126,22 @@ def test_B4_a_torn_witness_is_no_witness(tmp_path: Path, torn: bytes) -> None:
     assert folders.witness(tmp_path) is None
 
 
+def test_B3_after_a_reboot_a_success_counts_unless_its_witness_says_that_its_outputs_were_not_durable(
+    tmp_path: Path,
+) -> None:
+    folder = job_folder(tmp_path, "sh", "-c", "echo made > ../out/made")
+    assert supervise(folder).wait(20) == 0
+    said = vars_of(folders.witness(folder))
+    record = json.loads((folder / "exit.json").read_text())
+    assert record["synced"] is True, "with nobody to hear it, the supervisor makes all of it durable"
+    for code, synced, counts in ((0, True, True), (0, False, False), (3, False, True), (0, None, True)):
+        told = {**record, "code": code, "synced": synced}
+        if synced is None:  # of an earlier version, which made all of them durable
+            del told["synced"]
+        (folder / "exit.json").write_text(json.dumps(told))
+        assert folders.outlives(folder, Exited(**{**said, "code": code})) is counts
+
+
 def test_H6_a_step_that_fills_the_disk_cannot_silence_its_witness(tmp_path: Path) -> None:
     if os.getuid() != 0:
         pytest.skip("mounting a small tmpfs needs root")
