@@ -358,7 +358,9 @@ def run(folder: str, job: dict[str, Any]) -> dict[str, Any]:
         return _end(cancelled=True)
     group = _memory_group(job["token"], job["memory"]) if job.get("memory") else None
     try:
-        step = folder, job["argv"], job["env"]
+        inherit = tuple(job.get("inherit", ()))  # what the queue has put into our environment: its cards, its ids
+        env = {name: value for name, value in os.environ.items() if name.startswith(inherit)} if inherit else {}
+        step = folder, job["argv"], {**env, **job["env"]}
         main = group.spawn(lambda: spawn(*step)) if group else spawn(*step)
         _try(_write, f"/proc/{main}/oom_score_adj", b"%d" % STEP_OOM_SCORE)  # may be over already, or ours is higher
         end = watch(main, job.get("timeout"), job.get("grace", 10.0))
@@ -377,7 +379,7 @@ def _end(cancelled: bool = False, error: str | None = None) -> dict[str, Any]:
 def supervise(folder: str, order: dict[str, Any] | None, boot: str, say: Say) -> int:
     """One attempt, from claim to witness; the exit status of this process. WAKES are blocked."""
     pid = os.getpid()
-    if os.getsid(0) != pid:
+    if os.getpgid(0) != pid:  # Slurm starts a leader of a group, which cannot, and need not
         os.setsid()
     for option, value in ((PR_SET_NAME, b"mlpiped-step"), (PR_SET_CHILD_SUBREAPER, 1)):
         _libc.prctl(option, value, 0, 0, 0)

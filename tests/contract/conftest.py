@@ -11,13 +11,17 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from lab import slurm_rig
 
 from mlpiped.backends.base import Backend, Job, Part
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.backends.local import LocalBackend
+from mlpiped.backends.slurm import SlurmBackend
+from mlpiped.backends.slurm.runner import HostRunner
+from mlpiped.config.computes import SlurmCompute
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
 
@@ -29,9 +33,12 @@ class Bench:
     """One backend on one state of machines; `another()` is the backend of the daemon's next life there."""
 
     executes = True
+    needs: str | None = None  # the fixture with the machine that it runs on
+    marks: tuple[pytest.MarkDecorator, ...] = ()
+    crowd = 50  # jobs that it is given at once
 
-    def __init__(self, place: Path, stack: AsyncExitStack) -> None:
-        self.place, self.stack = place, stack
+    def __init__(self, place: Path, stack: AsyncExitStack, machine: Any = None) -> None:
+        self.place, self.stack, self.machine = place, stack, machine
 
     async def another(self) -> Backend:
         backend = self.make()
@@ -68,8 +75,8 @@ class LocalBench(Bench):
 class FakeBench(Bench):
     executes = False
 
-    def __init__(self, place: Path, stack: AsyncExitStack) -> None:
-        super().__init__(place, stack)
+    def __init__(self, place: Path, stack: AsyncExitStack, machine: Any = None) -> None:
+        super().__init__(place, stack, machine)
         self.world: dict[str, list[Any] | None] = {}
 
     def make(self) -> FakeBackend:
@@ -81,14 +88,35 @@ class FakeBench(Bench):
         return self.job("true", **job)
 
 
-BENCHES = {"local": LocalBench, "fake": FakeBench}
-EXECUTING = [name for name, bench in BENCHES.items() if bench.executes]
+class SlurmBench(Bench):
+    """A real slurmctld with two slurmd."""
+
+    needs = "slurm_cluster"
+    marks = (pytest.mark.lab,)
+
+    def make(self) -> SlurmBackend:
+        settings = SlurmCompute(kind="slurm", slots=2, poll_interval="200ms")
+        runner = HostRunner(self.machine.env)
+        return SlurmBackend("cluster", self.place, settings, instance="0" * 32, runner=runner, patience=5.0)
+
+
+BENCHES = {"local": LocalBench, "fake": FakeBench, "slurm": SlurmBench}
+ALL = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items()]
+EXECUTING = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items() if bench.executes]
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[slurm_rig.Cluster]:
+    with slurm_rig.running() as cluster:
+        yield cluster
 
 
 @pytest.fixture
 async def bench(request: pytest.FixtureRequest, tmp_path: Path, anyio_backend: str) -> AsyncIterator[Bench]:
+    kind = BENCHES[request.param]
+    machine = None if kind.needs is None else request.getfixturevalue(kind.needs)
     async with AsyncExitStack() as stack:
-        yield BENCHES[request.param](tmp_path, stack)
+        yield kind(tmp_path, stack, machine)
 
 
 @pytest.fixture

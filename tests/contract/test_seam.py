@@ -11,14 +11,14 @@ import pytest
 from mlpiped.backends.base import Exited, NeverRan
 from mlpiped.errors import BackendUnavailable
 
-from .conftest import BENCHES
+from .conftest import ALL
 
 if TYPE_CHECKING:
     from mlpiped.backends.base import Backend
 
     from .conftest import Bench
 
-pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("bench", BENCHES, indirect=True)]
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("bench", ALL, indirect=True)]
 
 
 async def test_a_job_that_ends_well_exits_with_code_0(bench: Bench, backend: Backend) -> None:
@@ -166,9 +166,9 @@ async def test_many_jobs_at_once_each_have_their_own_outcome(bench: Bench, backe
         codes[number] = outcome.code
 
     async with anyio.create_task_group() as group:
-        for number in range(50):
+        for number in range(bench.crowd):
             group.start_soon(one, number)
-    assert codes == {number: number for number in range(50)}
+    assert codes == {number: number for number in range(bench.crowd)}
 
 
 async def test_what_is_well_says_nothing_of_its_health(bench: Bench, backend: Backend) -> None:

@@ -1,0 +1,354 @@
+"""A Slurm cluster of its own on this machine: munged, slurmctld, two slurmd; slurmdbd and MariaDB if asked for.
+
+Everything lies below one folder and on free ports of loopback; nothing of the machine's own Slurm is touched. Each
+server is a child that can be killed, stopped and started again. `close` ends them and all that their jobs left running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
+ACCOUNTING = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
+NODES = ("n1", "n2")
+CPUS = 16  # what each node claims to have: jobs of tests sleep
+MEMORY = 4000  # MiB
+GPUS = 2
+UP = 60.0  # seconds until a server answers
+CONFIG = """\
+ClusterName=lab
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ctld}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmctldDebug=info
+SlurmdDebug=info
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=10
+GresTypes=gpu
+ReturnToService=2
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0,max_rpc_cnt=0
+MinJobAge={min_job_age}
+InactiveLimit=0
+KillWait={kill_wait}
+SlurmctldTimeout=60
+SlurmdTimeout={node_timeout}
+MessageTimeout=10
+JobAcctGatherType={gather}
+JobAcctGatherFrequency={frequency}
+SlurmdParameters=config_overrides
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] \
+  CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus}
+PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode={preempt}
+PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=empty MaxTime=INFINITE State=UP
+"""
+DBD = """\
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={dbd}
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={sql}
+StorageUser=slurm
+StoragePass={password}
+StorageLoc=slurm
+LogFile={folder}/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+"""
+
+
+def why_not(accounting: bool = False) -> str | None:
+    """Why no cluster can be started here, as a sentence; None when nothing is known to stand in the way."""
+    if sys.platform != "linux":
+        return "a Slurm cluster starts on Linux only"
+    if os.geteuid() != 0:
+        return "starting a Slurm cluster needs root"
+    missing = _missing(accounting)
+    if missing and shutil.which("apt-get") is None:
+        return f"{' and '.join(missing)} are not installed, and there is no apt-get to install them"
+    return None
+
+
+def _missing(accounting: bool) -> dict[str, str]:
+    wanted = {**PACKAGES, **(ACCOUNTING if accounting else {})}
+    return {tool: package for tool, package in wanted.items() if shutil.which(tool, path=_path()) is None}
+
+
+def _path() -> str:
+    return f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
+
+def install(accounting: bool = False) -> None:
+    if missing := _missing(accounting):
+        print(f"lab: apt-get install {' '.join(missing.values())}", file=sys.__stderr__, flush=True)
+        # no server of the packages' own is started: RUNLEVEL
+        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+        get = ["apt-get", "-o", "DPkg::Lock::Timeout=300"]
+        subprocess.run([*get, "update"], env=env, capture_output=True, timeout=300, check=False)
+        command = [*get, "install", "-y", "--no-install-recommends", *missing.values()]
+        subprocess.run(command, env=env, capture_output=True, timeout=600, check=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """So many consecutive ports of loopback on which nobody listens now."""
+    for _ in range(200):
+        first = 20000 + secrets.randbelow(12000)
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return list(range(first, first + count))
+    raise RuntimeError("no free ports")
+
+
+class Cluster:
+    def __init__(
+        self,
+        *,
+        accounting: bool = False,
+        min_job_age: int = 300,
+        kill_wait: int = 5,
+        node_timeout: int = 300,
+        gather: bool = False,
+        preempt: str = "OFF",
+        more: str = "",
+    ) -> None:
+        """`gather`: jobs over their memory are ended (there are no control groups for that here). `preempt`: what
+        becomes of a job of partition `main` when one of `urgent` wants its place. `more`: lines for slurm.conf."""
+        self.folder = Path(tempfile.mkdtemp(prefix="mlpd-slurm-"))
+        self.folder.chmod(0o755)
+        self.accounting = accounting
+        self.servers: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, list[str]] = {}
+        self.ctld, self.first, self.last, self.dbd, self.sql = free_ports(5)
+        self.conf = self.folder / "slurm.conf"
+        self.env = {**os.environ, "SLURM_CONF": str(self.conf), "LC_ALL": "C", "PATH": _path()}
+        text = CONFIG.format(
+            folder=self.folder, host=socket.gethostname(), ctld=self.ctld, first=self.first, last=self.last,
+            min_job_age=min_job_age, kill_wait=kill_wait, node_timeout=node_timeout, preempt=preempt,
+            cpus=CPUS, memory=MEMORY, gpus=GPUS,
+            gather="jobacct_gather/linux" if gather or accounting else "jobacct_gather/none", frequency=1,
+        )  # fmt: skip
+        if preempt != "OFF":
+            text += "PreemptType=preempt/partition_prio\nPreemptMode=CANCEL\n"
+        if gather:
+            text += "JobAcctGatherParams=OverMemoryKill\n"
+        if accounting:
+            text += "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"
+            text += f"AccountingStoragePort={self.dbd}\n"
+        self.conf.write_text(text + more)
+        for name in ("state", "munge", *(f"spool-{node}" for node in NODES)):
+            (self.folder / name).mkdir(mode=0o755)
+        for number in range(GPUS):
+            os.mknod(self.folder / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        gres = f"NodeName=n[1-2] Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n"
+        (self.folder / "gres.conf").write_text(gres)
+        (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+
+    # --- the servers ------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        munge = self.folder / "munge"
+        (munge / "key").write_bytes(os.urandom(128))
+        (munge / "key").chmod(0o400)
+        files = [f"--{what}={munge / name}" for what, name in (
+            ("key-file", "key"), ("socket", "socket"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"),
+        )]  # fmt: skip
+        self.serve("munged", ["munged", "--foreground", "--force", *files])
+        self.wait_for(lambda: (munge / "socket").exists(), "munged listens")
+        if self.accounting:
+            self._start_accounting()
+        self.serve("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)])
+        for node in NODES:
+            self.serve(node, ["slurmd", "-D", "-N", node, "-f", str(self.conf)])
+        self.ready()
+
+    def ready(self) -> None:
+        """Until both nodes take jobs."""
+
+        def look() -> bool:
+            said = self.command("sinfo", "-h", "-p", "main", "-o", "%T %D", check=False)
+            if "drain" in said or "down" in said or "unk" in said:
+                self.command("scontrol", "update", "nodename=n[1-2]", "state=resume", check=False)
+            states = [line.split() for line in said.splitlines()]
+            return sum(int(count) for state, count in states if state in ("idle", "mixed", "allocated")) == len(NODES)
+
+        self.wait_for(look, "both nodes are up")
+
+    def _start_accounting(self) -> None:
+        data, password = self.folder / "sql", secrets.token_hex(8)
+        install = [
+            "mariadb-install-db",
+            f"--datadir={data}",
+            "--user=root",
+            "--skip-test-db",
+            "--auth-root-authentication-method=socket",
+        ]
+        subprocess.run(install, env=self.env, check=True, capture_output=True, timeout=120)
+        sock = self.folder / "sql.sock"
+        self.serve("mariadbd", [
+            "mariadbd", "--no-defaults", f"--datadir={data}", "--user=root", f"--socket={sock}", f"--port={self.sql}",
+            "--bind-address=127.0.0.1", f"--pid-file={self.folder}/sql.pid", "--innodb-buffer-pool-size=64M",
+            "--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=2",
+        ])  # fmt: skip
+        statement = (
+            f"CREATE USER slurm@'127.0.0.1' IDENTIFIED BY '{password}'; CREATE USER slurm@localhost IDENTIFIED BY "
+            f"'{password}'; CREATE DATABASE slurm; GRANT ALL ON slurm.* TO slurm@'127.0.0.1'; "
+            "GRANT ALL ON slurm.* TO slurm@localhost;"
+        )
+        client = ["mariadb", "--no-defaults", f"--socket={sock}", "-u", "root", "-e"]
+
+        def answers() -> bool:
+            done = subprocess.run([*client, "SELECT 1"], env=self.env, capture_output=True, timeout=30, check=False)
+            return done.returncode == 0
+
+        self.wait_for(answers, "mariadbd answers")
+        subprocess.run([*client, statement], env=self.env, capture_output=True, timeout=60, check=True)
+        conf = self.folder / "slurmdbd.conf"
+        conf.write_text(DBD.format(folder=self.folder, dbd=self.dbd, sql=self.sql, password=password))
+        conf.chmod(0o600)
+        self.serve("slurmdbd", ["slurmdbd", "-D"])
+        self.wait_for(
+            lambda: self.command("sacctmgr", "-n", "list", "cluster", check=None) is not None, "slurmdbd answers"
+        )
+        for words in (("cluster", "lab"), ("account", "ml"), ("user", "root", "account=ml")):
+            self.command("sacctmgr", "-i", "add", *words, check=False)
+
+    def serve(self, name: str, command: list[str] | None = None) -> None:
+        """Start a server, or start it again as it was."""
+        self._commands[name] = command = command or self._commands[name]
+        with open(self.folder / f"{name}.out", "ab") as out:
+            self.servers[name] = subprocess.Popen(
+                command, env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Signal a server; returns when it is gone, where that is what the signal means."""
+        self.servers[name].send_signal(number)
+        if number in (signal.SIGKILL, signal.SIGTERM):
+            self.servers[name].wait(30)
+
+    def controller_answers(self) -> bool:
+        return "is UP" in self.command("scontrol", "ping", check=False)
+
+    def restart(self, name: str = "slurmctld") -> None:
+        self.serve(name)
+        self.wait_for(self.controller_answers, "slurmctld answers")
+
+    # --- what people do ---------------------------------------------------------------------------------------------
+    def command(self, *argv: str, check: bool | None = True, user: int | None = None, stdin: str = "") -> str:
+        """What it said; with `check` None: nothing (`None`) when it has failed."""
+        done = subprocess.run(
+            argv, env=self.env, cwd="/", input=stdin, capture_output=True, text=True, timeout=60, check=False,
+            user=user, group=user,
+        )  # fmt: skip
+        if done.returncode and check:
+            raise AssertionError(f"{' '.join(argv)}: {done.stderr}")
+        return done.stdout if done.returncode == 0 or check is False else None  # type: ignore[return-value]
+
+    def jobs(self) -> dict[int, tuple[str, str]]:
+        """Id -> (state, name) of all that the controller knows."""
+        said = self.command("squeue", "-h", "-t", "all", "-o", "%i|%T|%j")
+        found = (line.split("|", 2) for line in said.splitlines() if re.match(r"\d+\|", line))
+        return {int(job): (state, name) for job, state, name in found}
+
+    def wait_for(self, look: Callable[[], object], what: str, timeout: float = UP) -> None:
+        deadline = time.monotonic() + timeout
+        while not look():
+            dead = [name for name, server in self.servers.items() if server.poll() not in (None, -9, -15, 0)]
+            if dead or time.monotonic() > deadline:
+                raise AssertionError(f"not so: {what}; ended: {dead}\n{self.last_words()}")
+            time.sleep(0.1)
+
+    def last_words(self) -> str:
+        found = []
+        for path in sorted([*self.folder.glob("*.out"), *self.folder.glob("*.log")]):
+            lines = path.read_text(errors="replace").splitlines()[-8:]
+            found.append("\n".join([f"--- {path.name}", *lines]))
+        return "\n".join(found)
+
+    # --- taken down -------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        for server in self.servers.values():
+            with contextlib.suppress(ProcessLookupError):
+                server.send_signal(signal.SIGCONT)
+        with contextlib.suppress(subprocess.SubprocessError, OSError):
+            self.command("scancel", "-u", "root", check=False)
+        for name in reversed(list(self.servers)):
+            server = self.servers[name]
+            if server.poll() is None:
+                server.send_signal(signal.SIGTERM)
+                try:
+                    server.wait(10)
+                except subprocess.TimeoutExpired:
+                    server.kill()
+                    server.wait(10)
+        for pid in self._left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _left(self) -> Iterator[int]:
+        """Processes that this cluster has started: its slurmstepd, and steps of its jobs."""
+        mark = f"SLURM_CONF={self.conf}".encode()
+        for name in os.listdir("/proc"):
+            if name.isdigit() and int(name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    if mark in Path("/proc", name, "environ").read_bytes().split(b"\0"):
+                        yield int(name)
+
+
+@contextlib.contextmanager
+def running(**options: Any) -> Iterator[Cluster]:
+    """A cluster that takes jobs. Where none can be had it is a skip that says why, and in CI a failure."""
+    accounting = bool(options.get("accounting"))
+    if (reason := why_not(accounting)) is not None:
+        if os.environ.get("CI"):
+            pytest.fail(f"the lab must work in CI: {reason}")
+        pytest.skip(reason)
+    install(accounting)
+    cluster = Cluster(**options)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
