@@ -30,7 +30,7 @@ PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-clien
 ACCOUNTING = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
 NODES = ("n1", "n2")
 CPUS = 16  # what each node claims to have: jobs of tests sleep
-MEMORY = 4000  # MiB
+MEMORY = 8000  # MiB
 GPUS = 2
 UP = 60.0  # seconds until a server answers
 CONFIG = """\
@@ -56,7 +56,7 @@ SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-DefMemPerCPU=10
+DefMemPerCPU=100
 GresTypes=gpu
 ReturnToService=2
 SchedulerType=sched/backfill
@@ -66,7 +66,7 @@ InactiveLimit=0
 KillWait={kill_wait}
 SlurmctldTimeout=60
 SlurmdTimeout={node_timeout}
-MessageTimeout=10
+MessageTimeout=5
 JobAcctGatherType={gather}
 JobAcctGatherFrequency={frequency}
 SlurmdParameters=config_overrides
@@ -148,12 +148,11 @@ class Cluster:
         min_job_age: int = 300,
         kill_wait: int = 5,
         node_timeout: int = 300,
-        gather: bool = False,
         preempt: str = "OFF",
         more: str = "",
     ) -> None:
-        """`gather`: jobs over their memory are ended (there are no control groups for that here). `preempt`: what
-        becomes of a job of partition `main` when one of `urgent` wants its place. `more`: lines for slurm.conf."""
+        """`preempt`: what becomes of a job of partition `main` when one of `urgent` wants its place. `more`: lines for
+        slurm.conf."""
         self.folder = Path(tempfile.mkdtemp(prefix="mlpd-slurm-"))
         self.folder.chmod(0o755)
         self.accounting = accounting
@@ -166,15 +165,13 @@ class Cluster:
             folder=self.folder, host=socket.gethostname(), ctld=self.ctld, first=self.first, last=self.last,
             min_job_age=min_job_age, kill_wait=kill_wait, node_timeout=node_timeout, preempt=preempt,
             cpus=CPUS, memory=MEMORY, gpus=GPUS,
-            gather="jobacct_gather/linux" if gather or accounting else "jobacct_gather/none", frequency=1,
+            gather="jobacct_gather/linux" if accounting else "jobacct_gather/none", frequency=1,
         )  # fmt: skip
         if preempt != "OFF":
             text += "PreemptType=preempt/partition_prio\nPreemptMode=CANCEL\n"
-        if gather:
-            text += "JobAcctGatherParams=OverMemoryKill\n"
         if accounting:
             text += "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"
-            text += f"AccountingStoragePort={self.dbd}\n"
+            text += f"AccountingStoragePort={self.dbd}\nAccountingStoragePass={self.folder}/munge/socket\n"
         self.conf.write_text(text + more)
         for name in ("state", "munge", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir(mode=0o755)
@@ -267,6 +264,18 @@ class Cluster:
         if number in (signal.SIGKILL, signal.SIGTERM):
             self.servers[name].wait(30)
 
+    def save(self) -> None:
+        """Until the controller has written down all that it knows now: killed after that, it gives no id out again."""
+        name = f"saved-{secrets.token_hex(6)}"
+        job = self.command(
+            "sbatch", "--parsable", "--hold", f"--job-name={name}", "--wrap=true", "--chdir=/tmp"
+        ).strip()
+        kept = self.folder / "state" / "job_state"
+        self.wait_for(
+            lambda: kept.exists() and name.encode() in kept.read_bytes(), "the controller has saved its state"
+        )
+        self.command("scancel", job)
+
     def controller_answers(self) -> bool:
         return "is UP" in self.command("scontrol", "ping", check=False)
 
@@ -301,8 +310,8 @@ class Cluster:
 
     def last_words(self) -> str:
         found = []
-        for path in sorted([*self.folder.glob("*.out"), *self.folder.glob("*.log")]):
-            lines = path.read_text(errors="replace").splitlines()[-8:]
+        for path in sorted(self.folder.glob("*.log")):
+            lines = path.read_text(errors="replace").splitlines()[-25:]
             found.append("\n".join([f"--- {path.name}", *lines]))
         return "\n".join(found)
 

@@ -250,22 +250,25 @@ class SlurmBackend:
 
     async def _wait(self, handle: Handle) -> Outcome:
         folder, job = self._of(handle)
-        if (early := verdict.judge(await self._look(folder), job, "", 0.0, self._patience)) not in ("wait", "fence"):
+        if (early := verdict.judge(await self._look(folder), job, "", "", 0.0, self._patience)) not in (
+            "wait",
+            "fence",
+        ):
             return early  # type: ignore[return-value]
         ending = verdict.Ending(handle.get("grace", 10.0))
         with self._queue.watch(handle["token"], job, handle.get("submitted", time.time())) as watch:
             while True:
                 await watch.changed(ending.pause(self._queue.interval))
-                seen = watch.state, watch.reason  # before the folder: what has ended meanwhile is told by it
+                state, reason = watch.state, watch.reason  # before the folder: what has ended meanwhile is told by it
                 look = await self._look(folder)
-                waited = ending.waited(verdict.is_over(look, seen[0]))
-                told = verdict.judge(look, job, seen[0], waited, self._patience)
+                waited = ending.waited(verdict.is_over(look, state))
+                told = verdict.judge(look, job, state, reason, waited, self._patience)
                 if told == "fence":
                     await self._do("fence the job", lambda: folders.fence(folder))
                     look = await self._look(folder)
-                    told = verdict.judge(look, job, seen[0], waited, self._patience)
+                    told = verdict.judge(look, job, state, reason, waited, self._patience)
                 if told not in ("wait", "fence"):
-                    if seen[0] is not None and seen[0] in commands.WAITING:
+                    if state in commands.WAITING:
                         await self._controller.cancel(
                             job, handle["token"]
                         )  # requeued, or fenced: it has no business there

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 PREFIX = "mlp-"
 LEAST_CONFIG = ("AccountingStorageType", "MinJobAge")
+OVERHEAD = 32  # MiB of a job that are the supervisor's
 HELD = "JobHeldUser"  # Slurm's reason for a job that was submitted with --hold
+IMPOSSIBLE = "BadConstraints"  # … for one that no node can ever hold: sbatch does not look for that in a held job
 
 WAITING = frozenset(
     "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT RESV_DEL_HOLD".split()
@@ -105,7 +107,7 @@ def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str) -> list[s
         if value is not None:
             argv.append(f"--{name}={value}")
     if job.memory is not None:
-        argv.append(f"--mem={math.ceil(job.memory / 2**20)}M")
+        argv.append(f"--mem={math.ceil(job.memory / 2**20) + OVERHEAD}M")
     if job.gpus:
         argv.append(f"--gres=gpu:{len(job.gpus)}")
     seconds = compute.time if job.timeout is None else job.timeout + job.grace

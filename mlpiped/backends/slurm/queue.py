@@ -45,7 +45,7 @@ class Watch:
     def tell(self, state: str | None, reason: str = "") -> None:
         changed = state != self.state
         self.state, self.reason, self.trouble = state, reason, None
-        if changed or reason == commands.HELD:
+        if changed or reason in (commands.HELD, commands.IMPOSSIBLE):
             self.news.set()
 
     async def changed(self, within: float | None) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from mlpiped.backends.base import Exited, Lost, NeverRan, Outcome
-from mlpiped.backends.slurm.commands import ENDED, WAITING
+from mlpiped.backends.slurm.commands import ENDED, IMPOSSIBLE, WAITING
 
 if TYPE_CHECKING:
     from mlpiped.backends.slurm.submission import Look
@@ -33,7 +33,7 @@ STUCK = 10  # so many times the patience for a supervisor that holds its lock af
 Verdict = Outcome | Literal["wait", "fence"]
 
 
-def judge(look: Look, job: int, state: str | None, waited: float, patience: float) -> Verdict:
+def judge(look: Look, job: int, state: str | None, reason: str, waited: float, patience: float) -> Verdict:
     """`state`: Slurm's word, "" before it was asked, None when it knows no such job. `waited`: seconds since its end.
 
     "fence": as far as anybody knows it has not started, and it must not any more.
@@ -44,9 +44,9 @@ def judge(look: Look, job: int, state: str | None, waited: float, patience: floa
     if look.witness is not None:
         return _told(look.witness, look.cancelled, job, word, late if word is None else over)
     if look.fenced:
-        return _never_started(look, job, word)
+        return _never_started(look, job, word, reason)
     if not look.claimed:
-        return "fence" if late or word in ENDED else "wait"
+        return "fence" if late or word in ENDED or reason == IMPOSSIBLE else "wait"
     if not late or (look.held and waited < patience * STUCK):
         return "wait"
     return _silent(look.cancelled, job, word)
@@ -78,9 +78,11 @@ def _told(said: Exited, ours: bool, job: int, word: str | None, settled: bool) -
     return said
 
 
-def _never_started(look: Look, job: int, word: str | None) -> Outcome:
+def _never_started(look: Look, job: int, word: str | None, reason: str) -> Outcome:
     if look.cancelled:
         return Exited(code=None, cancelled=True)
+    if reason == IMPOSSIBLE:
+        return Exited(code=None, error=f"Slurm says that no node can ever hold it: {reason}")
     if word == "CANCELLED":
         return Exited(code=None, error=f"{BY_OTHERS}, before it started")
     if word is None:
