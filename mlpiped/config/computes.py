@@ -112,6 +112,12 @@ def _slurm_name(text: str) -> str:
     return text
 
 
+def _slurm_via(text: str) -> str:
+    if text != "local":
+        raise ValueError('can only be "local" yet\nrun mlpiped on a host that has `sbatch`')
+    return text
+
+
 def _slurm_option(text: str) -> str:
     found = _SLURM_OPTION.match(filled(text))
     if found is None:
@@ -132,6 +138,7 @@ Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 RemoteFolder = Annotated[str, AfterValidator(_remote)]
 RemoteMount = Annotated[str, AfterValidator(_remote_mount)]
 SlurmName = Annotated[str, AfterValidator(_slurm_name)]
+SlurmVia = Annotated[str, AfterValidator(_slurm_via)]
 SlurmOption = Annotated[str, AfterValidator(_slurm_option)]
 RemoteCommand = Annotated[str, AfterValidator(_command)]
 
@@ -193,7 +200,7 @@ class SlurmCompute(Section):
     account: SlurmName | None = None
     qos: SlurmName | None = None
     time: Seconds | None = None  # the limit of a step that has no timeout; None: the partition's
-    via: Text = "local"  # who runs Slurm's commands
+    via: SlurmVia = "local"  # who runs Slurm's commands
     poll_interval: Seconds = 10.0
     work_dir: AbsolutePath | None = None  # None: the state folder
     options: tuple[SlurmOption, ...] = ()

@@ -171,6 +171,7 @@ class Cluster:
             text += "PreemptType=preempt/partition_prio\nPreemptMode=CANCEL\n"
         if accounting:
             text += "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"
+            text += "AccountingStorageEnforce=associations,limits,qos\n"
             text += f"AccountingStoragePort={self.dbd}\nAccountingStoragePass={self.folder}/munge/socket\n"
         self.conf.write_text(text + more)
         for name in ("state", "munge", *(f"spool-{node}" for node in NODES)):
@@ -246,7 +247,12 @@ class Cluster:
         self.wait_for(
             lambda: self.command("sacctmgr", "-n", "list", "cluster", check=None) is not None, "slurmdbd answers"
         )
-        for words in (("cluster", "lab"), ("account", "ml"), ("user", "root", "account=ml")):
+        for words in (
+            ("cluster", "lab"),
+            ("account", "ml"),
+            ("user", "root", "account=ml"),
+            ("user", "nobody", "account=ml"),
+        ):
             self.command("sacctmgr", "-i", "add", *words, check=False)
 
     def serve(self, name: str, command: list[str] | None = None) -> None:

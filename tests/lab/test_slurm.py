@@ -37,12 +37,26 @@ SUBMITTER = Path(__file__).with_name("slurm_submitter.py")
 WAIT = "echo started; while ! test -e go; do sleep 0.05; done"
 
 
-@pytest.fixture(scope="module", params=["plain", "accounted"])
-def cluster(request: pytest.FixtureRequest) -> Iterator[slurm_rig.Cluster]:
-    """Without and with accounting; both forget what has ended as soon as Slurm allows."""
-    accounted = request.param == "accounted"
-    with slurm_rig.running(accounting=accounted, min_job_age=2, preempt="CANCEL") as found:
+BOTH = pytest.mark.parametrize("cluster", ["plain", "accounted"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[slurm_rig.Cluster]:
+    """Without accounting. It forgets what has ended as soon as Slurm allows, as the other does."""
+    with slurm_rig.running(min_job_age=2, preempt="CANCEL") as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def accounted() -> Iterator[slurm_rig.Cluster]:
+    with slurm_rig.running(accounting=True, min_job_age=2, preempt="CANCEL") as found:
+        yield found
+
+
+@pytest.fixture
+def cluster(request: pytest.FixtureRequest) -> slurm_rig.Cluster:
+    found: slurm_rig.Cluster = request.getfixturevalue(getattr(request, "param", "plain"))
+    return found
 
 
 class Desk:
@@ -227,6 +241,7 @@ async def test_J2_a_daemon_killed_while_it_submits_starts_the_step_once(
 
 
 # --- J3: the cluster takes the machine away -------------------------------------------------------------------------
+@BOTH
 async def test_J3_a_node_that_fails_loses_the_attempt(desk: Desk) -> None:
     backend = await desk.backend()
     handle = await backend.submit(desk.job(WAIT))
@@ -240,6 +255,7 @@ async def test_J3_a_node_that_fails_loses_the_attempt(desk: Desk) -> None:
     assert isinstance(outcome, Lost) and "its node failed" in outcome.reason
 
 
+@BOTH
 async def test_J3_preemption_loses_the_attempt_and_says_so(desk: Desk) -> None:
     backend = await desk.backend(partition="main")
     handle = await backend.submit(desk.job(WAIT))
@@ -267,6 +283,7 @@ async def test_J3_a_requeue_cannot_start_the_step_again(desk: Desk) -> None:
 
 
 # --- J4: forgotten --------------------------------------------------------------------------------------------------
+@BOTH
 async def test_J4_a_job_that_slurm_has_forgotten_is_told_by_its_exit_file(desk: Desk) -> None:
     backend = await desk.backend()
     handle = await backend.submit(desk.job("exit 7"))
@@ -276,6 +293,7 @@ async def test_J4_a_job_that_slurm_has_forgotten_is_told_by_its_exit_file(desk: 
     assert isinstance(outcome, Exited) and outcome.code == 7
 
 
+@BOTH
 async def test_J4_without_a_witness_it_is_lost_in_the_end(desk: Desk) -> None:
     backend = await desk.backend()
     handle = await backend.submit(desk.job(WAIT))
@@ -323,6 +341,7 @@ async def test_J5_names_of_other_jobs_cannot_speak_for_ours(desk: Desk) -> None:
 
 
 # --- J7: the controller forgets, and gives the id to another --------------------------------------------------------
+@BOTH
 async def test_J7_a_job_that_a_killed_controller_forgot_never_ran_and_its_id_is_anothers(desk: Desk) -> None:
     backend = await desk.backend()
     desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
@@ -351,6 +370,7 @@ async def test_J7_a_job_that_a_killed_controller_forgot_never_ran_and_its_id_is_
 
 
 # --- J8: ended by others, or by its limits --------------------------------------------------------------------------
+@BOTH
 async def test_J8_an_administrators_scancel_is_a_failure_and_no_cancellation_of_ours(desk: Desk) -> None:
     backend = await desk.backend()
     handle = await backend.submit(desk.job(WAIT))
@@ -361,6 +381,7 @@ async def test_J8_an_administrators_scancel_is_a_failure_and_no_cancellation_of_
     assert outcome.error == "cancelled in Slurm, not by mlpiped"
 
 
+@BOTH
 async def test_J8_a_scancel_before_the_start_is_told_too(desk: Desk) -> None:
     backend = await desk.backend()
     desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
@@ -446,9 +467,8 @@ async def test_a_job_that_asks_for_what_there_is_not_is_refused_for_good(desk: D
     assert isinstance(await backend.fence(job.token), NeverRan)
 
 
+@pytest.mark.parametrize("cluster", ["accounted"], indirect=True)  # such limits come with accounting
 async def test_a_full_queue_means_wait(desk: Desk) -> None:
-    if not desk.cluster.accounting:
-        pytest.skip("limits of submission come with accounting")
     desk.cluster.command("sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=1")
     try:
         backend = await desk.backend()

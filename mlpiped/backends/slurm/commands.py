@@ -32,7 +32,7 @@ ENDED = frozenset(
     "LAUNCH_FAILED".split()
 )  # COMPLETING is none of them; nor is a state that is not known here
 
-_LISTED = re.compile(r"([0-9]{1,10})\|([A-Z_]{1,32})\|mlp-([a-z0-9][a-z0-9_.-]{0,127})\|([^|]{0,500})")
+_LISTED = re.compile(r"([0-9]{1,10})\|([A-Z_]{1,32})\|mlp-([a-z0-9][a-z0-9_.-]{0,127})\|([ -{}~]{0,500})")
 _ACCOUNTED = re.compile(r"([0-9]{1,10})\|([A-Z_]{1,32})(?: by [0-9]{1,10})?")
 _SUBMITTED = re.compile(r"([0-9]{1,10})(?:;[A-Za-z0-9_.-]+)?\n?")
 _CONFIG = re.compile(r"([A-Za-z]+) *= (.*)")
