@@ -102,6 +102,9 @@ class Desk:
     async def forgotten(self, handle: Handle) -> None:
         await self.until(lambda: handle["job"] not in self.cluster.jobs(), "Slurm has forgotten the job", 150)
 
+    def reason(self, token: str) -> str:
+        return self.cluster.command("squeue", "-h", "-n", f"mlp-{token}", "-o", "%r").strip()
+
     async def refused(self, what: Callable[[], Any]) -> str:
         with pytest.raises(BackendUnavailable) as caught:
             await what()
@@ -166,7 +169,7 @@ async def test_J2_a_job_that_sbatch_did_not_hear_of_is_adopted_and_runs_once(des
         desk.cluster.kill("slurmctld", signal.SIGCONT)
     name = f"mlp-{job.token}"
     await desk.until(lambda: name in {n for _, n in desk.cluster.jobs().values()}, "it was taken all the same")
-    assert lines(desk.effects) == []
+    assert desk.reason(job.token) == "JobHeldUser" and lines(desk.effects) == []
     handle = await (await desk.backend()).fence(job.token)
     assert not isinstance(handle, NeverRan)
     outcome = await backend.wait(handle)
@@ -225,6 +228,8 @@ async def test_J2_a_daemon_killed_while_it_submits_starts_the_step_once(
     command = [sys.executable, str(SUBMITTER), str(desk.place), token, str(desk.effects), when, what]
     killed = await anyio.run_process(command, env=desk.cluster.env, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    if (when, what) == ("after", "sbatch"):
+        assert desk.reason(token) == "JobHeldUser"  # nothing runs of which nobody knows the id
     backend = await desk.backend()
     if recovery == "fence":
         found = await backend.fence(token)
@@ -355,7 +360,13 @@ async def test_J7_a_job_that_a_killed_controller_forgot_never_ran_and_its_id_is_
     shutil.rmtree(state)
     before.rename(state)
     desk.cluster.restart()
-    other = ["sbatch", "--parsable", "--output=/dev/null", f"--wrap=echo other >> {desk.effects}"]
+    other = [
+        "sbatch",
+        "--parsable",
+        "--output=/dev/null",
+        "--job-name=mlp-other",
+        f"--wrap=echo other >> {desk.effects}",
+    ]
     taken = 0
     while taken < handle["job"]:
         taken = int(desk.cluster.command(*other))
