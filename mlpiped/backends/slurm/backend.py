@@ -159,7 +159,7 @@ class SlurmBackend:
 
     async def _release(self, folder: str, number: int) -> None:
         await self._controller.release(number)
-        await self._do("record the job", lambda: submission.mark(folder, "released"))
+        await self._do("record the job", lambda: submission.mark(folder, "released", durable=False))
         self._queue.expect()
 
     # --- found and fenced -------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("slurm")
 AT_ONCE = 4  # commands: each is a question to a controller that other people ask too
+MOST = 200  # jobs that one command names
 SHORTEST_PAUSE = 1.0  # seconds between two tries to submit to a full queue
 
 
@@ -33,6 +34,8 @@ class Controller:
         self.full: str | None = None  # Slurm's words while it takes no more jobs of ours
         self._comment = comment
         self._runner = runner
+        self._unreleased: set[int] = set()
+        self._releasing = anyio.Lock()
         self._limiter = anyio.CapacityLimiter(AT_ONCE)
 
     async def submit(self, job: Job, folder: str, script: bytes) -> int:
@@ -55,7 +58,20 @@ class Controller:
             await anyio.sleep(max(SHORTEST_PAUSE, self.compute.poll_interval))
 
     async def release(self, job: int) -> None:
-        await self._done(commands.release([job]), f"job {job} of `{self.name}` is not released")
+        """With those that come while another release is on its way: one command for all of them."""
+        self._unreleased.add(job)
+        try:
+            async with self._releasing:
+                if job not in self._unreleased:
+                    return
+                batch = {job, *list(self._unreleased)[:MOST]}
+                code, _, _ = await self._say(commands.release(sorted(batch)))
+                if code == 0:
+                    self._unreleased -= batch
+                else:  # which of them it was, it says in words alone
+                    await self._done(commands.release([job]), f"job {job} of `{self.name}` is not released")
+        finally:
+            self._unreleased.discard(job)
 
     async def cancel(self, job: int, token: str) -> None:
         """Out of the queue, or ended by Slurm."""

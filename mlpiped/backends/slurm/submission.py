@@ -97,13 +97,10 @@ def grace_of(folder: str) -> float:
         return 10.0
 
 
-def mark(folder: str, name: str) -> None:
-    fd = os.open(f"{folder}/slurm.{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    supervisor.sync_folder(folder)
+def mark(folder: str, name: str, *, durable: bool = True) -> None:
+    os.close(os.open(f"{folder}/slurm.{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    if durable:
+        supervisor.sync_folder(folder)
 
 
 def marked(folder: str, name: str) -> bool:
