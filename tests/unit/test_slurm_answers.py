@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from mlpiped.backends.base import Exited, Job, Lost, NeverRan
 from mlpiped.backends.slurm import commands, verdict
@@ -99,6 +101,23 @@ def test_resources_become_options() -> None:
         assert option in argv, (option, argv)
     limited = commands.sbatch(Job("t-1", (), timeout=90, grace=10), "/jobs/t-1", compute, "x")
     assert "--time=3" in limited
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("options", ["--array=1-9"], "sets `--array`, which mlpiped sets itself"),
+        ("options", ["--constraint a100"], "is not an option of sbatch"),
+        ("options", ["-p", "x"], "is not an option of sbatch"),
+        ("partition", "a b", "is not a name that Slurm knows"),
+        ("partition", "--wrap", "is not a name that Slurm knows"),
+        ("via", "login", 'can only be "local" yet'),
+    ],
+)
+def test_J6_a_config_cannot_make_arrays_or_other_commands(key: str, value: object, words: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(words)):
+        SlurmCompute.model_validate({"kind": "slurm", key: value})
+    assert SlurmCompute(kind="slurm", options=("--constraint=a100|h100",)).options
 
 
 # --- verdicts

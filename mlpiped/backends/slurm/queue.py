@@ -28,6 +28,7 @@ log = structlog.get_logger("slurm")
 QUIET_SHARE = 0.1  # of the time in which nothing has changed: so long it looks away
 LONGEST_LOOK_AWAY = 60.0  # seconds
 A_DAY = 86_400.0
+MOST = 1000  # jobs that one sacct is asked for: a command line has an end
 
 
 @dataclass(eq=False, slots=True)
@@ -173,8 +174,8 @@ class Queue:
                 watch.tell(one.state, one.reason)
             elif watch.state not in commands.ENDED:
                 gone.append(watch)
-        if gone:
-            await self._tell_gone(gone)
+        for first in range(0, len(gone), MOST):
+            await self._tell_gone(gone[first : first + MOST])
         if [watch.state for watch in watches] != before:
             self._changed = time.monotonic()
         held = [one for one in listing.values() if one.reason == commands.HELD and one.job not in self._watches]
