@@ -411,7 +411,7 @@ async def test_J8_slurms_own_time_limit_is_a_timeout(desk: Desk) -> None:
     backend = await desk.backend(time="1m")
     handle = await backend.submit(desk.job(WAIT))
     await desk.started(handle)
-    desk.cluster.command("scontrol", "update", f"jobid={handle['job']}", "EndTime=now")
+    desk.cluster.command("scontrol", "update", f"jobid={handle['job']}", "EndTime=now+5seconds")
     outcome = await backend.wait(handle)
     assert isinstance(outcome, Exited) and outcome.timed_out and not outcome.cancelled
 
@@ -510,6 +510,19 @@ async def test_gpus_are_slurms_to_give(desk: Desk) -> None:
     outcome = await backend.wait(handle)
     assert isinstance(outcome, Exited) and outcome.code == 0
     assert (desk.folder(handle) / "stdout").read_text() == "0,1\n"
+
+
+async def test_a_work_folder_of_its_own_is_found_from_the_state_folder(desk: Desk, tmp_path: Path) -> None:
+    backend = await desk.backend(work_dir=tmp_path / "shared")
+    handle = await backend.submit(desk.job("echo said"))
+    outcome = await backend.wait(handle)
+    assert isinstance(outcome, Exited) and outcome.code == 0
+    assert (desk.folder(handle) / "stdout").read_text() == "said\n"
+    assert desk.folder(handle).resolve() == tmp_path / "shared" / "jobs" / handle["token"]
+    await backend.discard(handle["token"], keep_logs=True)
+    assert (desk.folder(handle) / "stdout").read_text() == "said\n"
+    await backend.discard(handle["token"], keep_logs=False)
+    assert not desk.folder(handle).is_symlink() and not (tmp_path / "shared" / "jobs" / handle["token"]).exists()
 
 
 def test_the_cluster_leaves_nothing_behind(tmp_path: Path) -> None:
