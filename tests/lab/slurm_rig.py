@@ -7,6 +7,7 @@ server is a child that can be killed, stopped and started again. `close` ends th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import secrets
@@ -32,6 +33,8 @@ NODES = ("n1", "n2")
 CPUS = 16  # what each node claims to have: jobs of tests sleep
 MEMORY = 8000  # MiB
 GPUS = 2
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
 UP = 60.0  # seconds until a server answers
 CONFIG = """\
 ClusterName=lab
@@ -138,6 +141,11 @@ def free_ports(count: int) -> list[int]:
                 continue
             return list(range(first, first + count))
     raise RuntimeError("no free ports")
+
+
+def _die_with_parent() -> None:
+    """However the tests end, no server outlives them."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Cluster:
@@ -261,7 +269,7 @@ class Cluster:
         with open(self.folder / f"{name}.out", "ab") as out:
             self.servers[name] = subprocess.Popen(
                 command, env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
