@@ -168,7 +168,7 @@ class Daemon:
 
     def processes(self) -> set[int]:
         """Every process that belongs to this scratch folder: the daemon, supervisors and steps."""
-        return {pid for pid in _pids() if pid != os.getpid() and _mentions(pid, str(self.root))}
+        return processes_below(self.root)
 
     def close(self) -> None:
         try:
@@ -293,6 +293,11 @@ def steps(run: Mapping[str, Any]) -> dict[str, str]:
 def step(run: Mapping[str, Any], name: str) -> dict[str, Any]:
     found: dict[str, Any] = next(s for s in run["steps"] if s["name"] == name)
     return found
+
+
+def processes_below(folder: Path) -> set[int]:
+    """Every process but this one that works below `folder`, or names it in its command or environment."""
+    return {pid for pid in _pids() if pid != os.getpid() and _mentions(pid, str(folder))}
 
 
 def _pids() -> Iterator[int]:

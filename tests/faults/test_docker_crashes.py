@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from crash.trial import OUTSIDE, Trial
-
-from mlpiped.crash import POINTS
+from crash.elsewhere import TrialElsewhere
 
 if TYPE_CHECKING:
     from lab.docker_rig import Engine
@@ -28,41 +25,21 @@ CommandStep = partial(CommandStep, environment=Environment(image="lab-python:lat
 NOT_OURS = re.compile(r"process \d+ is left: runc init ")
 """What a dockerd that is killed while it starts a container leaves of it: it waits for ever for a word to go on."""
 
-POINTS_OF_STEPS = [name for name in POINTS if name not in ("before_fire", "before_start", "after_fire")]
 
-
-class ContainerTrial(Trial):
-    """Every third death of the daemon, and some moments of its life, are the engine's too."""
-
+class ContainerTrial(TrialElsewhere):
     def __init__(self, seed: int, engine: Engine) -> None:
-        points = (*POINTS_OF_STEPS, OUTSIDE, OUTSIDE, OUTSIDE)
-        super().__init__(
-            seed, clocks=False, slots=1, alive=30, points=points, finished=180.0, prelude=IN_CONTAINERS
-        )  # fmt: skip
+        super().__init__(seed, prelude=IN_CONTAINERS, alive=30, finished=180.0)
         self.engine = engine
         self.kills = 0
         root = self.daemon.root
         allowed = [f"{root}/effects:rw", f"{root}/flags:rw", f"{root}/mark"]
-        with self.daemon.config.open("a") as config:
-            config.write(
-                f'\n[compute.box]\nkind = "docker"\nurl = "{engine.url}"\nslots = 6\npull = "never"\n'
-                f"allow_mounts = {allowed}\n"
-            )
+        self.configure(
+            f'\n[compute.box]\nkind = "docker"\nurl = "{engine.url}"\nslots = 6\npull = "never"\n'
+            f"allow_mounts = {allowed}\n"
+        )
 
-    def life(self, *words: object, **more: object) -> None:
-        """While it lives the engine may die, and be started again as systemd does."""
-        timer = threading.Timer(self.random.uniform(0.1, 1.0), self._shake)
-        dies = self.random.random() < 0.3
-        if dies:
-            timer.start()
-        more.setdefault("patience", self.random.uniform(0.5, 2.5))
-        super().life(*words, **more)  # type: ignore[arg-type]
-        if dies:
-            timer.join()
-        elif self.random.random() < 0.3:
-            self._shake()
-
-    def _shake(self) -> None:
+    def shake(self) -> None:
+        """The engine dies, and is started again as systemd does."""
         self.engine.kill()
         self.engine.start(live_restore=True)
         self.kills += 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 from blake3 import blake3
+from harness import processes_below
 from lab import ssh_rig
 from lab.ssh_daemon import Daemon, ended, job, log, said, shell, well
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lab.ssh_rig import Box, Lab
+
+    from mlpiped.backends.base import Handle
 
 pytestmark = [pytest.mark.anyio, pytest.mark.lab]
 
@@ -349,6 +352,29 @@ async def test_nothing_of_the_daemon_is_left_on_the_box_when_it_ends(ssh_lab: La
         while list((daemon.root / ".events").iterdir()) or box.sessions():
             await anyio.sleep(0.05)
     box.stop()
+    with anyio.fail_after(20):
+        while processes_below(box.folder):
+            await anyio.sleep(0.05)
+
+
+async def test_those_who_ask_the_box_at_the_same_time_do_not_mix_up_their_answers(
+    box: Box, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    backend = await Daemon(box, tmp_path).life(stack)
+    handles = [(await ended(backend, job("true")))[0] for _ in range(2)]
+    found: list[dict[str, Handle]] = []
+
+    async def find(handle: Handle) -> None:
+        found.append(await backend.find([handle["token"]]))
+
+    async def health() -> None:
+        assert await backend.health() is None
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(health)
+        for handle in handles:
+            group.start_soon(find, handle)
+    assert sorted(found, key=str) == sorted(({handle["token"]: handle} for handle in handles), key=str)
 
 
 async def test_a_secret_of_a_job_is_in_no_file_and_no_command_line_there(

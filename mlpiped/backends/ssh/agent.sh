@@ -171,7 +171,9 @@ cat <>"$events" &
 reader=$!
 (
     last=
-    while sleep 120; do
+    trap 'kill $!; exit' TERM # before there is a sleep, that is the reader
+    while sleep 120 & do
+        wait $! || exit
         born $$ && [ "$born" = "$mine" ] && read -r beat <"$beats" || exit
         [ "$beat" != "$last" ] || { kill $$; exit; }
         last=$beat

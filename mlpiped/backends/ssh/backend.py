@@ -131,8 +131,9 @@ class SshBackend:
         found: dict[str, Handle] = {}
         for first in range(0, len(wanted), FINDS):
             _, lines = await agent.ask("find", *wanted[first : first + FINDS])
-            for line in lines:
-                kind, token, record = line.split(" ", 2)
+            for line in lines:  # of others who ask at the same time, too
+                kind, _, rest = line.partition(" ")
+                token, _, record = rest.partition(" ")
                 if kind == "f" and token in wanted:
                     found[token] = _handle(token, record)
         return found

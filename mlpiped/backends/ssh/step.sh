@@ -316,10 +316,9 @@ run() {
     answer &
     if [ -n "$timeout" ]; then
         (
-            trap 'kill $nap; exit' TERM
+            trap 'kill $!; exit' TERM
             sleep "$timeout" &
-            nap=$!
-            wait "$nap"
+            wait $!
             end "$T" timed_out
         ) </dev/null >/dev/null 2>&1 &
         watch=$!

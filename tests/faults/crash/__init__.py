@@ -3,6 +3,7 @@
 scenario    the pipelines, and what they have to have done
 trial       the loop: arm, start, ask for work, let die, start again, until all is done
 judge       the verdict, from what the steps themselves wrote down
+elsewhere   … with steps on a machine that dies too
 power       a disk whose power can be cut
 mutants     daemons with one promise broken: the harness must notice each
 soak        the loop for as long as one likes (`make soak`)

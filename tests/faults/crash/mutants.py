@@ -24,13 +24,22 @@ GAP = 0.06
 
 def fence_removed() -> None:
     """After a crash it is taken for granted that a token without a handle has never started."""
-    from mlpiped.backends.base import NeverRan
     from mlpiped.backends.local import LocalBackend
 
-    async def fence(self: LocalBackend, token: str) -> NeverRan:
-        return NeverRan("the fence has been removed")
+    _replace(LocalBackend, "fence", _no_fence)
 
-    _replace(LocalBackend, "fence", fence)
+
+def fence_removed_from_boxes() -> None:
+    """The same, of a token whose box was out of reach when its launch was asked for, too."""
+    from mlpiped.backends.ssh import SshBackend
+
+    _replace(SshBackend, "fence", _no_fence)
+
+
+async def _no_fence(self: Any, token: str) -> Any:
+    from mlpiped.backends.base import NeverRan
+
+    return NeverRan("the fence has been removed")
 
 
 def liveness_after_exit() -> None:
@@ -178,6 +187,7 @@ MUTANTS = {
     each.__name__: each
     for each in (
         fence_removed,
+        fence_removed_from_boxes,
         liveness_after_exit,
         synchronous_normal,
         commit_before_rename,

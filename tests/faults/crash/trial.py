@@ -175,11 +175,15 @@ class Trial:
             self.daemon.kill9()
             self.evidence.deaths.append((now_us(), "would not stop"))
         with contextlib.suppress(AssertionError):
-            until(lambda: not self.daemon.processes(), "the end of every process", 10)
+            until(lambda: not self.processes(), "the end of every process", 10)
         ledger = self.daemon.state / "ledger.sqlite3"
-        verdict = judge(ledger, self.scenario.marks(), self.evidence, self.daemon.processes())
+        verdict = judge(ledger, self.scenario.marks(), self.evidence, self.processes())
         verdict.violations += self._errors()
         return verdict
+
+    def processes(self) -> set[int]:
+        """Those of ours; none is to be left at the end."""
+        return self.daemon.processes()
 
     def _errors(self) -> list[str]:
         """A SIGKILL is no error of the daemon's: whoever reads its log must not be sent to look for one."""
