@@ -147,6 +147,7 @@ class Daemon:
         self.dispatch = Dispatch(places, settings.pools, settings.daemon.max_running_steps, self.clock.now)
         self.hosts = Hosts(self.backends, self.dispatch, ledger, self.clock, self._begin)
         self.dispatch.on_unavailable, self.dispatch.on_taken = self.hosts.unavailable, self.hosts.took
+        self.dispatch.on_answered = self.hosts.answered
         self.registry = Registry(settings.daemon.plugins, state, self._known, cron.check, self._plugins_changed)
         self.scheduler = Scheduler(self.world, self.registry, self.backends, self.clock, self.dispatch)
         memory = LedgerMemory(ledger, moves, self.clock)
