@@ -41,6 +41,7 @@ from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.hosts import Hosts
 from mlpiped.images import Finder
 from mlpiped.ledger import Ledger, moves, sqlite_version
+from mlpiped.live_logs import LiveLogs
 from mlpiped.loader import Known, Registry, load_file
 from mlpiped.log_cap import LogCap
 from mlpiped.placement import Place
@@ -234,6 +235,7 @@ class Daemon:
                 watch={name: each.watch for name, each in settings.datastores.items()},
             ),
             job_folder=lambda token: settings.daemon.state_dir / "jobs" / token,
+            live=LiveLogs(self.scheduler.executions, self.backends, settings.daemon.state_dir / "jobs"),
             gc_plan=self.keeper.plan,
             gc=self.keeper.clean,
             ledger_faults=self.ledger.faults,

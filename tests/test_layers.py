@@ -65,7 +65,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one run": (4, ("run", "asking", "attempt", "dispatcher", "facts", "images", "job_words", "needs", "tries")),
     "all runs": (5, ("scheduler", "dispatch", "hosts")),
     "retention": (5, ("retention.keeper", "retention.keeping")),
-    "acts and questions": (6, ("actions", "inquiry")),
+    "acts and questions": (6, ("actions", "inquiry", "live_logs")),
     "control": (6, ("control",)),
     "cli": (6, ("cli",)),
     "composition root": (7, ("daemon", "computes")),

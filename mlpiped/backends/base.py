@@ -187,6 +187,8 @@ class Backend(Protocol):
 
     name: str
     kind: str
+    logs_here: bool
+    """What a step prints is in its folder on this host while it runs, not only once it has ended."""
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Begin to serve; whatever must end with the daemon goes on `stack`. Steps must not."""

@@ -48,6 +48,7 @@ LITTLE_SPACE = 64 << 20
 
 class LocalBackend:
     kind = "local"
+    logs_here = True
 
     def __init__(
         self,

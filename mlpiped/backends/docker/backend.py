@@ -55,6 +55,7 @@ LITTLE_SPACE = 64 << 20
 
 class DockerBackend:
     kind = "docker"
+    logs_here = True
 
     def __init__(
         self,

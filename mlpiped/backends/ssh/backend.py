@@ -44,6 +44,7 @@ SMALL_FILES = ("stdout", "stderr", "metrics.jsonl")
 
 class SshBackend:
     kind = "ssh"
+    logs_here = False
 
     def __init__(
         self, name: str, state_dir: Path, settings: SshCompute, *, instance: str, datastores: Mapping[str, Path]
