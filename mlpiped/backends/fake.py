@@ -79,6 +79,9 @@ class FakeBackend:
     def missing(self, contents: object) -> int:
         return 0
 
+    def doing(self, token: str) -> str | None:
+        return None
+
     async def start(self, stack: object) -> None: ...
 
     async def fetch(self, handle: Handle, into: Path) -> Path:

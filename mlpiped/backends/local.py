@@ -100,6 +100,9 @@ class LocalBackend:
     def missing(self, contents: Mapping[str, int]) -> int:
         return 0
 
+    def doing(self, token: str) -> str | None:
+        return None
+
     async def submit(self, job: Job) -> Handle:
         if not job.gpus:
             return await self._submit(job)

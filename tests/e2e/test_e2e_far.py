@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import Daemon, lines, steps, until
+from lab import ssh_rig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lab import ssh_rig
-
 pytestmark = pytest.mark.lab
+LARGE = 96 << 20  # bytes: more than fits into what lies between the two ends
 
 
 @pytest.fixture
@@ -25,22 +25,38 @@ def box(ssh_lab: ssh_rig.Lab) -> Iterator[ssh_rig.Box]:
 
 
 @pytest.fixture
-def daemon(box: ssh_rig.Box) -> Iterator[Daemon]:
+def cable(box: ssh_rig.Box) -> Iterator[ssh_rig.Cable]:
+    found = ssh_rig.Cable(box)
+    yield found
+    found.close()
+
+
+def attached(box: ssh_rig.Box, port: int) -> Iterator[Daemon]:
+    """A daemon that reaches the box by this port."""
     extra = f"""
 [compute.gpu1]
 kind = "ssh"
 host = "{box.address}"
-port = {box.port}
+port = {port}
 key_file = "{box.key}"
 python = "{sys.executable}"
 slots = 2
-keepalive = "1s"
 """
     found = Daemon(extra=extra)
     found.state.mkdir(mode=0o700)
-    (found.state / "known_hosts").write_text(box.known())
+    (found.state / "known_hosts").write_text(box.known(port))
     yield found.start()
     found.close()
+
+
+@pytest.fixture
+def daemon(box: ssh_rig.Box) -> Iterator[Daemon]:
+    yield from attached(box, box.port)
+
+
+@pytest.fixture
+def wired(box: ssh_rig.Box, cable: ssh_rig.Cable) -> Iterator[Daemon]:
+    yield from attached(box, cable.port)
 
 
 def talker(daemon: Daemon) -> Path:
@@ -163,3 +179,35 @@ def test_H2_a_cancel_reaches_a_box_that_was_away(daemon: Daemon, box: ssh_rig.Bo
     until(lambda: "it is cancelled as soon as" in why(daemon, f"{number}/say"), "that it will be cancelled")
     box.start()
     assert daemon.end(number)["outcome"] == "cancelled"
+
+
+def test_H2_transfers_say_how_far_they_are_and_outputs_come_home_after_an_outage(
+    wired: Daemon, box: ssh_rig.Box, cable: ssh_rig.Cable
+) -> None:
+    (wired.lab / "big.bin").write_bytes(b"x" * LARGE)
+    wired.install(
+        "copy",
+        """
+out = PipelineData("made")
+big = DataReference(lab, "big.bin", name="big")
+pipeline = Pipeline("copy", steps=[CommandStep(["cp", big, out], name="cp", outputs=[out], compute_target="gpu1")])
+""",
+    )
+    number = wired.run("copy")
+    until(lambda: cable.up > LARGE / 20, "some of the input on its way", 60, pause=0.001)
+    cable.freeze()
+    until(lambda: "sends input big to gpu1: " in why(wired, f"{number}/cp"), "how far the input is")
+    assert f" of {LARGE / 1e6:.1f} MB" in why(wired, f"{number}/cp")
+    assert "sends input big to gpu1: " in wired.ctl("status").stdout
+    cable.thaw()
+    until(lambda: cable.down > LARGE / 20, "some of the output on its way", 60, pause=0.001)
+    cable.freeze()
+    until(lambda: "brings its outputs home from gpu1: " in why(wired, f"{number}/cp"), "how far the output is")
+    box.stop()
+    cable.cut()
+    until(lambda: "held: `gpu1`" in why(wired, f"{number}/cp"), "that the box is away")
+    assert wired.show(number)["state"] == "running"
+    box.start()
+    found = wired.end(number, 90)
+    assert steps(found) == {"cp": "succeeded"}
+    assert found["steps"][0]["attempts"] == 1
