@@ -12,9 +12,11 @@ import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import structlog
 
 from mlpiped import crash
+from mlpiped.asking import Asking
 from mlpiped.backends.base import Exited, Job, JobOutput, Lost, NeverRan
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
 from mlpiped.job_words import as_text, parts_of, variable
@@ -25,6 +27,7 @@ from mlpiped.spec import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from mlpiped.backends.base import Backend, Handle, Outcome
     from mlpiped.clock import Clock
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("attempt")
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to reach a backend
 TELL = 0.02  # seconds that a state on the way must last to be written down: the end tells all of it
 READY = 5.0  # seconds for which an intent waits for its turn; then it is taken back
 COMPANY = 0.025  # seconds that a result waits for others to share a commit with, while the machines have enough to do
@@ -69,6 +71,7 @@ class Attempt:
         on_running: Callable[[], None],
         on_exit: Callable[[], None],
         on_unavailable: Callable[[str | None], None],
+        on_answer: Callable[[], None],
         pressed: Callable[[], bool],
         cards: tuple[str, ...] = (),
     ) -> None:
@@ -85,7 +88,7 @@ class Attempt:
         self.number = number  # counts from 1: `MLPIPED_ATTEMPT`
         self.begun = False  # the intent is durable
         self.handle: Handle | None = None
-        self.held: str | None = None  # why the backend cannot be asked just now
+        self.asking = Asking(clock, lambda: on_unavailable(None), on_answer)
         self._on_running = on_running
         self._on_exit = on_exit
         self._on_unavailable = on_unavailable
@@ -96,6 +99,9 @@ class Attempt:
         self._telling: asyncio.TimerHandle | None = None
         self._started: int | None = None
         self._cancelled = False
+        self._uncancelled: str | None = None  # why the backend has not heard of it
+        self._waiting: anyio.CancelScope | None = None  # for its end, or for what it made
+        self._collecting = False
         self._told_exit = False  # the step is in `collecting`, says the ledger
 
     # --- the two beginnings -----------------------------------------------------------------------------------
@@ -161,11 +167,22 @@ class Attempt:
     async def cancel(self) -> None:
         self._cancelled = True
         self._turn.set()
-        if self.handle is not None:
+        if self.handle is None:
+            return
+        if not self._collecting:
             try:
                 await self.backend.cancel(self.handle)
+                return
             except BackendUnavailable as fault:
-                self.held = fault.message
+                self._uncancelled = fault.message
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    @property
+    def held(self) -> str | None:
+        """Why the backend cannot be asked just now."""
+        held = self.asking.held
+        return f"{held}; it is cancelled as soon as that is over" if held and self._uncancelled else held
 
     # --- the way ----------------------------------------------------------------------------------------------
     def _tell(self, op: Callable[[], moves.Op[Any]] | None) -> None:
@@ -179,20 +196,10 @@ class Attempt:
 
     async def _found_or_fenced(self, trouble: str | None) -> Ended:
         """It is not known whether the token started: the fence says so, for good."""
-        pause = FIRST_PAUSE if trouble else 0.0
-        while True:
-            self.held = trouble
-            await self.clock.sleep(pause)
-            pause = min(max(pause, FIRST_PAUSE) * 2, LONGEST_PAUSE)
-            try:
-                found = await self.backend.fence(self.token)
-            except BackendUnavailable as fault:
-                trouble = fault.message
-                continue
-            self.held = None
-            if isinstance(found, NeverRan):
-                return self._judged_never_ran(found)
-            return await self._observe(found)
+        found = await self.asking.until_answered(lambda: self.backend.fence(self.token), trouble)
+        if isinstance(found, NeverRan):
+            return self._judged_never_ran(found)
+        return await self._observe(found)
 
     async def _observe(self, handle: Handle) -> Ended:
         self.handle, self._started = handle, (now := self.clock.now())
@@ -201,23 +208,22 @@ class Attempt:
         self._on_running()
         if self._cancelled:
             await self.cancel()
-        pause = FIRST_PAUSE
         try:
-            while True:
-                try:
-                    outcome = await self.backend.wait(handle)
-                    break
-                except BackendUnavailable as fault:
-                    self.held = fault.message
-                    self._on_unavailable(None)
-                    await self.clock.sleep(pause)
-                    pause = min(pause * 2, LONGEST_PAUSE)
+            outcome = await self.asking.until_answered(lambda: self._end_of(handle))
         finally:
             self._tell(None)
-        self.held = None
         self._on_exit()
         crash.point("before_outcome")
         return await self._judge(handle, outcome)
+
+    async def _end_of(self, handle: Handle) -> Outcome:
+        """How it ended; first of all it hears of a cancel that did not reach it. Raises BackendUnavailable."""
+        if self._uncancelled is not None:
+            await self.backend.cancel(handle)
+            self._uncancelled = None
+        with anyio.CancelScope() as self._waiting:
+            return await self.backend.wait(handle)
+        raise BackendUnavailable(self._uncancelled or "its cancel did not get through")
 
     async def _judge(self, handle: Handle, outcome: Outcome) -> Ended:
         match outcome:
@@ -253,6 +259,8 @@ class Attempt:
             self._tell(lambda: moves.collecting(self.token, 0, told, now))
         try:
             outputs = await self._take(handle)
+        except _Cancelled:
+            return Ended(StepOutcome.CANCELLED, "cancelled", AttemptEnd.CANCELLED, 0, usage=usage)
         except _Changed as change:
             why = f"an input changed while it ran: {change}"
             return Ended(None, why, AttemptEnd.TAINTED, 0, usage=usage)
@@ -283,18 +291,26 @@ class Attempt:
         return Ended(StepOutcome.SUCCEEDED, "", AttemptEnd.COMMITTED, 0, outputs, usage=usage)
 
     async def _take(self, handle: Handle) -> tuple[OutputFact, ...]:
-        """Its outputs, in the store and published, if its inputs are still what they were. Raises _Changed."""
+        """Its outputs, in the store and published, if its inputs are what they were. Raises _Changed, _Cancelled."""
         facts, store = self.facts, self.world.store
         if not self.step.outputs:
             await self._same_inputs()
             return ()
-        folder, outputs = await self.backend.fetch(handle, store.incoming), self._outputs()
+        folder, outputs = await self._fetched(handle), self._outputs()
         taken = await store.collect(folder, outputs, lambda: facts.known_unchanged(self.index, self.plan))
         if taken is None:
             await self._same_inputs()
             taken = await store.collect(folder, outputs) or []
         await publish(self.world, self.plan.graph.spec, self.step, self.run_row.id, taken)
         return tuple(taken)
+
+    async def _fetched(self, handle: Handle) -> Path:
+        """Where its outputs lie, once they are home. Raises _Cancelled: nobody wants them any more."""
+        self._collecting = True
+        with anyio.CancelScope() as self._waiting:
+            return await self.asking.until_answered(lambda: self.backend.fetch(handle, self.world.store.incoming))
+        self.asking.held = None
+        raise _Cancelled
 
     async def _same_inputs(self) -> None:
         changed = await self.facts.changed_since(self.index, self.plan)
@@ -395,6 +411,10 @@ class Attempt:
             return ""
         lines = tail.decode(errors="replace").strip().splitlines()
         return f": {lines[-1].strip()[:200]}" if lines else ""
+
+
+class _Cancelled(Exception):
+    """while its outputs came home"""
 
 
 class _Changed(Exception):

@@ -41,6 +41,7 @@ from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.hosts import Hosts
 from mlpiped.images import Finder
 from mlpiped.ledger import Ledger, moves, sqlite_version
+from mlpiped.live_logs import LiveLogs
 from mlpiped.loader import Known, Registry, load_file
 from mlpiped.log_cap import LogCap
 from mlpiped.placement import Place
@@ -147,6 +148,7 @@ class Daemon:
         self.dispatch = Dispatch(places, settings.pools, settings.daemon.max_running_steps, self.clock.now)
         self.hosts = Hosts(self.backends, self.dispatch, ledger, self.clock, self._begin)
         self.dispatch.on_unavailable, self.dispatch.on_taken = self.hosts.unavailable, self.hosts.took
+        self.dispatch.on_answered = self.hosts.answered
         self.registry = Registry(settings.daemon.plugins, state, self._known, cron.check, self._plugins_changed)
         self.scheduler = Scheduler(self.world, self.registry, self.backends, self.clock, self.dispatch)
         memory = LedgerMemory(ledger, moves, self.clock)
@@ -233,6 +235,7 @@ class Daemon:
                 watch={name: each.watch for name, each in settings.datastores.items()},
             ),
             job_folder=lambda token: settings.daemon.state_dir / "jobs" / token,
+            live=LiveLogs(self.scheduler.executions, self.backends, settings.daemon.state_dir / "jobs"),
             gc_plan=self.keeper.plan,
             gc=self.keeper.clean,
             ledger_faults=self.ledger.faults,

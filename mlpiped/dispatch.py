@@ -44,6 +44,7 @@ class Dispatch:
         self.now = now
         self.on_unavailable: Callable[[str, str | None], None] = lambda compute, why: None
         self.on_taken: Callable[[str], None] = lambda compute: None
+        self.on_answered: Callable[[str], None] = lambda compute: None
         self.pools = pools
         self.max_running = max_running
         self.paused: str | None = None  # why nothing is dispatched at all, if so
@@ -118,6 +119,9 @@ class Dispatch:
 
     def unavailable(self, compute: str, why: str | None) -> None:
         self.on_unavailable(compute, why)
+
+    def answered(self, compute: str) -> None:
+        self.on_answered(compute)
 
     def taken(self, compute: str) -> None:
         self.on_taken(compute)

@@ -37,6 +37,9 @@ class Dispatcher(Protocol):
     def unavailable(self, compute: str, why: str | None) -> None:
         """A submit was not taken, because of `why`; or the compute cannot be asked (None)."""
 
+    def answered(self, compute: str) -> None:
+        """It can be asked again."""
+
     def taken(self, compute: str) -> None:
         """A submit went well."""
 

@@ -271,6 +271,7 @@ class Execution:
             on_running=lambda: self._running(index),
             on_exit=lambda: self.dispatcher.release(self.id, index),
             on_unavailable=lambda why: self.dispatcher.unavailable(compute, why),
+            on_answer=lambda: self.dispatcher.answered(compute),
             pressed=self.dispatcher.pressed,
             cards=tuple(cards),
         )

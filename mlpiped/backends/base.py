@@ -181,12 +181,18 @@ class Images(Protocol):
         """
         ...
 
+    def bringing(self, reference: str | None, dockerfile: str | None) -> str | None:
+        """What is done for that image just now: "pulls image app:1: 40 %". From memory."""
+        ...
+
 
 class Backend(Protocol):
     """One compute. All methods are safe to cancel; none raises anything but `InvalidJob` and `BackendUnavailable`."""
 
     name: str
     kind: str
+    logs_here: bool
+    """What a step prints is in its folder on this host while it runs, not only once it has ended."""
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Begin to serve; whatever must end with the daemon goes on `stack`. Steps must not."""
@@ -197,6 +203,11 @@ class Backend(Protocol):
 
     def missing(self, contents: Mapping[str, int]) -> int:
         """Of these contents (digest -> bytes), how many bytes would have to travel there. From memory: asks nobody."""
+        ...
+
+    def doing(self, token: str) -> str | None:
+        """What travels for this job just now, to the machine or home: "sends input samples to gpu1: 1.2 of 3.4 GB".
+        From memory."""
         ...
 
     async def submit(self, job: Job) -> Handle:

@@ -76,6 +76,15 @@ class Actions(Protocol):
     def compute(self) -> Sequence[ComputeJson]: ...
 
 
+class Live(Protocol):
+    """Logs that are elsewhere while their steps run."""
+
+    def far(self, compute: str) -> bool: ...
+
+    async def bring(self, token: str) -> str | None:
+        """All that is not here yet into the job folder; why not all of it could be had, as a sentence."""
+
+
 class LoadedPipeline(Protocol):
     @property
     def spec(self) -> PipelineSpec: ...
@@ -139,6 +148,7 @@ class Service:
     job_folder: Callable[[str], Path]
     gc_plan: Callable[[], Awaitable[dict[str, Any]]]
     gc: Callable[[], Awaitable[dict[str, Any]]]
+    live: Live | None = None  # None: nothing is elsewhere
     ledger_faults: Callable[[], Awaitable[Sequence[str]]] | None = None  # PRAGMA integrity_check: [] when it is well
     orphans: Callable[[], Awaitable[Mapping[str, Sequence[int]]]] | None = None  # token -> pids that nobody waits for
     healths: Callable[[], Awaitable[Mapping[str, str | None]]] | None = None  # of each compute, asked now

@@ -44,6 +44,7 @@ SMALL_FILES = ("stdout", "stderr", "metrics.jsonl")
 
 class SshBackend:
     kind = "ssh"
+    logs_here = False
 
     def __init__(
         self, name: str, state_dir: Path, settings: SshCompute, *, instance: str, datastores: Mapping[str, Path]
@@ -76,6 +77,9 @@ class SshBackend:
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return self._staging.missing(contents)
+
+    def doing(self, token: str) -> str | None:
+        return self._staging.progress.of(token)
 
     # --- the job's life -----------------------------------------------------------------------------------------
     async def submit(self, job: Job) -> Handle:
@@ -178,7 +182,7 @@ class SshBackend:
         async with self._homes.setdefault(token, anyio.Lock()):
             try:
                 if end.files:
-                    await self._bring(token, folder, [name for name in SMALL_FILES if name in end.files])
+                    await self._bring(token, "its log", folder, [name for name in SMALL_FILES if name in end.files])
                 await self._here("keep how it ended", lambda: _testify(folder, end.outcome))
             finally:
                 self._homes.pop(token, None)
@@ -188,13 +192,14 @@ class SshBackend:
         folder = Path(folders.at(self.jobs_dir, token))
         await self.wait(handle)
         if not await self._here("look for its outputs", (folder / "out").exists):
-            await self._bring(token, folder, ["out"])
+            await self._bring(token, "its outputs", folder, ["out"])
         return folder
 
-    async def _bring(self, token: str, folder: Path, names: Sequence[str]) -> None:
+    async def _bring(self, token: str, what: str, folder: Path, names: Sequence[str]) -> None:
         """Each of `names` that is there appears in `folder` by a rename, once all have come whole."""
         agent = await self.keeper.agent()
         draft = folder / f".{secrets.token_hex(6)}"
+        progress, place, words = self._staging.progress, f"{token}/home", f"brings {what} home from {self.name}"
         command = agent.box.script("tree.sh", "get", agent.box.root, token)
         try:
             await self._here("keep what it made", lambda: draft.mkdir(parents=True))
@@ -202,8 +207,9 @@ class SshBackend:
             try:
                 await self.carrier.get([*command, str(LARGE) if self.carrier.client else "", *names], into)
                 if into.big:
-                    into = Incoming(draft)
-                    await self.carrier.get_large([*command, "", *names], into)
+                    with progress.wait(token, place), progress.move(place, words) as moving:
+                        into = Incoming(draft, moving)
+                        await self.carrier.get_large([*command, "", *names], into)
             finally:
                 into.close()
             await self._here("keep what it made", lambda: _settle(draft, folder))

@@ -19,8 +19,10 @@ from mlpiped.files.hashing import open_file, tree_digest
 from mlpiped.files.walking import kind_of, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from mlpiped.backends.ssh.progress import Moving
 
 CHUNK = 1 << 20
 
@@ -110,10 +112,10 @@ class Garbled(Exception):
 class Incoming:
     """Takes a stream apart into a folder, which must be empty. Feed it until `done`; `big`: nothing came."""
 
-    def __init__(self, folder: Path, moved: Callable[[int], None] = lambda count: None) -> None:
+    def __init__(self, folder: Path, moving: Moving | None = None) -> None:
         self.folder = os.fspath(folder)
         self.done = self.big = False
-        self._moved = moved
+        self._moving = moving
         self._buffer = b""
         self._listed: list[tuple[str, int, str, str]] = []  # kind, size, sha256, path: their bytes come later
         self._file: int | None = None
@@ -122,7 +124,8 @@ class Incoming:
 
     def feed(self, data: bytes) -> None:
         """Raises Garbled, OSError."""
-        self._moved(len(data))
+        if self._moving is not None:
+            self._moving.moved(len(data))
         self._buffer += data
         while self._buffer and not self.done:
             if self._file is not None:
@@ -141,6 +144,9 @@ class Incoming:
         match words:
             case ["end"]:
                 self.done = not self._listed
+            case ["t", size] if size.isdigit():
+                if self._moving is not None:
+                    self._moving.total = int(size)
             case ["big"]:
                 self.done = self.big = True
             case ["bytes"]:
