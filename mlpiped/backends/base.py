@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -179,6 +179,15 @@ class Images(Protocol):
         Raises InvalidJob (no such image, a Dockerfile that does not build: with the engine's words) and
         BackendUnavailable.
         """
+        ...
+
+
+@runtime_checkable
+class Queueing(Protocol):
+    """What a backend offers beside `Backend` where a job that was submitted may still wait."""
+
+    def waiting(self, token: str) -> str | None:
+        """Why it waits, in the words of whoever lets it wait; None when it does not. From memory: asks nobody."""
         ...
 
 
