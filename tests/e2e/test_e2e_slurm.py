@@ -136,6 +136,18 @@ def test_what_waits_in_slurm_s_queue_says_slurm_s_reason_also_to_the_next_daemon
     assert len(lines(desk.effects)) == len(desk.jobs()) == 1
 
 
+def test_a_step_that_fails_there_says_its_last_words_and_is_tried_again_as_another_job(desk: Desk) -> None:
+    daemon = desk.daemon.start()
+    body = (
+        'step = CommandStep("echo no such model >&2; exit 3", name="step", compute_target="cluster",\n'
+        '                   retry=Retry(attempts=2, delay="1s"))\npipeline = Pipeline("fails", steps=[step])\n'
+    )
+    daemon.install("fails", body)
+    found = daemon.go("fails")
+    assert steps(found) == {"step": "failed"}
+    assert "no such model" in desk.why(found["id"]) and len(desk.jobs()) == 2
+
+
 def test_cancel_takes_a_job_out_of_the_queue_and_ends_one_that_runs(desk: Desk) -> None:
     daemon = desk.daemon.start()
     with desk.drained("n1"):

@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mlpiped.backends.base import Exited, Job, Lost, NeverRan
-from mlpiped.backends.slurm import commands, verdict
+from mlpiped.backends.slurm import SlurmBackend, commands, verdict
 from mlpiped.backends.slurm.commands import Listed
 from mlpiped.backends.slurm.queue import Queue
 from mlpiped.backends.slurm.submission import Look
 from mlpiped.config.computes import SlurmCompute
 from mlpiped.errors import BackendUnavailable
+from mlpiped.placement import Need, Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 OURS = "77|RUNNING|mlp-t-1|None"
 PATIENCE = 90.0
@@ -266,3 +268,17 @@ async def test_a_job_waits_for_slurm_s_reason_until_it_runs_and_before_it_was_li
         finally:
             await queue.close()
         assert queue.waiting("t-2") is None
+
+
+def test_before_the_nodes_were_asked_a_step_for_a_card_waits_and_is_not_told_that_there_never_is_one(
+    tmp_path: Path,
+) -> None:
+    backend = SlurmBackend("cluster", tmp_path, SlurmCompute(kind="slurm"), instance="0" * 32)
+    place = Place("cluster", 1)
+    place.offers(backend.capacity())
+    refusal = place.refusal(Need(1, 0, gpus=1))
+    assert refusal is not None and (refusal.kind, refusal.text()) == (
+        "away",
+        "cluster: its nodes have not been asked yet",
+    )
+    assert place.refusal(Need(1, 0, images=True)) is not None and place.refusal(Need(1, 0)) is None

@@ -338,6 +338,7 @@ class SlurmBackend:
         self, handle: Handle, stream: Literal["stdout", "stderr"], offset: int, follow: bool
     ) -> AsyncIterator[bytes]:
         folder, job = self._of(handle)
+        offset = await self._do("read the log", lambda: folders.from_start(folder, stream, offset))
 
         def look(offset: int) -> tuple[bool, bytes]:
             """Whether nothing comes after this: so it is asked before reading."""
