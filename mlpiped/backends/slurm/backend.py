@@ -45,6 +45,7 @@ FOLLOW = 0.2  # seconds between two looks at a log that is followed
 
 class SlurmBackend:
     kind = "slurm"
+    logs_here = True  # its folder is seen from here, by a link where `work_dir` is set
 
     def __init__(
         self,
