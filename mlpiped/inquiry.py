@@ -122,8 +122,8 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
         return f"held: its attempt is on compute `{t.compute}`, which the config no longer has"
     if t.attempt.held is not None:
         return f"held: {t.attempt.held}"
-    if isinstance(t.attempt.backend, Queueing) and (reason := t.attempt.backend.waiting(t.attempt.token)) is not None:
-        return f"waits in the queue of {t.compute} for {(now - t.since) / 1e6:.0f} s: {reason}; it runs there: {t.why}"
+    if isinstance(t.attempt.backend, Queueing) and (doing := t.attempt.backend.doing(t.attempt.token)) is not None:
+        return doing
     word = "runs" if t.state is StepState.RUNNING else "starts"
     return f"{word} on {t.compute} for {(now - t.since) / 1e6:.0f} s: {t.why}"
 

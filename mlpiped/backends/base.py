@@ -186,8 +186,8 @@ class Images(Protocol):
 class Queueing(Protocol):
     """What a backend offers beside `Backend` where a job that was submitted may still wait."""
 
-    def waiting(self, token: str) -> str | None:
-        """Why it waits, in the words of whoever lets it wait; None when it does not. From memory: asks nobody."""
+    def doing(self, token: str) -> str | None:
+        """That it waits, and why, in the words of whoever lets it wait; None when it does not. From memory."""
         ...
 
 

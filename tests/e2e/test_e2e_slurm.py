@@ -127,10 +127,10 @@ def test_what_waits_in_slurm_s_queue_says_slurm_s_reason_also_to_the_next_daemon
     with desk.drained("n1"):
         run = desk.waits("first")
         words = until(lambda: why if "Node" in (why := desk.why(run)) else "", "Slurm's reason")
-        assert "waits in the queue of first for" in words
+        assert "waits in the queue of first: " in words
         daemon.kill9()
         daemon.start()
-        until(lambda: "waits in the queue of first for" in (why := desk.why(run)) and "Node" in why, "the same again")
+        until(lambda: "waits in the queue of first: " in (why := desk.why(run)) and "Node" in why, "the same again")
         assert desk.jobs() == ["PENDING"] and not lines(desk.effects)
     assert steps(daemon.end(run)) == {"step": "succeeded"}
     assert len(lines(desk.effects)) == len(desk.jobs()) == 1

@@ -298,6 +298,10 @@ class SlurmBackend:
 
         return await self._do("look at the job", look)
 
+    def doing(self, token: str) -> str | None:
+        reason = self.waiting(token)
+        return None if reason is None else f"waits in the queue of {self.name}: {reason}"
+
     def waiting(self, token: str) -> str | None:
         """In Slurm's own words: `Priority`, `Resources`; while the queue takes no more, those with which it refuses."""
         return self._controller.full if token in self._turns else self._queue.waiting(token)
