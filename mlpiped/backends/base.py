@@ -206,8 +206,8 @@ class Backend(Protocol):
         ...
 
     def doing(self, token: str) -> str | None:
-        """What travels for this job just now, to the machine or home: "sends input samples to gpu1: 1.2 of 3.4 GB".
-        From memory."""
+        """What goes on for this job before and after its command: "sends input samples to gpu1: 1.2 of 3.4 GB", "waits
+        in the queue of cluster: Priority". None when nothing does. From memory."""
         ...
 
     async def submit(self, job: Job) -> Handle:

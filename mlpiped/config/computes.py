@@ -206,8 +206,13 @@ class SlurmCompute(Section):
     options: tuple[SlurmOption, ...] = ()
 
 
-KINDS: dict[str, type[Section]] = {"local": LocalCompute, "docker": DockerCompute, "ssh": SshCompute}
-Compute = Annotated[LocalCompute | DockerCompute | SshCompute, Field(discriminator="kind")]
+KINDS: dict[str, type[Section]] = {
+    "local": LocalCompute,
+    "docker": DockerCompute,
+    "ssh": SshCompute,
+    "slurm": SlurmCompute,
+}
+Compute = Annotated[LocalCompute | DockerCompute | SshCompute | SlurmCompute, Field(discriminator="kind")]
 
 
 def check(raw: Mapping[str, Any], base: Path, state_dir: Path, socket: Path, faults: FaultList) -> None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mlpiped.backends.base import Exited, Job, Lost, NeverRan
-from mlpiped.backends.slurm import commands, verdict
+from mlpiped.backends.slurm import SlurmBackend, commands, verdict
 from mlpiped.backends.slurm.commands import Listed
+from mlpiped.backends.slurm.queue import Queue
 from mlpiped.backends.slurm.submission import Look
 from mlpiped.config.computes import SlurmCompute
+from mlpiped.errors import BackendUnavailable
+from mlpiped.placement import Need, Place
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 OURS = "77|RUNNING|mlp-t-1|None"
 PATIENCE = 90.0
@@ -201,3 +210,75 @@ def test_a_job_that_ends_without_having_started_is_fenced_at_once() -> None:
     )
     assert judge(look(claimed=False, fenced=True, cancelled=True), "PENDING", 0) == Exited(code=None, cancelled=True)
     assert judge(look(claimed=False), "PENDING", 0, "BadConstraints") == "fence"
+
+
+# --- the queue ------------------------------------------------------------------------------------------------------
+class Answering:
+    """A controller that says what it is told to, or breaks."""
+
+    def __init__(self) -> None:
+        self.listing: str | None = None
+
+    async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
+        if "config" in argv:
+            return 0, "AccountingStorageType = accounting_storage/none\nMinJobAge = 300 sec\n", ""
+        if self.listing is None:
+            raise ValueError("an answer of which nobody has thought")
+        return 0, self.listing, ""
+
+
+async def _nothing(_: list[Listed]) -> None:
+    pass
+
+
+@pytest.mark.anyio
+async def test_a_fault_of_ours_in_the_look_at_the_queue_keeps_nobody_waiting_and_the_next_look_is_taken() -> None:
+    runner = Answering()
+    queue = Queue("cluster", runner, 0.01, _nothing)
+    queue.start()
+    try:
+        with anyio.fail_after(30):
+            with pytest.raises(BackendUnavailable, match="of which nobody has thought"):
+                await queue.fresh()
+            runner.listing = OURS
+            assert await queue.fresh() == {77: Listed(77, "t-1", "RUNNING", "None")}
+    finally:
+        await queue.close()
+
+
+@pytest.mark.anyio
+async def test_a_job_waits_for_slurm_s_reason_until_it_runs_and_before_it_was_listed_that_is_not_known() -> None:
+    runner = Answering()
+    queue = Queue("cluster", runner, 0.01, _nothing)
+    with queue.watch("t-1", 77, 0.0) as watch:
+        assert queue.waiting("t-1") == "Slurm has not been asked about it yet"
+        queue.start()
+        try:
+            with anyio.fail_after(30):
+                for line, told in (
+                    ("77|PENDING|mlp-t-1|None", "Slurm has given no reason yet"),
+                    ("77|PENDING|mlp-t-1|Resources", "Resources"),
+                    ("77|RUNNING|mlp-t-1|None", None),
+                ):
+                    runner.listing = line
+                    with suppress(BackendUnavailable):
+                        await queue.fresh()
+                    while queue.waiting("t-1") != told:
+                        await watch.changed(0.01)
+        finally:
+            await queue.close()
+        assert queue.waiting("t-2") is None
+
+
+def test_before_the_nodes_were_asked_a_step_for_a_card_waits_and_is_not_told_that_there_never_is_one(
+    tmp_path: Path,
+) -> None:
+    backend = SlurmBackend("cluster", tmp_path, SlurmCompute(kind="slurm"), instance="0" * 32)
+    place = Place("cluster", 1)
+    place.offers(backend.capacity())
+    refusal = place.refusal(Need(1, 0, gpus=1))
+    assert refusal is not None and (refusal.kind, refusal.text()) == (
+        "away",
+        "cluster: its nodes have not been asked yet",
+    )
+    assert place.refusal(Need(1, 0, images=True)) is not None and place.refusal(Need(1, 0)) is None

@@ -39,11 +39,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = structlog.get_logger("slurm")
 PATIENCE = 120.0  # seconds until what is not to be seen over a network's file system is not there
+NOT_SEEN = "its nodes have not been asked yet"
 FOLLOW = 0.2  # seconds between two looks at a log that is followed
 
 
 class SlurmBackend:
     kind = "slurm"
+    logs_here = True  # its folder is seen from here, by a link where `work_dir` is set
 
     def __init__(
         self,
@@ -84,16 +86,15 @@ class SlurmBackend:
             self._home.mkdir(parents=True, exist_ok=True)
 
         await self._do("make its folders", make)
-        tasks = await stack.enter_async_context(anyio.create_task_group())
-        stack.callback(tasks.cancel_scope.cancel)
-        tasks.start_soon(self._queue.serve, name=f"the queue of `{self.name}`")
+        self._queue.start()
+        stack.push_async_callback(self._queue.close)
 
     def capacity(self) -> Capacity:
         """Cards are places in Slurm's own queue: which of them a job gets, Slurm says."""
         count = self._nodes.gpus if self._nodes is not None else 0
         cards = tuple(Card(f"{self.name}:{index}", index, "gpu", 0) for index in range(count))
         slots = min(self.settings.slots, self.settings.max_jobs or self.settings.slots)
-        return Capacity(slots=slots, cards=cards)
+        return Capacity(slots=slots, cards=cards, no_cards=None if self._nodes is not None else NOT_SEEN)
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return 0
@@ -297,10 +298,13 @@ class SlurmBackend:
 
         return await self._do("look at the job", look)
 
-    def waiting(self, handle: Handle) -> str | None:
-        """Why it waits, in Slurm's own word (`Priority`, `Resources`), from memory; None when it does not wait."""
-        seen = self._queue.seen(handle.get("job", 0), handle.get("token", ""))
-        return seen.reason if seen is not None and seen.state in commands.WAITING else None
+    def doing(self, token: str) -> str | None:
+        reason = self.waiting(token)
+        return None if reason is None else f"waits in the queue of {self.name}: {reason}"
+
+    def waiting(self, token: str) -> str | None:
+        """In Slurm's own words: `Priority`, `Resources`; while the queue takes no more, those with which it refuses."""
+        return self._controller.full if token in self._turns else self._queue.waiting(token)
 
     def states(self) -> dict[str, int]:
         """How many of the jobs with names of ours are in which of Slurm's states, as last listed."""
@@ -339,6 +343,7 @@ class SlurmBackend:
         self, handle: Handle, stream: Literal["stdout", "stderr"], offset: int, follow: bool
     ) -> AsyncIterator[bytes]:
         folder, job = self._of(handle)
+        offset = await self._do("read the log", lambda: folders.from_start(folder, stream, offset))
 
         def look(offset: int) -> tuple[bool, bytes]:
             """Whether nothing comes after this: so it is asked before reading."""

@@ -6,6 +6,7 @@ cannot find out it does not guess: a query that failed tells those who wait why,
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ log = structlog.get_logger("slurm")
 QUIET_SHARE = 0.1  # of the time in which nothing has changed: so long it looks away
 LONGEST_LOOK_AWAY = 60.0  # seconds
 A_DAY = 86_400.0
+NO_REASON = "Slurm has given no reason yet"
 MOST = 1000  # jobs that one sacct is asked for: a command line has an end
 
 
@@ -79,6 +81,16 @@ class Queue:
         self._changed = 0.0
         self._failures = 0
         self._accounting: bool | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Ends by `close`, whichever task has started it."""
+        self._task = asyncio.get_running_loop().create_task(self._serve(), name=f"the queue of {self.name}")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     # --- who asks ---------------------------------------------------------------------------------------------
     @contextmanager
@@ -124,23 +136,38 @@ class Queue:
         quiet = (time.monotonic() - self._changed) * QUIET_SHARE
         return max(self.interval, min(quiet, longest))
 
+    def waiting(self, token: str) -> str | None:
+        """Slurm's reason, as those who wait for this job have heard it last; None when it does not wait."""
+        for watch in (one for some in self._watches.values() for one in some if one.token == token):
+            if watch.state == "":
+                return "Slurm has not been asked about it yet"
+            if watch.state in commands.WAITING:
+                return NO_REASON if watch.reason in ("", "None") else watch.reason
+        return None
+
     # --- who answers ------------------------------------------------------------------------------------------
-    async def serve(self) -> None:
+    async def _serve(self) -> None:
         while True:
             while not self._watches and not self._asking:
                 await self._sleep(None)
             while (left := self._began + self.delay() - time.monotonic()) > 0:
                 await self._sleep(left)
-            await self._look()
+            asking, self._asking = self._asking, []
+            watches = [watch for some in self._watches.values() for watch in some]
+            try:
+                await self._look(asking, watches)
+            except Exception as fault:  # of ours: it must not leave anybody waiting for ever
+                log.exception("the queue cannot be looked at", compute=self.name)
+                self._fail(f"its answer is not understood: {fault}", watches)
+            for question in asking:
+                question.answered.set()
 
     async def _sleep(self, seconds: float | None) -> None:
         self._wanted = anyio.Event()
         with anyio.move_on_after(seconds):
             await self._wanted.wait()
 
-    async def _look(self) -> None:
-        asking, self._asking = self._asking, []
-        watches = [watch for some in self._watches.values() for watch in some]
+    async def _look(self, asking: Sequence[_Question], watches: Sequence[Watch]) -> None:
         self._began = time.monotonic()
         self.looks += 1
         try:
@@ -149,8 +176,6 @@ class Queue:
             listing = commands.listed(await ask(self._runner, commands.squeue()))
         except BackendUnavailable as fault:
             self._fail(fault.message, watches)
-            for question in asking:
-                question.answered.set()
             return
         self.listing, self.trouble, self._failures = listing, None, 0
         for question in asking:
