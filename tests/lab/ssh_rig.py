@@ -158,6 +158,7 @@ class Box:
 
     def stop(self) -> None:
         if self.process is not None:
+            self.process.send_signal(signal.SIGSTOP)  # who is dropped would be let in again at once
             self.drop()
             self.process.kill()
             self.process.wait()
