@@ -18,6 +18,7 @@ from mlpiped import crash
 from mlpiped.backends.base import Exited, Job, JobOutput, Lost, NeverRan
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
 from mlpiped.job_words import as_text, parts_of, variable
+from mlpiped.kept import digest_for
 from mlpiped.ledger import moves
 from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
 from mlpiped.publish import destination
@@ -96,16 +97,20 @@ class Attempt:
         self._telling: asyncio.TimerHandle | None = None
         self._started: int | None = None
         self._cancelled = False
+        self._stop = asyncio.Event()  # set with `_cancelled`
         self._told_exit = False  # the step is in `collecting`, says the ledger
 
     # --- the two beginnings -----------------------------------------------------------------------------------
     async def run(self, step: StepFacts) -> Ended:
         crash.point("before_intent")
         try:
+            if (kept := self.world.kept) is not None:
+                made = self.facts.made(step, self.plan)
+                await kept.wait_for(made, self.backend.name, self._stop, lambda why: setattr(self, "held", why))
             job = await self._job(step)
         except MlpipedError as fault:
-            # No intent yet: the code could not be snapshot. Nothing is in the ledger to end.
-            return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.NEVER_RAN, final=True)
+            # No intent yet: an input is gone, or the code could not be snapshot. Nothing is in the ledger to end.
+            return Ended(StepOutcome.FAILED, _with_hint(fault), AttemptEnd.NEVER_RAN, final=True)
         intent = moves.intent(
             self.run_row.id,
             self.index,
@@ -160,6 +165,7 @@ class Attempt:
 
     async def cancel(self) -> None:
         self._cancelled = True
+        self._stop.set()
         self._turn.set()
         if self.handle is not None:
             try:
@@ -287,13 +293,17 @@ class Attempt:
         if not self.step.outputs:
             await self._same_inputs()
             return ()
-        folder, outputs = await self.backend.fetch(handle, store.incoming), self._outputs()
-        taken = await store.collect(folder, outputs, lambda: facts.known_unchanged(self.index, self.plan))
+        kept = await self.world.kept.take(self.backend, handle, self.step) if self.world.kept is not None else {}
+        outputs = [output for output in self._outputs() if output.name not in kept]
+        taken = None
+        if outputs:
+            folder = await self.backend.fetch(handle, store.incoming)
+            taken = await store.collect(folder, outputs, lambda: facts.known_unchanged(self.index, self.plan))
         if taken is None:
             await self._same_inputs()
-            taken = await store.collect(folder, outputs) or []
+            taken = await store.collect(folder, outputs) or [] if outputs else []
         await publish(self.world, self.plan.graph.spec, self.step, self.run_row.id, taken)
-        return tuple(taken)
+        return tuple({**{fact.name: fact for fact in taken}, **kept}[output.name] for output in self.step.outputs)
 
     async def _same_inputs(self) -> None:
         changed = await self.facts.changed_since(self.index, self.plan)
@@ -372,7 +382,7 @@ class Attempt:
         for port in self.step.inputs:
             if isinstance(port.source, Upstream):
                 made = (self.plan.outputs[self.plan.graph.index[port.source.step]] or {})[port.source.output]
-                found[made.path] = made.digest
+                found[made.path] = digest_for(made, self.backend.name)
                 continue
             outside, paths = facts.outside[port.name], facts.paths[port.name]
             if not port.source.glob:
@@ -401,11 +411,14 @@ class _Changed(Exception):
 
 
 async def publish(world: World, spec: PipelineSpec, step: StepSpec, run_id: int, outputs: Sequence[OutputFact]) -> None:
-    """Put what a step made where it is published. Raises MlpipedError, OSError."""
+    """Put what a step made where it is published. Raises MlpipedError (BackendUnavailable: a machine that keeps it is
+    away), OSError."""
     made = {fact.name: fact for fact in outputs}
     for output in step.outputs:
         if output.publish is not None:
             root, path = destination(output, spec, step, run_id, world.datastores)
+            if world.kept is not None:
+                await world.kept.bring_home(made[output.name])
             await world.store.publish(made[output.name], path, root=root)
 
 
