@@ -237,7 +237,8 @@ class Attempt:
         if outcome.error is not None:
             return Ended(StepOutcome.FAILED, outcome.error, AttemptEnd.FAILED, outcome.code, usage=usage)
         if outcome.timed_out:
-            why = f"timed out after {self.step.timeout:g} s"
+            limit = self.step.timeout  # None: the queue's own time limit
+            why = "reached the time limit of its compute" if limit is None else f"timed out after {limit:g} s"
             return Ended(StepOutcome.TIMED_OUT, why, AttemptEnd.TIMED_OUT, outcome.code, usage=usage)
         if outcome.cancelled or (self._cancelled and outcome.code != 0):
             return Ended(StepOutcome.CANCELLED, "cancelled", AttemptEnd.CANCELLED, outcome.code, usage=usage)

@@ -25,6 +25,15 @@ def save_definition(version: str, pipeline: str, spec_json: str, now: int) -> Op
     return op
 
 
+def pin_code(run_id: int, code: Sequence[Sequence[str | None]]) -> Op[None]:
+    """What `Facts.pin` has kept; its options say so from now on. No event: nothing has happened."""
+
+    def op(c: Connection) -> None:
+        c.execute(SQL["pin_code"], {"run_id": run_id, "code": json.dumps(code)})
+
+    return op
+
+
 def set_paused(pipeline: str, paused: bool, who: str, now: int) -> Op[bool]:
     """Pause or resume a pipeline, over restarts. False when it was so already."""
 

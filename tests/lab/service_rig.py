@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from harness import SDK, lines, until
-from rootfs import PROJECT
+from lab.rootfs import PROJECT
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,11 +11,11 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import pytest
-import rootfs
 from harness import lines, until
+from lab import packages, rootfs
 from nspawn import CannotBoot, Machine
 from service_rig import UNIT, WATCHDOG, Load, Service
 
@@ -50,7 +50,7 @@ print("all there")
 def service() -> Iterator[Service]:
     """One machine for all tests: each brings a pipeline of its own, and leaves the service running."""
     if (reason := rootfs.why_not()) is not None:
-        _not_here(reason)
+        packages.not_here(reason)
     root, wheels = rootfs.root(), rootfs.wheels()
     with tempfile.TemporaryDirectory(prefix="mlpd-wheel-") as folder:
         os.chmod(folder, 0o755)
@@ -60,19 +60,12 @@ def service() -> Iterator[Service]:
             try:
                 machine.boot()
             except CannotBoot as fault:
-                _not_here(str(fault))
+                packages.not_here(str(fault))
             service = Service(machine, (now.name, following.name))
             service.install()
             yield service
         finally:
             machine.close()
-
-
-def _not_here(reason: str) -> NoReturn:
-    """A skip says why; where CI means to have run everything, it is a failure."""
-    if os.environ.get("CI"):
-        pytest.fail(f"the lab must work in CI: {reason}")
-    pytest.skip(reason)
 
 
 def test_a_plugin_and_data_dropped_in_are_worked_on(service: Service) -> None:
