@@ -147,13 +147,15 @@ class Kept:
 
     async def run(self) -> None:
         while True:
+            pause = PATROL
             for compute, backend in self.backends.items():
                 if isinstance(backend, Keeps):
                     try:
                         await self.check(compute)
                     except (BackendUnavailable, InvalidJob) as fault:
                         log.info("not looked at what is kept", compute=compute, why=fault.message)
-            await anyio.sleep(PATROL)
+                        pause = LONGEST_PAUSE
+            await anyio.sleep(pause)
 
 
 def _where(facts: Sequence[OutputFact], compute: str) -> str:

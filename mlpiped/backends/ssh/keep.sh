@@ -5,7 +5,7 @@
 #                                                 rename: `ok`; or `changed`
 #   sh keep.sh holds ROOT CONTENT…                `no CONTENT` of each that is not what was put there, `ok`
 #   sh keep.sh check ROOT                         the same of all
-#   sh keep.sh drop ROOT AGE CONTENT…             remove those that were not kept anew for AGE seconds, `ok`
+#   sh keep.sh drop ROOT AGE CONTENT…             remove those not kept anew for AGE seconds: `gone CONTENT`, `ok`
 #
 # .kept/CONTENT says `SUM NAME`: a checksum of inodes, modes, sizes and times, which tells of any change and reads no
 # file. TOKEN/kept/OUTPUT is there from before the rename: it says where the output went, should nobody be told.
@@ -131,6 +131,7 @@ drop() {
         [ $(($(date +%s) - since)) -ge "$age" ] || continue
         rm -f ".kept/$content"
         remove ".cas/$content"
+        echo "gone $content"
     done
     echo ok
 }

@@ -50,10 +50,8 @@ class KeptThere:
                 try:
                     with anyio.fail_after(LONGEST):
                         lines = []
-                        async for line in process.stdout:
+                        while lines[-1:] != ["end"] and (line := await process.stdout.readline()):
                             lines.append(line.decode("ascii", "replace").rstrip("\n"))
-                            if line == b"end\n":
-                                break
                         kept = _judged(output, lines)
                         process.stdin.write(_content(kept.digest).encode() + b"\n")
                         said = (await process.stdout.readline()).strip()
@@ -113,8 +111,8 @@ class KeptThere:
     async def drop(self, digests: Sequence[str], min_age: float) -> None:
         async with self._one:
             for page in _pages([_content(digest) for digest in digests]):
-                await self._said("drop", str(int(min_age)), *page)
-                (await self.keeper.agent()).box.contents.difference_update(page)
+                gone = {line.removeprefix("gone ") for line in await self._said("drop", str(int(min_age)), *page)}
+                (await self.keeper.agent()).box.contents.difference_update(gone)
 
     async def _said(self, *words: str) -> list[str]:
         agent = await self.keeper.agent()
