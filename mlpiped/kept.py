@@ -77,16 +77,19 @@ class Kept:
     async def at_hand(self, facts: Iterable[OutputFact], compute: str) -> None:
         """Make them readable for a step on `compute`. Raises Conflict (gone), BackendUnavailable (nobody can tell)."""
         for fact in facts:
+            if not fact.path:  # told after a restart, of what was lost meanwhile
+                raise Conflict(f"output `{fact.name}` is gone: {fact.digest}", hint="the next run makes it again")
             if fact.compute is None:
                 continue
             if fact.compute != compute:
                 await self.bring_home(fact)
                 continue
             keeper = self._keeper(compute)
-            if keeper is not None and not await keeper.changed([fact.digest]):
+            if keeper is None or not await keeper.changed([fact.digest]):
                 continue
             if not is_home(fact):
                 raise await self._gone(fact)
+            await keeper.drop([fact.digest], 0)  # so that nobody reads it there: what came home is sent
 
     async def wait_for(
         self, facts: Sequence[OutputFact], compute: str, stop: asyncio.Event, held: Callable[[str | None], None]

@@ -49,7 +49,7 @@ class KeptThere:
                 process = await self.carrier.link.process(connection, command)
                 try:
                     with anyio.fail_after(LONGEST):
-                        lines = []
+                        lines: list[str] = []
                         while lines[-1:] != ["end"] and (line := await process.stdout.readline()):
                             lines.append(line.decode("ascii", "replace").rstrip("\n"))
                         kept = _judged(output, lines)
