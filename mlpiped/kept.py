@@ -118,15 +118,12 @@ class Kept:
                 hint="attach that machine again, or run the step that makes it again with --force",
             )
         async with self._locks.setdefault(fact.digest, anyio.Lock()):
-            try:
-                if is_home(fact):
-                    return
-                came = await keeper.bring(fact.digest, self.store.incoming)
-                if came is None or not await self.store.admit(came, fact):
-                    raise await self._gone(fact)
-                log.info("came home", output=fact.name, digest=fact.digest, compute=fact.compute, bytes=fact.size)
-            finally:
-                self._locks.pop(fact.digest, None)
+            if is_home(fact):
+                return
+            came = await keeper.bring(fact.digest, self.store.incoming)
+            if came is None or not await self.store.admit(came, fact):
+                raise await self._gone(fact)
+            log.info("came home", output=fact.name, digest=fact.digest, compute=fact.compute, bytes=fact.size)
 
     async def _gone(self, fact: OutputFact) -> Conflict:
         await self._lose(fact.digest, fact.compute or "")

@@ -49,8 +49,9 @@ def admit(came: str, fact: OutputFact, state: str) -> bool:
         if os.path.lexists(final):
             discard(final, f"{state}/incoming")
         with suppress(FileNotFoundError):
-            os.unlink(marker)
-        os.symlink(known, marker)
+            os.unlink(f"{marker}.new")
+        os.symlink(known, f"{marker}.new")
+        os.rename(f"{marker}.new", marker)  # never away: it vouches for other names of the content too
         os.rename(came, final)
         if fact.kind == "folder":
             os.chmod(final, 0o555)

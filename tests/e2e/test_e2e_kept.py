@@ -18,11 +18,12 @@ pytestmark = pytest.mark.lab
 SIZE = 4_000_000
 PLUGIN = """
 model, told, here = PipelineData("model", keep="remote"), PipelineData("told"), PipelineData("here")
+note = PipelineData("note")
 big = PipelineData("big", keep="remote")
 rate = PipelineParameter("rate", default=1)
 SUM = ["sh", "-c", "sha256sum < $0 > $1"]
-make = ["sh", "-c", "yes $1 | head -c 4000000 > $0", model, rate]
-train = CommandStep(make, outputs=[model], name="train", compute_target="gpu1")
+make = ["sh", "-c", "yes $1 | head -c 4000000 > $0; echo $1 > $2", model, rate, note]
+train = CommandStep(make, outputs=[note, model], name="train", compute_target="gpu1")
 count = CommandStep([*SUM, model, told], outputs=[told], name="count", compute_target="gpu1")
 there = Pipeline("there", steps=[train, count])
 local = CommandStep([*SUM, model, here], outputs=[here], name="local", compute_target="local")
@@ -85,6 +86,7 @@ def test_what_is_kept_is_read_where_it_lies_and_comes_home_once_when_it_is_neede
     assert steps(first) == {"train": "succeeded", "count": "succeeded"}
     assert scene.cable.down < SIZE / 4, "it went nowhere"
     assert scene.read(first["id"], "told") == EXPECTED
+    assert scene.read(first["id"], "note") == "1", "what is not kept comes home"
     assert hashlib.sha256(scene.content.read_bytes()).hexdigest() == EXPECTED
     assert steps(daemon.go("there")) == {"train": "reused", "count": "reused"}
     before = scene.cable.down
