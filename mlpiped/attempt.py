@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,8 @@ from mlpiped import crash
 from mlpiped.asking import Asking
 from mlpiped.backends.base import Exited, Job, JobOutput, Lost, NeverRan
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
-from mlpiped.job_words import as_text, parts_of, variable
+from mlpiped.job_words import as_text, exit_words, parts_of, seconds, variable, with_hint
+from mlpiped.kept import digest_for
 from mlpiped.ledger import moves
 from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
 from mlpiped.publish import destination
@@ -99,6 +99,7 @@ class Attempt:
         self._telling: asyncio.TimerHandle | None = None
         self._started: int | None = None
         self._cancelled = False
+        self._stop = asyncio.Event()  # set with `_cancelled`
         self._uncancelled: str | None = None  # why the backend has not heard of it
         self._waiting: anyio.CancelScope | None = None  # for its end, or for what it made
         self._collecting = False
@@ -108,10 +109,13 @@ class Attempt:
     async def run(self, step: StepFacts) -> Ended:
         crash.point("before_intent")
         try:
+            if (kept := self.world.kept) is not None:
+                made = self.facts.made(step, self.plan)
+                await kept.wait_for(made, self.backend.name, self._stop, lambda why: setattr(self.asking, "held", why))
             job = await self._job(step)
         except MlpipedError as fault:
-            # No intent yet: the code could not be snapshot. Nothing is in the ledger to end.
-            return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.NEVER_RAN, final=True)
+            # No intent yet: an input is gone, or the code could not be snapshot. Nothing is in the ledger to end.
+            return Ended(StepOutcome.FAILED, with_hint(fault), AttemptEnd.NEVER_RAN, final=True)
         intent = moves.intent(
             self.run_row.id,
             self.index,
@@ -135,7 +139,7 @@ class Attempt:
         try:
             handle = await self.backend.submit(job)
         except InvalidJob as fault:
-            return Ended(StepOutcome.FAILED, _with_hint(fault), AttemptEnd.FAILED, final=True)
+            return Ended(StepOutcome.FAILED, with_hint(fault), AttemptEnd.FAILED, final=True)
         except BackendUnavailable as fault:
             self._on_unavailable(fault.message)
             return await self._found_or_fenced(fault.message)
@@ -166,6 +170,7 @@ class Attempt:
 
     async def cancel(self) -> None:
         self._cancelled = True
+        self._stop.set()
         self._turn.set()
         if self.handle is None:
             return
@@ -233,7 +238,7 @@ class Attempt:
                 return self._judged_never_ran(outcome)
             case Exited():
                 pass
-        usage = {"cpu": outcome.cpu, "max_rss": outcome.max_rss, "seconds": _seconds(outcome)}
+        usage = {"cpu": outcome.cpu, "max_rss": outcome.max_rss, "seconds": seconds(outcome)}
         if outcome.error is not None:
             return Ended(StepOutcome.FAILED, outcome.error, AttemptEnd.FAILED, outcome.code, usage=usage)
         if outcome.timed_out:
@@ -243,7 +248,7 @@ class Attempt:
         if outcome.cancelled or (self._cancelled and outcome.code != 0):
             return Ended(StepOutcome.CANCELLED, "cancelled", AttemptEnd.CANCELLED, outcome.code, usage=usage)
         if outcome.code != 0:
-            why = _exit_words(outcome) + await self._last_words(handle)
+            why = exit_words(outcome) + await self._last_words(handle)
             return Ended(StepOutcome.FAILED, why, AttemptEnd.FAILED, outcome.code, usage=usage)
         return await self._collect(handle, outcome, usage)
 
@@ -276,7 +281,7 @@ class Attempt:
             self.token,
             self.facts.steps[self.index].key,
             outputs,
-            int((_seconds(outcome) or 0) * 1e6),
+            int((seconds(outcome) or 0) * 1e6),
             self.clock.now(),
             not self.step.effect,
             usage_json=told,
@@ -296,19 +301,30 @@ class Attempt:
         if not self.step.outputs:
             await self._same_inputs()
             return ()
-        folder, outputs = await self._fetched(handle), self._outputs()
-        taken = await store.collect(folder, outputs, lambda: facts.known_unchanged(self.index, self.plan))
+        kept, folder = await self._fetched(handle)
+        outputs = [output for output in self._outputs() if output.name not in kept]
+        taken = None
+        if outputs:
+            taken = await store.collect(folder, outputs, lambda: facts.known_unchanged(self.index, self.plan))
         if taken is None:
             await self._same_inputs()
-            taken = await store.collect(folder, outputs) or []
+            taken = await store.collect(folder, outputs) or [] if outputs else []
         await publish(self.world, self.plan.graph.spec, self.step, self.run_row.id, taken)
-        return tuple(taken)
+        return tuple({**{fact.name: fact for fact in taken}, **kept}[output.name] for output in self.step.outputs)
 
-    async def _fetched(self, handle: Handle) -> Path:
-        """Where its outputs lie, once they are home. Raises _Cancelled: nobody wants them any more."""
+    async def _fetched(self, handle: Handle) -> tuple[dict[str, OutputFact], Path]:
+        """(the outputs that stay where they were made, where the others lie at home). Raises _Cancelled: nobody wants
+        them any more."""
+
+        async def fetch() -> tuple[dict[str, OutputFact], Path]:
+            into, world = self.world.store.incoming, self.world
+            kept = await world.kept.take(self.backend, handle, self.step) if world.kept is not None else {}
+            stays = len(kept) == len(self.step.outputs)
+            return kept, into if stays else await self.backend.fetch(handle, into)
+
         self._collecting = True
         with anyio.CancelScope() as self._waiting:
-            return await self.asking.until_answered(lambda: self.backend.fetch(handle, self.world.store.incoming))
+            return await self.asking.until_answered(fetch)
         self.asking.held = None
         raise _Cancelled
 
@@ -389,7 +405,7 @@ class Attempt:
         for port in self.step.inputs:
             if isinstance(port.source, Upstream):
                 made = (self.plan.outputs[self.plan.graph.index[port.source.step]] or {})[port.source.output]
-                found[made.path] = made.digest
+                found[made.path] = digest_for(made, self.backend.name)
                 continue
             outside, paths = facts.outside[port.name], facts.paths[port.name]
             if not port.source.glob:
@@ -422,29 +438,12 @@ class _Changed(Exception):
 
 
 async def publish(world: World, spec: PipelineSpec, step: StepSpec, run_id: int, outputs: Sequence[OutputFact]) -> None:
-    """Put what a step made where it is published. Raises MlpipedError, OSError."""
+    """Put what a step made where it is published. Raises MlpipedError (BackendUnavailable: a machine that keeps it is
+    away), OSError."""
     made = {fact.name: fact for fact in outputs}
     for output in step.outputs:
         if output.publish is not None:
             root, path = destination(output, spec, step, run_id, world.datastores)
+            if world.kept is not None:
+                await world.kept.bring_home(made[output.name])
             await world.store.publish(made[output.name], path, root=root)
-
-
-def _with_hint(fault: MlpipedError) -> str:
-    return fault.message if fault.hint is None else f"{fault.message}; {fault.hint}"
-
-
-def _seconds(outcome: Exited) -> float | None:
-    if outcome.started is None or outcome.ended is None:
-        return None
-    return max(0.0, outcome.ended - outcome.started)
-
-
-def _exit_words(outcome: Exited) -> str:
-    if outcome.signal is None:
-        return f"exited with status {outcome.code}"
-    try:
-        name = signal.Signals(outcome.signal).name
-    except ValueError:
-        name = str(outcome.signal)
-    return f"was ended by {name}"

@@ -40,6 +40,7 @@ from mlpiped.facts import World
 from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.hosts import Hosts
 from mlpiped.images import Finder
+from mlpiped.kept import Kept
 from mlpiped.ledger import Ledger, moves, sqlite_version
 from mlpiped.live_logs import LiveLogs
 from mlpiped.loader import Known, Registry, load_file
@@ -140,7 +141,8 @@ class Daemon:
         code = CodeReader(self.fingerprinter, state)
         self.backends = backends_of(settings)
         find_image = Finder(self.backends, settings.pools)
-        self.world = World(ledger, self.fingerprinter, code, self.store, datastores, find_image)
+        self.kept = Kept(ledger, self.store, self.backends, self.clock)
+        self.world = World(ledger, self.fingerprinter, code, self.store, datastores, find_image, self.kept)
         capacities = {name: backend.capacity() for name, backend in self.backends.items()}
         places = [Place(name, c.slots) for name, c in capacities.items()]
         for place in places:
@@ -192,6 +194,7 @@ class Daemon:
         tasks.start_soon(self._heartbeat, name="heartbeat")
         tasks.start_soon(self._housekeeping, name="housekeeping")
         tasks.start_soon(self.keeper.run, name="keeper")
+        tasks.start_soon(self.kept.run, name="kept")
         tasks.start_soon(self.log_cap.run, name="log cap")
         notify_systemd.ready(f"{len(self.registry.all())} pipelines")
         log.info(
@@ -240,6 +243,7 @@ class Daemon:
             gc=self.keeper.clean,
             ledger_faults=self.ledger.faults,
             orphans=self.keeper.orphans,
+            bring_home=self.kept.bring_home,
             healths=self._healths,
             loop_lag=lambda: self.lag,
         )

@@ -1,13 +1,16 @@
-"""A step's arguments and parameters as words of its job."""
+"""A step's arguments and parameters as words of its job, and the words for its end."""
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 from mlpiped.backends.base import Part
 from mlpiped.spec import Concat
 
 if TYPE_CHECKING:
+    from mlpiped.backends.base import Exited
+    from mlpiped.errors import MlpipedError
     from mlpiped.facts import StepFacts
     from mlpiped.spec import Arg
 
@@ -36,3 +39,23 @@ def as_text(value: object) -> str:
 
 def variable(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name).upper()
+
+
+def exit_words(outcome: Exited) -> str:
+    if outcome.signal is None:
+        return f"exited with status {outcome.code}"
+    try:
+        name = signal.Signals(outcome.signal).name
+    except ValueError:
+        name = str(outcome.signal)
+    return f"was ended by {name}"
+
+
+def seconds(outcome: Exited) -> float | None:
+    if outcome.started is None or outcome.ended is None:
+        return None
+    return max(0.0, outcome.ended - outcome.started)
+
+
+def with_hint(fault: MlpipedError) -> str:
+    return fault.message if fault.hint is None else f"{fault.message}; {fault.hint}"

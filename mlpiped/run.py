@@ -17,7 +17,7 @@ import anyio
 import structlog
 
 from mlpiped.attempt import Attempt, Ended, publish
-from mlpiped.errors import MlpipedError, StaleReuse
+from mlpiped.errors import BackendUnavailable, MlpipedError, StaleReuse
 from mlpiped.facts import Facts
 from mlpiped.images import Lookups
 from mlpiped.ledger import StepRow, moves
@@ -43,6 +43,7 @@ log = structlog.get_logger("run")
 LOST_LIMIT = 3
 """So many times a step is run again because its machine failed it; a step with an effect never is."""
 
+AWAY_PAUSE = 10.0  # seconds until a machine that is away is asked again for what it keeps
 TAINTED_LIMIT = 3
 """So many times a step is run again because an input changed under it."""
 
@@ -155,9 +156,9 @@ class Execution:
 
         If a result was made anew between the decision and the write, all of them are decided again.
         """
-        if not decisions:
+        found = [await self._published(d) if d.index in self.graph.publishing else d for d in decisions]
+        if not (decisions := [d for d in found if d is not None]):
             return
-        decisions = [await self._published(d) if d.index in self.graph.publishing else d for d in decisions]
         now = self.clock.now()
         rows = [
             StepRow(
@@ -187,13 +188,18 @@ class Execution:
             self.plan.finished(d.index, _OUTCOMES[d.action], d.outputs)
             self.dispatcher.settled(self.id, d.index)
 
-    async def _published(self, decision: Decision) -> Decision:
-        """A reused step publishes too: its path may name the run, or somebody may have removed what was there."""
+    async def _published(self, decision: Decision) -> Decision | None:
+        """A reused step publishes too: its path may name the run, or somebody may have removed what was there. None: a
+        machine that keeps what it made is away, and it is decided again later."""
         if decision.action != "reuse":
             return decision
         step = self.graph.steps[decision.index]
         try:
             await publish(self.world, self.graph.spec, step, self.id, decision.outputs)
+        except BackendUnavailable as fault:
+            self._hold([decision.index], f"cannot publish: {fault.message}")
+            asyncio.get_running_loop().call_later(AWAY_PAUSE, self._hold, [decision.index], None)
+            return None
         except (MlpipedError, OSError) as fault:
             return Decision(decision.index, "fail", f"cannot publish: {fault}", decision.key)
         return decision

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlpiped.control.access import Access
     from mlpiped.errors import Fault
     from mlpiped.ledger.store import Ledger
+    from mlpiped.model import OutputFact
     from mlpiped.protocol import ActiveJson, ComputeJson
     from mlpiped.spec import PipelineSpec
     from mlpiped.triggers.schedule import ScheduleView
@@ -153,6 +154,7 @@ class Service:
     orphans: Callable[[], Awaitable[Mapping[str, Sequence[int]]]] | None = None  # token -> pids that nobody waits for
     healths: Callable[[], Awaitable[Mapping[str, str | None]]] | None = None  # of each compute, asked now
     loop_lag: Callable[[], float] = lambda: 0.0  # seconds
+    bring_home: Callable[[OutputFact], Awaitable[None]] | None = None  # what a compute keeps: Conflict if it is gone
     closing: anyio.Event = field(default_factory=anyio.Event)
     lookup: Lookup = field(init=False)
     failures: dict[int, dict[str, Any]] = field(default_factory=dict)  # how runs failed: what has ended never changes

@@ -382,8 +382,9 @@ def commit_result(
         c.emit(a.run_id, a.idx, "step.finished", now, _FINISHED[StepOutcome.SUCCEEDED])
         for position, o in enumerate(outputs):
             path = fs_bytes(o.path)
-            c.execute(SQL["revive_outputs"], (path, o.digest))
-            c.execute(SQL["insert_output"], (a.id, position, o.name, o.digest, o.kind, o.size, path, cost_us, now))
+            c.execute(SQL["revive_outputs"], (path, o.compute, o.digest))
+            row = (a.id, position, o.name, o.digest, o.kind, o.size, path, cost_us, now, o.compute)
+            c.execute(SQL["insert_output"], row)
         if reusable:
             c.execute(SQL["put_result"], values)
         c.execute(SQL["put_head"], values)

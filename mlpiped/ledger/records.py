@@ -106,6 +106,16 @@ def drop_results(keys: Sequence[str]) -> Op[int]:
     return op
 
 
+def lose_kept(digest: str, compute: str, now: int) -> Op[int]:
+    """What that compute kept is gone or changed there: nothing builds on it any more. Gives how many outputs it was."""
+
+    def op(c: Connection) -> int:
+        values = {"digest": digest, "compute": compute, "now": now}
+        return int(c.execute(SQL["lose_kept"], values).rowcount)
+
+    return op
+
+
 def lose_artifacts(digests: Sequence[str], now: int, *, planned: int | None = None) -> Op[list[str]]:
     """Garbage collection takes these bytes next. Their digests stay, and what was made from them stays fresh.
 

@@ -22,6 +22,7 @@ from mlpiped.backends.base import Capacity, Exited, Handle, Job, Lost, NeverRan,
 from mlpiped.backends.ssh.carrier import LARGE, Carrier
 from mlpiped.backends.ssh.gpus import BoxCards
 from mlpiped.backends.ssh.keeper import End, Keeper
+from mlpiped.backends.ssh.kept import KeptThere
 from mlpiped.backends.ssh.link import Link
 from mlpiped.backends.ssh.orders import order
 from mlpiped.backends.ssh.parcels import Garbled, Incoming
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AsyncExitStack
 
+    from mlpiped.backends.base import JobOutput, KeptOutput
     from mlpiped.config.computes import SshCompute
 
 T = TypeVar("T")
@@ -56,6 +58,7 @@ class SshBackend:
         self.keeper = Keeper(self.link, settings.work_dir, instance, settings.python)
         self.carrier = Carrier(self.link)
         self._staging = Staging(self.keeper, self.carrier, datastores, settings.mounts)
+        self._kept = KeptThere(self.keeper, self.carrier)
         self._tails = Tails(self.keeper)
         self._homes: dict[str, anyio.Lock] = {}
         self._cards = BoxCards(self.keeper, settings.gpus, instance, state_dir.absolute() / "gpus" / name)
@@ -220,6 +223,22 @@ class SshBackend:
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(lambda: shutil.rmtree(draft, ignore_errors=True))
+
+    # --- what stays there ---------------------------------------------------------------------------------------
+    async def keep(self, handle: Handle, outputs: Sequence[JobOutput]) -> list[KeptOutput]:
+        return [await self._kept.keep(_token(handle), output) for output in outputs]
+
+    async def bring(self, digest: str, into: Path) -> Path | None:
+        return await self._kept.bring(digest, into)
+
+    async def changed(self, digests: Sequence[str] | None = None) -> set[str]:
+        return await self._kept.changed(digests)
+
+    async def listed(self) -> list[str]:
+        return await self._kept.listed()
+
+    async def drop(self, digests: Sequence[str], min_age: float) -> None:
+        await self._kept.drop(digests, min_age)
 
     async def discard(self, token: str, *, keep_logs: bool) -> None:
         folder = folders.at(self.jobs_dir, token)

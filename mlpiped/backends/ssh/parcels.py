@@ -155,7 +155,7 @@ class Incoming:
             case ["d", name]:
                 os.makedirs(self._path(name), exist_ok=True)
             case ["l", name, target]:
-                os.symlink(_decoded(target), self._path(name))
+                os.symlink(decoded(target), self._path(name))
             case ["s", name]:
                 os.mkfifo(self._path(name))  # whoever collects it complains of it
             case [("f" | "x") as kind, size, digest, name] if size.isdigit():
@@ -197,17 +197,17 @@ class Incoming:
             raise Garbled(f"`{os.path.relpath(path, self.folder)}` did not arrive as it is on the box")
 
     def _path(self, name: str) -> str:
-        decoded = _decoded(name)
-        parts = decoded.split("/")
-        if not decoded or "\0" in decoded or any(part in ("", ".", "..") for part in parts):
-            raise Garbled(f"no name for a file: {decoded!r:.200}")
+        plain = decoded(name)
+        parts = plain.split("/")
+        if not plain or "\0" in plain or any(part in ("", ".", "..") for part in parts):
+            raise Garbled(f"no name for a file: {plain!r:.200}")
         # A link that came earlier leads nowhere: what lies below it is refused, by makedirs or by this.
         at = self.folder
         for part in parts[:-1]:
             at = f"{at}/{part}"
             if os.path.islink(at):
-                raise Garbled(f"a file below a link: {decoded!r:.200}")
-        return f"{self.folder}/{decoded}"
+                raise Garbled(f"a file below a link: {plain!r:.200}")
+        return f"{self.folder}/{plain}"
 
     def close(self) -> None:
         if self._file is not None:
@@ -215,7 +215,7 @@ class Incoming:
             self._file = None
 
 
-def _decoded(name: str) -> str:
+def decoded(name: str) -> str:
     if name.startswith(":"):
         if not re.fullmatch(r"(?:[0-9a-f]{2})*", name[1:]):
             raise Garbled(f"no name: {name!r:.200}")

@@ -25,6 +25,7 @@ from mlpiped.backends.ssh.parcels import Changed, Piece, outgoing, size_of
 from mlpiped.backends.ssh.progress import Progress
 from mlpiped.errors import BackendUnavailable, InvalidJob
 from mlpiped.files.hashing import hash_fd, open_file, tree_digest
+from mlpiped.files.portable import is_portable
 from mlpiped.files.walking import PathRefused, walk
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class Staging:
             mapped, digest = self._mapped(path), job.contents.get(path, "")
             if mapped is not None:
                 there[path] = mapped
+            elif is_portable(digest) and await self._kept(_content(digest), _name(path)):
+                there[path] = f"{root}/.cas/{_content(digest)}/{_name(path)}"
             elif DIGEST.fullmatch(digest) and await self._bring(
                 job.token, what, _content(digest), [Piece(path, _name(path), digest)], _name(path)
             ):
@@ -120,6 +123,12 @@ class Staging:
             except Changed as fault:
                 raise BackendUnavailable(f"an input cannot be sent: {fault}") from fault
         return there
+
+    async def _kept(self, content: str, name: str) -> bool:
+        """Whether what was made on this box is there under `name`."""
+        agent = await self.keeper.agent()
+        said, _ = await agent.ask("alias", content, encoded(name).decode("ascii"))
+        return said == "ok"
 
     # --- contents -----------------------------------------------------------------------------------------------
     async def _bring(self, token: str, what: str, content: str, pieces: Sequence[Piece], name: str) -> bool:
