@@ -11,6 +11,7 @@ judging     how it ended
 watching    hints that it may have
 removing    containers that nobody needs any more
 images      tags and Dockerfiles
+built       what Dockerfiles made, and when it goes
 dockerfile  the base images in one
 """
 

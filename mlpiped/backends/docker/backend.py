@@ -70,11 +70,11 @@ class DockerBackend:
         self._instance = instance
         self._cards = HostCards(name, settings.gpus, instance, state_dir.absolute() / "gpus")
         self._engine = Engine(settings.url)
-        self._images = ImageRoom(self._engine, name, instance, settings.pull)
+        self._images = ImageRoom(self._engine, name, instance, settings.pull, state_dir.absolute() / "docker-images")
         self._watch = Watch(self._engine, instance, name, self._connected)
         self._remover: Remover
         user = settings.user or f"{os.geteuid()}:{os.getegid()}"
-        self._folders = jobs.Folders(state_dir.absolute(), user, boot_id())
+        self._folders = jobs.Folders(state_dir.absolute(), name, user, boot_id())
         self._threads = anyio.CapacityLimiter(4)
         self._locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()  # token -> who may start it
         self._maker = Maker(self._engine, self._folders, settings, name, instance, self._do)
@@ -113,6 +113,21 @@ class DockerBackend:
 
     def bringing(self, reference: str | None, dockerfile: str | None) -> str | None:
         return self._images.bringing(reference, dockerfile)
+
+    async def drop_images(self, before: float, *, only_look: bool) -> int:
+        gone = await self._images.built.drop(before, only_look=only_look)
+        if not only_look:
+            await self._drop_sdks()
+        return len(gone)
+
+    async def _drop_sdks(self) -> None:
+        """Copies of the SDK that an earlier version of mlpiped made, and no container of it sees any more."""
+        try:
+            found = await self._engine.list([f"{containers.INSTANCE}={self._instance}"])
+        except Refused:
+            return
+        seen = {mount.get("Source") for each in found for mount in each["Mounts"]}
+        await self._do("remove what is old", lambda: self._folders.drop_sdks(seen))
 
     # --- started ----------------------------------------------------------------------------------------------------
     async def submit(self, job: Job) -> Handle:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from contextlib import asynccontextmanager
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import anyio
 from aiodocker import Docker
-from aiodocker.exceptions import DockerError, DockerStreamError
+from aiodocker.exceptions import DockerError
 
 from mlpiped.errors import BackendUnavailable
 
@@ -183,26 +182,47 @@ class Engine:
                 return None
             raise
 
+    async def images(self, labels: Sequence[str]) -> Sequence[Facts]:
+        """Id, RepoTags, Created of every image with these labels that has a name or that no other stands on."""
+        try:
+            async with self._asked() as docker:
+                params = {"filters": json.dumps({"label": list(labels)})}
+                found: Sequence[Facts] = await docker._query_json("images/json", params=params)
+                return found
+        except Refused as no:
+            raise BackendUnavailable(f"the Docker engine cannot list its images: {no.words}") from None
+
+    async def remove_image(self, name: str) -> None:
+        """Or only the name of one that has others; with what it alone stands on. 409: a container is of it."""
+        async with self._asked() as docker:
+            await docker.images.delete(name)
+
     async def pull(self, name: str) -> AsyncIterator[Facts]:
         """What the engine says meanwhile."""
-        async with self._asked(long=True) as docker:
-            try:
-                async for said in docker.images.pull(name, stream=True):
-                    yield said
-            except DockerStreamError as error:
-                raise Refused(0, error.message) from None
+        last = name.rpartition("/")[2]
+        tag = {} if "@" in name or ":" in last else {"tag": "latest"}
+        async for said in self._told("images/create", {"fromImage": name, **tag}):
+            yield said
 
-    async def build(self, context: bytes, tag: str, labels: Mapping[str, str]) -> AsyncIterator[Facts]:
+    async def build(self, context: bytes, tag: str) -> AsyncIterator[Facts]:
         """From a tar archive with a Dockerfile in it. What the engine says meanwhile."""
+        async for said in self._told("build", {"t": tag, "rm": "1", "forcerm": "1"}, context):
+            yield said
+
+    async def _told(self, path: str, params: Mapping[str, str], data: bytes | None = None) -> AsyncIterator[Facts]:
+        """The connection ends with whoever listens, and so does what the engine does."""
         async with self._asked(long=True) as docker:
-            try:
-                stream = docker.images.build(
-                    fileobj=BytesIO(context), encoding="identity", tag=tag, labels=labels, forcerm=True, stream=True
-                )
-                async for said in stream:
-                    yield said
-            except DockerStreamError as error:
-                raise Refused(0, error.message) from None
+            endless = aiohttp.ClientTimeout(sock_connect=CONNECT)
+            headers = {"Content-Type": "application/x-tar"}
+            query = docker._query(path, "POST", params=params, data=data, headers=headers, timeout=endless)
+            async with query as answer, answer:
+                rest = b""
+                async for piece in answer.content.iter_any():
+                    *lines, rest = (rest + piece).split(b"\n")
+                    for said in map(json.loads, filter(None, map(bytes.strip, lines))):
+                        if "error" in said:
+                            raise Refused(0, said["error"])
+                        yield said
 
     async def well(self) -> None:
         """Raises BackendUnavailable when it is not."""

@@ -24,7 +24,7 @@ from mlpiped.backends.docker import judging, script
 from mlpiped.backends.supervisor import WITNESS_SIZE, claim, start_time, testify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 CANCELLED, WITHDRAWN = "claim/cancelled", "claim/withdrawn"
 LONGEST_ERROR = 1000  # characters: the witness has little room
@@ -57,12 +57,12 @@ def runs_since(state: Mapping[str, Any]) -> float:
 
 
 class Folders:
-    def __init__(self, state_dir: Path, user: str, boot: str) -> None:
+    def __init__(self, state_dir: Path, compute: str, user: str, boot: str) -> None:
         self.state_dir = os.fspath(state_dir)
         self.jobs_dir = os.fspath(state_dir / "jobs")
         self.user = user
         self.boot = boot
-        self._sdk = state_dir / "docker-sdk" / _digest()
+        self._sdk = state_dir / "docker-sdk" / compute / _digest()
 
     @property
     def readable(self) -> tuple[str, ...]:
@@ -84,6 +84,12 @@ class Folders:
             shutil.rmtree(draft)
             if not self._sdk.is_dir():
                 raise
+
+    def drop_sdks(self, seen: Collection[str | None]) -> None:
+        """Those of other versions, but what containers see."""
+        for path in self._sdk.parent.iterdir():
+            if path != self._sdk and os.fspath(path) not in seen:
+                shutil.rmtree(path, ignore_errors=True)
 
     def at(self, token: str) -> str:
         return folders.at(self.jobs_dir, token)
