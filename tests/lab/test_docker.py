@@ -127,6 +127,26 @@ async def test_I2_a_step_of_an_image_without_a_shell_is_lost_with_its_engine_too
         assert isinstance(await finally_(backend, handle), Lost)
 
 
+async def test_I1_what_a_container_without_a_shell_prints_comes_on_after_restarts_of_the_engine(
+    shaken: DockerBench,
+) -> None:
+    restarted(shaken.engine, "stopped", live_restore=True)
+    async with served(shaken) as backend:
+        script = "n=0; while [ $n -lt 40 ]; do echo line $n; n=$((n+1)); /busybox sleep 0.1; done"
+        handle = await backend.submit(shaken.job("/busybox", "sh", "-c", script, image=shaken.engine.image(BARE)))
+        outcomes: list[Outcome] = []
+
+        async def wait() -> None:
+            outcomes.append(await finally_(backend, handle))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            await shown(folder(shaken, handle) / "stdout", b"line 3\n")
+            await anyio.to_thread.run_sync(restarted, shaken.engine, "killed", True)
+    assert isinstance(outcomes[0], Exited) and outcomes[0].code == 0, outcomes
+    assert (folder(shaken, handle) / "stdout").read_text() == "".join(f"line {n}\n" for n in range(40))
+
+
 async def test_an_engine_that_comes_back_is_found_again_by_a_backend_that_began_without_it(
     shaken: DockerBench,
 ) -> None:
@@ -694,35 +714,6 @@ async def test_a_script_logs_metrics_by_the_sdk_in_a_container(bench: DockerBenc
         outcome = await backend.wait(await backend.submit(job))
     assert isinstance(outcome, Exited) and outcome.code == 0
     assert json.loads((folder(bench, job) / "metrics.jsonl").read_text())["value"] == 0.5
-
-
-# --- an image without a shell
-
-
-async def test_an_image_without_a_shell_runs_and_its_output_is_kept(bench: DockerBench) -> None:
-    image = bench.engine.image(BARE)
-    outcome, text = await said(bench, "/busybox", "echo", "said", image=image, env={"PATH": "/x", "A": "b:"})
-    assert isinstance(outcome, Exited) and outcome.code == 0 and text == "said\n"
-    outcome, text = await said(bench, "/busybox", "ls", "/missing", image=image)
-    assert isinstance(outcome, Exited) and outcome.code == 1 and "No such file" in text
-    outcome, _ = await said(bench, "/no/such/program", image=image)
-    assert isinstance(outcome, Exited) and outcome.error == "command not found: `/no/such/program`"
-    with pytest.raises(InvalidJob, match="no UTF-8"):
-        await said(bench, "/busybox", "echo", os.fsdecode(b"\xff"), image=image)
-
-
-async def test_a_step_of_an_image_without_a_shell_can_be_cancelled_and_timed(bench: DockerBench) -> None:
-    script = '/busybox touch "$MLPIPED_SCRATCH/on"; exec /busybox sleep 300'
-    fields: dict[str, Any] = {"image": bench.engine.image(BARE), "grace": 5.0}
-    async with served(bench) as backend:
-        handle = await backend.submit(bench.job("/busybox", "sh", "-c", script, **fields))
-        await shown(folder(bench, handle) / "work/on", b"")
-        await backend.cancel(handle)
-        outcome = await backend.wait(handle)
-        assert isinstance(outcome, Exited) and outcome.cancelled and outcome.signal == 15
-        handle = await backend.submit(bench.job("/busybox", "sh", "-c", script, timeout=0.5, **fields))
-        outcome = await backend.wait(handle)
-        assert isinstance(outcome, Exited) and outcome.timed_out and outcome.signal == 15
 
 
 # --- time and cancellation

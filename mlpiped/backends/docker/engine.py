@@ -154,12 +154,16 @@ class Engine:
                 return False
             raise
 
-    async def output(self, container: str) -> tuple[bytes, bytes]:
-        """(stdout, stderr), as far as the engine keeps them."""
-        async with self._asked() as docker:
-            params = {"stdout": "1", "stderr": "1"}
-            async with docker._query(f"containers/{container}/logs", params=params) as answer, answer:
-                return _apart(await answer.read())
+    async def output(self, container: str, *, follow: bool) -> AsyncGenerator[tuple[bytes, bytes]]:
+        """Pieces of (stdout, stderr), as far as the engine keeps them; with `follow`, until it has ended."""
+        async with self._asked(long=follow) as docker:
+            params = {"stdout": "1", "stderr": "1", "follow": str(int(follow))}
+            endless = aiohttp.ClientTimeout(sock_connect=CONNECT)
+            async with docker._query(f"containers/{container}/logs", params=params, timeout=endless) as answer, answer:
+                rest = b""
+                async for piece in answer.content.iter_any():
+                    out, err, rest = _apart(rest + piece)
+                    yield out, err
 
     async def events(self, labels: Sequence[str]) -> AsyncGenerator[Facts | None]:
         """What happens to containers with these labels, from now on; first None, once the engine listens."""
@@ -233,12 +237,14 @@ class Engine:
             raise BackendUnavailable(f"the Docker engine at `{self.path}` is not well: {no.words}") from None
 
 
-def _apart(frames: bytes) -> tuple[bytes, bytes]:
-    """The engine's frames: a byte for the stream, three of nothing, four for the length."""
+def _apart(frames: bytes) -> tuple[bytes, bytes, bytes]:
+    """(stdout, stderr, half a frame): a byte for the stream, three of nothing, four for the length."""
     found: dict[int, list[bytes]] = {1: [], 2: []}
     at = 0
     while at + 8 <= len(frames):
         end = at + 8 + int.from_bytes(frames[at + 4 : at + 8], "big")
+        if end > len(frames):
+            break
         found.setdefault(frames[at], []).append(frames[at + 8 : end])
         at = end
-    return b"".join(found[1]), b"".join(found[2])
+    return b"".join(found[1]), b"".join(found[2]), frames[at:]
