@@ -186,6 +186,16 @@ class Images(Protocol):
         ...
 
 
+@runtime_checkable
+class BuildsImages(Protocol):
+    """What a backend offers beside `Images` whose machine keeps the images that Dockerfiles made."""
+
+    async def drop_images(self, before: float, *, only_look: bool) -> int:
+        """Remove those that were asked for last before then (seconds since the epoch), and that nothing uses; how many
+        went, or would. Raises BackendUnavailable."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class KeptOutput:
     """What a machine keeps of an output: content by the rules of `files.portable`."""
