@@ -158,7 +158,7 @@ class Capacity:
     cpus: float | None = None
     memory: int | None = None  # bytes
     cards: tuple[Card, ...] = ()
-    images: bool = False  # it runs steps in containers, and those only
+    images: bool = False  # it runs steps in containers, and those only (`spec_images`: who has one)
     no_cards: str | None = None  # why its cards cannot be used, in a sentence
 
 
