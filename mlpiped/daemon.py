@@ -215,7 +215,6 @@ class Daemon:
             self.registry,
             self._load,
             self._reread,
-            {name: backend.kind for name, backend in self.backends.items()},
             self.hosts.drain,
         )
         self.service = Service(

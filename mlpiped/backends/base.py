@@ -234,6 +234,36 @@ class Keeps(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class NodesAway:
+    """Nodes of a cluster that take no jobs: "n[1-2]", "drained", and whoever did that said why ("": nobody did)."""
+
+    nodes: str
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A queue that others fill too. `up` and `down` count nodes, None before they were asked."""
+
+    partition: str | None  # None: the cluster's own choice
+    up: int | None
+    down: int | None
+    away: tuple[NodesAway, ...]
+    jobs: Mapping[str, int]  # the queue's own word for a state -> how many of our jobs are in it
+    full: str | None  # the queue's own words while it takes no more of them
+
+
+@runtime_checkable
+class Queues(Protocol):
+    """What a backend offers beside `Backend` whose jobs wait in a queue of somebody else's."""
+
+    def cluster(self) -> Cluster:
+        """As last seen. From memory."""
+        ...
+
+
 class Backend(Protocol):
     """One compute. All methods are safe to cancel; none raises anything but `InvalidJob` and `BackendUnavailable`."""
 
