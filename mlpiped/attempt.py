@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import structlog
 
 from mlpiped import crash
 from mlpiped.backends.base import Exited, Job, JobOutput, Lost, NeverRan
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
-from mlpiped.job_words import as_text, parts_of, variable
+from mlpiped.job_words import as_text, exit_words, parts_of, variable
 from mlpiped.ledger import moves
 from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
 from mlpiped.publish import destination
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mlpiped.backends.base import Backend, Handle, Outcome
     from mlpiped.clock import Clock
     from mlpiped.facts import Facts, StepFacts, World
+    from mlpiped.heirs import Heirs
     from mlpiped.ledger import AttemptRow, RunRow
     from mlpiped.resolve import Plan
     from mlpiped.spec import PipelineSpec, StepSpec
@@ -47,7 +48,7 @@ class Ended:
 
     outcome: StepOutcome | None
     why: str
-    end: AttemptEnd
+    end: AttemptEnd | None  # None: it goes on, as another step's
     exit_code: int | None = None
     outputs: tuple[OutputFact, ...] = ()
     final: bool = False  # trying again cannot help
@@ -70,6 +71,7 @@ class Attempt:
         on_exit: Callable[[], None],
         on_unavailable: Callable[[str | None], None],
         pressed: Callable[[], bool],
+        heirs: Heirs,
         cards: tuple[str, ...] = (),
     ) -> None:
         self.facts = facts
@@ -91,6 +93,8 @@ class Attempt:
         self._on_unavailable = on_unavailable
         self.cards = cards  # UUIDs of the GPUs that are leased to it
         self._pressed = pressed  # steps wait for places: nothing is gained by a result that comes at once
+        self._heirs = heirs
+        self._watch: anyio.CancelScope | None = None  # until its end is known
         self._turn = asyncio.Event()
         self._granted = False
         self._telling: asyncio.TimerHandle | None = None
@@ -161,6 +165,12 @@ class Attempt:
     async def cancel(self) -> None:
         self._cancelled = True
         self._turn.set()
+        if self._watch is not None and self._heirs.any():
+            self._watch.cancel()  # it is handed over
+        else:
+            await self._stop()
+
+    async def _stop(self) -> None:
         if self.handle is not None:
             try:
                 await self.backend.cancel(self.handle)
@@ -199,25 +209,32 @@ class Attempt:
         self._tell(lambda: moves.handle(self.token, json.dumps(handle), now))
         crash.point("after_handle")
         self._on_running()
-        if self._cancelled:
-            await self.cancel()
-        pause = FIRST_PAUSE
+        outcome, self._watch = None, anyio.CancelScope()
         try:
-            while True:
-                try:
-                    outcome = await self.backend.wait(handle)
-                    break
-                except BackendUnavailable as fault:
-                    self.held = fault.message
-                    self._on_unavailable(None)
-                    await self.clock.sleep(pause)
-                    pause = min(pause * 2, LONGEST_PAUSE)
+            while outcome is None:
+                if self._cancelled:
+                    if gone := await self._heirs.take_over(self, handle):
+                        return Ended(StepOutcome.CANCELLED, gone, None)
+                    await self._stop()
+                with anyio.CancelScope() as self._watch:
+                    outcome = await self._end_of(handle)
         finally:
             self._tell(None)
-        self.held = None
+        self.held = self._watch = None
         self._on_exit()
         crash.point("before_outcome")
         return await self._judge(handle, outcome)
+
+    async def _end_of(self, handle: Handle) -> Outcome:
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return await self.backend.wait(handle)
+            except BackendUnavailable as fault:
+                self.held = fault.message
+                self._on_unavailable(None)
+                await self.clock.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
 
     async def _judge(self, handle: Handle, outcome: Outcome) -> Ended:
         match outcome:
@@ -236,7 +253,7 @@ class Attempt:
         if outcome.cancelled or (self._cancelled and outcome.code != 0):
             return Ended(StepOutcome.CANCELLED, "cancelled", AttemptEnd.CANCELLED, outcome.code, usage=usage)
         if outcome.code != 0:
-            why = _exit_words(outcome) + await self._last_words(handle)
+            why = exit_words(outcome) + await self._last_words(handle)
             return Ended(StepOutcome.FAILED, why, AttemptEnd.FAILED, outcome.code, usage=usage)
         return await self._collect(handle, outcome, usage)
 
@@ -302,8 +319,8 @@ class Attempt:
 
     async def record(self, ended: Ended, ran_because: str, *, again: bool) -> None:
         """Make the end durable: the attempt's, and the step's unless it is run `again`."""
-        if ended.end in (AttemptEnd.COMMITTED, AttemptEnd.SUPERSEDED):
-            return  # `commit_result` was the one transaction
+        if ended.end in (None, AttemptEnd.COMMITTED, AttemptEnd.SUPERSEDED):
+            return  # `commit_result`, or `hand_over`, was the one transaction
         crash.point("before_end")
         now = self.clock.now()
         ops: list[moves.Op[Any]] = []
@@ -320,7 +337,7 @@ class Attempt:
 
     async def tidy(self, ended: Ended) -> None:
         """Free what the attempt no longer needs; after a failure its working folder stays for a look."""
-        if ended.outcome in (StepOutcome.SUCCEEDED, StepOutcome.CANCELLED):
+        if ended.end is not None and ended.outcome in (StepOutcome.SUCCEEDED, StepOutcome.CANCELLED):
             try:
                 await self.backend.discard(self.token, keep_logs=True)
             except BackendUnavailable:
@@ -417,13 +434,3 @@ def _seconds(outcome: Exited) -> float | None:
     if outcome.started is None or outcome.ended is None:
         return None
     return max(0.0, outcome.ended - outcome.started)
-
-
-def _exit_words(outcome: Exited) -> str:
-    if outcome.signal is None:
-        return f"exited with status {outcome.code}"
-    try:
-        name = signal.Signals(outcome.signal).name
-    except ValueError:
-        name = str(outcome.signal)
-    return f"was ended by {name}"

@@ -96,6 +96,28 @@ class Dispatch:
             at = self.now() if since is None else since
             self.waiting.shares.begin(need.owner, need.slots, need.gpus, at / 1e6)
 
+    def followers(self, run: int, index: int) -> list[tuple[Execution, int]]:
+        key = self._keys.get((run, index), "")
+        return [
+            (self.executions[other], step) for other, step in self._followers.get(key, ()) if other in self.executions
+        ]
+
+    def hand_over(self, run: int, index: int, heir: Execution, step: int, cards: Sequence[str]) -> None:
+        old, new = (run, index), (heir.id, step)
+        key = self._keys.pop(old)
+        self._leaders[key], self._keys[new] = new, key
+        self._follows.pop(new, None)
+        self._followers[key].pop(new, None)
+        if old in self._since:
+            self._since[new] = self._since.pop(old)
+        for place in self.places.values():
+            late, need = old in place.late, place.give_back(run, index)
+            if need is not None:
+                now, inherited = self.now() / 1e6, replace(need, run=heir.id, index=step, owner=heir.row.owner)
+                place.take(inherited, cards, late=late)
+                self.waiting.shares.end(need.owner, need.slots, need.gpus, now)
+                self.waiting.shares.begin(inherited.owner, need.slots, need.gpus, now)
+
     def release(self, run: int, index: int) -> None:
         leased = self._since.pop((run, index), None)
         held = [place for place in self.places.values() if (run, index) in place.holders]

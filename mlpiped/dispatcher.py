@@ -31,6 +31,12 @@ class Dispatcher(Protocol):
     ) -> None:
         """An adopted attempt holds a place, and these cards, already: since `since`, in microseconds."""
 
+    def followers(self, run: int, index: int) -> Sequence[tuple[Execution, int]]:
+        """The steps that wait for what this one makes, in the order in which they came."""
+
+    def hand_over(self, run: int, index: int, heir: Execution, step: int, cards: Sequence[str]) -> None:
+        """Its attempt, with these cards, is that step's from now on: its place, and those who follow, too."""
+
     def release(self, run: int, index: int) -> None:
         """The process has ended: its place is free. Said twice, it is heard once."""
 

@@ -1,13 +1,15 @@
-"""A step's arguments and parameters as words of its job."""
+"""A step's arguments and parameters as words of its job, and words for how the job ended."""
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 from mlpiped.backends.base import Part
 from mlpiped.spec import Concat
 
 if TYPE_CHECKING:
+    from mlpiped.backends.base import Exited
     from mlpiped.facts import StepFacts
     from mlpiped.spec import Arg
 
@@ -36,3 +38,13 @@ def as_text(value: object) -> str:
 
 def variable(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name).upper()
+
+
+def exit_words(outcome: Exited) -> str:
+    if outcome.signal is None:
+        return f"exited with status {outcome.code}"
+    try:
+        name = signal.Signals(outcome.signal).name
+    except ValueError:
+        name = str(outcome.signal)
+    return f"was ended by {name}"

@@ -19,6 +19,7 @@ import structlog
 from mlpiped.attempt import Attempt, Ended, publish
 from mlpiped.errors import MlpipedError, StaleReuse
 from mlpiped.facts import Facts
+from mlpiped.heirs import Heirs
 from mlpiped.images import Lookups
 from mlpiped.ledger import StepRow, moves
 from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome, StepState
@@ -250,12 +251,10 @@ class Execution:
         t = self.tries[index]
         t.tokens += 1
         token = f"mlp-{self.id}-{index}-{t.tokens}-{secrets.token_hex(8)}"
-        self._begin(index, compute, token, t.tokens, None, cards)
+        self.prepare(index, compute, token, t.tokens, cards)
+        self.begin(index)
 
-    def _begin(
-        self, index: int, compute: str, token: str, n: int, adopted: AttemptRow | None, cards: Sequence[str] = ()
-    ) -> None:
-        assert self._tasks is not None
+    def prepare(self, index: int, compute: str, token: str, n: int, cards: Sequence[str]) -> None:
         t = self.tries[index]
         t.compute = compute
         t.attempt = Attempt(
@@ -272,10 +271,16 @@ class Execution:
             on_exit=lambda: self.dispatcher.release(self.id, index),
             on_unavailable=lambda why: self.dispatcher.unavailable(compute, why),
             pressed=self.dispatcher.pressed,
+            heirs=Heirs(self, index),
             cards=tuple(cards),
         )
+
+    def begin(self, index: int, adopted: AttemptRow | None = None) -> None:
+        """The attempt that was prepared begins, or goes on from what the ledger knows of it."""
+        attempt = self.tries[index].attempt
+        assert self._tasks is not None and attempt is not None
         name = f"run {self.id} step {self.graph.steps[index].name}"
-        self._tasks.start_soon(self._try, index, t.attempt, adopted, name=name)
+        self._tasks.start_soon(self._try, index, attempt, adopted, name=name)
 
     def _running(self, index: int) -> None:
         t = self.tries[index]
@@ -440,4 +445,5 @@ class Execution:
             need, since = self.need(row.idx), row.submitted_at or row.intent_at
             self.dispatcher.occupy(self, row.idx, need, row.compute, share, row.cards, since)
             self.tries[row.idx].state = StepState.SUBMITTING
-            self._begin(row.idx, row.compute, row.token, row.n, row)
+            self.prepare(row.idx, row.compute, row.token, row.n, row.cards)
+            self.begin(row.idx, row)

@@ -62,7 +62,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "fake backend": (3, ("backends.fake",)),
     "ssh backend": (3, ("backends.ssh",)),
     "placement": (3, ("breaker", "placement", "shares", "waiting")),
-    "one run": (4, ("run", "attempt", "dispatcher", "facts", "images", "job_words", "needs", "tries")),
+    "one run": (4, ("run", "attempt", "dispatcher", "facts", "heirs", "images", "job_words", "needs", "tries")),
     "all runs": (5, ("scheduler", "dispatch", "hosts")),
     "retention": (5, ("retention.keeper", "retention.keeping")),
     "acts and questions": (6, ("actions", "inquiry")),
