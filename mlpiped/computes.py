@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mlpiped.backends.local import LocalBackend
-from mlpiped.config.computes import DockerCompute, SshCompute
+from mlpiped.config.computes import DockerCompute, SlurmCompute, SshCompute
 from mlpiped.errors import MlpipedError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def backends_of(settings: Settings) -> dict[str, Backend]:
     state = settings.daemon.state_dir
     instance = instance_of(state)
     datastores = {name: each.path for name, each in settings.datastores.items()}
+    python = str(settings.daemon.python or sys.executable)
     found: dict[str, Backend] = {}
     for name, compute in settings.compute.items():
         if isinstance(compute, DockerCompute):
@@ -74,6 +75,9 @@ def backends_of(settings: Settings) -> dict[str, Backend]:
             if compute.known_hosts is None:  # empty, it trusts nobody: that is then said in place of "no such file"
                 (state / "known_hosts").touch(0o644)
             found[name] = ssh.SshBackend(name, state, compute, instance=instance, datastores=datastores)
+        elif isinstance(compute, SlurmCompute):
+            slurm = import_module("mlpiped.backends.slurm")
+            found[name] = slurm.SlurmBackend(name, state, compute, instance=instance, python=python)
         else:
             found[name] = LocalBackend(
                 name,
@@ -82,7 +86,7 @@ def backends_of(settings: Settings) -> dict[str, Backend]:
                 slots=compute.slots,
                 memory=compute.memory,
                 cpus=compute.cpus,
-                python=str(settings.daemon.python or sys.executable),
+                python=python,
                 gpus=compute.gpus,
                 instance=instance,
             )

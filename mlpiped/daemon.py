@@ -40,7 +40,9 @@ from mlpiped.facts import World
 from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.hosts import Hosts
 from mlpiped.images import Finder
+from mlpiped.kept import Kept
 from mlpiped.ledger import Ledger, moves, sqlite_version
+from mlpiped.live_logs import LiveLogs
 from mlpiped.loader import Known, Registry, load_file
 from mlpiped.log_cap import LogCap
 from mlpiped.placement import Place
@@ -139,7 +141,8 @@ class Daemon:
         code = CodeReader(self.fingerprinter, state)
         self.backends = backends_of(settings)
         find_image = Finder(self.backends, settings.pools)
-        self.world = World(ledger, self.fingerprinter, code, self.store, datastores, find_image)
+        self.kept = Kept(ledger, self.store, self.backends, self.clock)
+        self.world = World(ledger, self.fingerprinter, code, self.store, datastores, find_image, self.kept)
         capacities = {name: backend.capacity() for name, backend in self.backends.items()}
         places = [Place(name, c.slots) for name, c in capacities.items()]
         for place in places:
@@ -147,6 +150,7 @@ class Daemon:
         self.dispatch = Dispatch(places, settings.pools, settings.daemon.max_running_steps, self.clock.now)
         self.hosts = Hosts(self.backends, self.dispatch, ledger, self.clock, self._begin)
         self.dispatch.on_unavailable, self.dispatch.on_taken = self.hosts.unavailable, self.hosts.took
+        self.dispatch.on_answered = self.hosts.answered
         self.registry = Registry(settings.daemon.plugins, state, self._known, cron.check, self._plugins_changed)
         self.scheduler = Scheduler(self.world, self.registry, self.backends, self.clock, self.dispatch)
         memory = LedgerMemory(ledger, moves, self.clock)
@@ -190,6 +194,7 @@ class Daemon:
         tasks.start_soon(self._heartbeat, name="heartbeat")
         tasks.start_soon(self._housekeeping, name="housekeeping")
         tasks.start_soon(self.keeper.run, name="keeper")
+        tasks.start_soon(self.kept.run, name="kept")
         tasks.start_soon(self.log_cap.run, name="log cap")
         notify_systemd.ready(f"{len(self.registry.all())} pipelines")
         log.info(
@@ -233,10 +238,12 @@ class Daemon:
                 watch={name: each.watch for name, each in settings.datastores.items()},
             ),
             job_folder=lambda token: settings.daemon.state_dir / "jobs" / token,
+            live=LiveLogs(self.scheduler.executions, self.backends, settings.daemon.state_dir / "jobs"),
             gc_plan=self.keeper.plan,
             gc=self.keeper.clean,
             ledger_faults=self.ledger.faults,
             orphans=self.keeper.orphans,
+            bring_home=self.kept.bring_home,
             healths=self._healths,
             loop_lag=lambda: self.lag,
         )

@@ -18,8 +18,9 @@ from mlpiped.placement import Need, Place, candidates, refusals
 from mlpiped.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from mlpiped.ledger import AttemptRow
     from mlpiped.placement import Refusal, Spot
     from mlpiped.run import Execution
 
@@ -44,6 +45,7 @@ class Dispatch:
         self.now = now
         self.on_unavailable: Callable[[str, str | None], None] = lambda compute, why: None
         self.on_taken: Callable[[str], None] = lambda compute: None
+        self.on_answered: Callable[[str], None] = lambda compute: None
         self.pools = pools
         self.max_running = max_running
         self.paused: str | None = None  # why nothing is dispatched at all, if so
@@ -56,10 +58,15 @@ class Dispatch:
         self._since: dict[Spot, float] = {}  # of each lease
         self._ready: dict[Spot, str] = {}  # who waits and got ready, for which compute
         self._placing = False
+        self._expected: set[int] = set()  # runs that are taken up again: what they hold is not known yet
+        self._early: dict[Spot, tuple[Execution, int, Need, str | None]] = {}  # who asked before it is
 
     # --- what runs ask ----------------------------------------------------------------------------------------
     def request(self, execution: Execution, index: int, need: Need, share: str | None) -> None:
         spot = (execution.id, index)
+        if self._expected:
+            self._early[spot] = execution, index, need, share
+            return
         if share is not None:
             leader = self._leaders.setdefault(share, spot)
             if leader != spot:
@@ -73,28 +80,30 @@ class Dispatch:
     def withdraw(self, execution: Execution, index: int) -> None:
         self.waiting.remove(execution.id, index)
         self._ready.pop((execution.id, index), None)
+        self._early.pop((execution.id, index), None)
         key = self._follows.pop((execution.id, index), None)
         if key is not None:
             del self._followers[key][execution.id, index]
 
-    def occupy(
-        self,
-        execution: Execution,
-        index: int,
-        need: Need,
-        compute: str,
-        share: str | None,
-        cards: Sequence[str] = (),
-        since: int | None = None,
-    ) -> None:
-        spot = (execution.id, index)
+    def occupy(self, need: Need, attempt: AttemptRow, share: str | None) -> None:
         if share is not None:
-            self._leaders[share] = spot
-            self._keys[spot] = share
-        if compute in self.places:
-            self.places[compute].take(need, cards)
-            at = self.now() if since is None else since
-            self.waiting.shares.begin(need.owner, need.slots, need.gpus, at / 1e6)
+            self._leaders[share] = need.spot
+            self._keys[need.spot] = share
+        if attempt.compute in self.places:
+            self.places[attempt.compute].take(need, attempt.cards)
+            since = attempt.submitted_at or attempt.intent_at
+            self.waiting.shares.begin(need.owner, need.slots, need.gpus, since / 1e6)
+
+    def expect(self, runs: Iterable[int]) -> None:
+        """These are taken up again: nothing is leased until each of them is `restored`."""
+        self._expected.update(runs)
+
+    def restored(self, run: int) -> None:
+        self._expected.discard(run)
+        if not self._expected:
+            early, self._early = self._early, {}
+            for asked in early.values():
+                self.request(*asked)
 
     def followers(self, run: int, index: int) -> list[tuple[Execution, int]]:
         key = self._keys.get((run, index), "")
@@ -141,6 +150,9 @@ class Dispatch:
     def unavailable(self, compute: str, why: str | None) -> None:
         self.on_unavailable(compute, why)
 
+    def answered(self, compute: str) -> None:
+        self.on_answered(compute)
+
     def taken(self, compute: str) -> None:
         self.on_taken(compute)
 
@@ -159,6 +171,7 @@ class Dispatch:
         for index in [i for place in self.places.values() for r, i in place.holders if r == run]:
             self._free(run, index)
         self.waiting.remove_run(run)
+        self._early = {spot: asked for spot, asked in self._early.items() if spot[0] != run}
         for spot in [spot for spot in (*self._since, *self._ready) if spot[0] == run]:
             self._since.pop(spot, None)
             self._ready.pop(spot, None)
@@ -166,6 +179,7 @@ class Dispatch:
             del self._followers[self._follows.pop(spot)][spot]
         for spot in [spot for spot in self._keys if spot[0] == run]:
             self.settled(*spot)
+        self.restored(run)
         self.place()
 
     # --- what the scheduler does ------------------------------------------------------------------------------

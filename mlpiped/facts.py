@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mlpiped.code import CodeFact, CodeReader
     from mlpiped.files.fingerprint import Fingerprinter
     from mlpiped.images import Find
+    from mlpiped.kept import Kept
     from mlpiped.ledger import Ledger
     from mlpiped.model import OutputFact
     from mlpiped.spec import Port, Scalar, StepSpec
@@ -43,6 +44,7 @@ class World:
     store: Store
     datastores: Mapping[str, Path]
     find_image: Find | None = None  # None: nothing here runs containers
+    kept: Kept | None = None  # None: no machine keeps what is made on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,7 @@ class Facts:
                 change = before.change(now)
                 if change is not None:
                     return f"input {port}: {change}"
-        made = self._made(step, plan)
+        made = self.made(step, plan)
         for bad in await self.world.store.intact(made):
             return f"input {made[bad].name}: it was changed in the store"
         return None
@@ -215,7 +217,7 @@ class Facts:
         if found is None:
             return False
         same = all(isinstance(now, RefFact) and was.change(now) is None for was, now in zip(before, found, strict=True))
-        return same and self.world.store.intact_at_hand(self._made(step, plan)) == set()
+        return same and self.world.store.intact_at_hand(self.made(step, plan)) == set()
 
     def _same_file(self, before: Outside, paths: Sequence[str]) -> bool:
         """Whether it is one file that is still the one that the key was made of: what most inputs are."""
@@ -223,7 +225,7 @@ class Facts:
             return False
         return self.world.fingerprinter.recall_now(paths[0]) == before.digest
 
-    def _made(self, step: StepFacts, plan: Plan) -> list[OutputFact]:
+    def made(self, step: StepFacts, plan: Plan) -> list[OutputFact]:
         return [(plan.outputs[i] or {})[output] for i, output in step.upstream]
 
     # --- gathering ------------------------------------------------------------------------------------------
@@ -307,6 +309,8 @@ class Facts:
         results = await self.world.ledger.results(list(wanted))
         flat = [(key, fact) for key, result in results.items() for fact in result.outputs]
         broken = {flat[n][0] for n in await self.world.store.intact([fact for _, fact in flat])}
+        if (kept := self.world.kept) is not None:
+            broken.update(key for key, fact in flat if not kept.within_reach(fact))
         return {
             key: PastResult(result.run_id, result.step_name, result.outputs, key not in broken)
             for key, result in results.items()

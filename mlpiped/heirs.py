@@ -3,77 +3,60 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlpiped import crash
 from mlpiped.ledger import AttemptRow, moves
 from mlpiped.model import AttemptState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mlpiped.attempt import Attempt
     from mlpiped.backends.base import Handle
     from mlpiped.run import Execution
-    from mlpiped.tries import Try
 
 
-@dataclass(frozen=True, slots=True)
-class Heirs:
-    """Those who wait for what step `index` of `run` makes."""
+async def take_over(attempt: Attempt, handle: Handle) -> str | None:
+    """The first that can goes on with the attempt, whose end nobody waits for now; the cancelled step's `why`.
 
-    run: Execution
-    index: int
+    None: nobody needs it. It is one move of the ledger: an attempt of the cancelled step before, of the heir after. Who
+    cancels the heir meanwhile reaches its new attempt.
+    """
+    run, index = attempt.execution, attempt.index
+    if (found := _heir(attempt)) is None:
+        return None
+    heir, step = found
+    t = heir.tries[step]
+    of, to = (f"run {r.id}/{r.graph.steps[i].name}" for r, i in ((run, index), (heir, step)))
+    why = f"{t.why}; goes on with the attempt of {of}, which was cancelled"
+    left = f"cancelled; its attempt goes on for {to}"
+    n, now, key = t.tokens + 1, run.clock.now(), heir.facts.steps[step].key
+    move = moves.hand_over(attempt.token, json.dumps(handle), heir.id, step, n, now, why=why, left=left)
+    heir.prepare(step, attempt.backend.name, attempt.token, n, attempt.cards)
+    crash.point("before_hand_over")
+    try:
+        await run.world.ledger.write(move)
+    except BaseException:
+        t.attempt = None
+        raise
+    crash.point("after_hand_over")
+    t.why, t.tokens = why, n
+    run.dispatcher.hand_over(run.id, index, heir, step, attempt.cards)
+    state, nothing = AttemptState.SUBMITTED, (None, None, None, None)
+    compute, cards = attempt.backend.name, attempt.cards
+    row = AttemptRow(
+        attempt.token, heir.id, step, n, compute, key, state, None, handle, *nothing, now, now, None, cards=cards
+    )
+    heir.begin(step, row)
+    return left
 
-    def any(self) -> bool:
-        return next(self._found(), None) is not None
 
-    def _found(self) -> Iterator[tuple[Execution, int, Try]]:
-        for heir, step in self.run.dispatcher.followers(self.run.id, self.index):
-            t = heir.tries.get(step)
-            if t is not None and t.attempt is None and not heir.cancelled:
-                yield heir, step, t
-
-    async def take_over(self, attempt: Attempt, handle: Handle) -> str | None:
-        """The first of them goes on with the attempt, whose end nobody waits for now; the cancelled step's `why`.
-
-        None: nobody needs it. It is one move of the ledger: an attempt of the cancelled step before, of the heir
-        after. Who cancels the heir meanwhile reaches its new attempt.
-        """
-        found = next(self._found(), None)
-        if found is None:
-            return None
-        (heir, step, t), run = found, self.run
-        of, to = (f"run {r.id}/{r.graph.steps[i].name}" for r, i in ((run, self.index), (heir, step)))
-        why = f"{t.why}; goes on with the attempt of {of}, which was cancelled"
-        left = f"cancelled; its attempt goes on for {to}"
-        n, now, compute, key = t.tokens + 1, run.clock.now(), attempt.backend.name, heir.facts.steps[step].key
-        move = moves.hand_over(attempt.token, json.dumps(handle), heir.id, step, n, now, why=why, left=left)
-        heir.prepare(step, compute, attempt.token, n, attempt.cards)
-        try:
-            await run.world.ledger.write(move)
-        except BaseException:
-            t.attempt = None
-            raise
-        t.why, t.tokens = why, n
-        run.dispatcher.hand_over(run.id, self.index, heir, step, attempt.cards)
-        nothing = None, None, None, None
-        heir.begin(
-            step,
-            AttemptRow(
-                attempt.token,
-                heir.id,
-                step,
-                n,
-                compute,
-                key,
-                AttemptState.SUBMITTED,
-                None,
-                handle,
-                *nothing,
-                now,
-                now,
-                None,
-            ),
-        )
-        return left
+def _heir(attempt: Attempt) -> tuple[Execution, int] | None:
+    """The first follower that would have begun just such a job: under other limits it might have ended otherwise."""
+    run, mine = attempt.execution, attempt.step
+    for heir, index in run.dispatcher.followers(run.id, attempt.index):
+        t, its = heir.tries.get(index), heir.graph.steps[index]
+        if t is None or t.attempt is not None or heir.cancelled:
+            continue
+        if (its.resources, its.timeout, its.grace) == (mine.resources, mine.timeout, mine.grace):
+            return heir, index
+    return None

@@ -109,7 +109,7 @@ class Hosts:
     async def look(self, name: str) -> None:
         """Ask it how it is and what it has, and place what fits now."""
         backend, breaker, place = self.backends[name], self.breakers[name], self.dispatch.places[name]
-        why = await self._ask(backend)
+        before, why = breaker.why, await self._ask(backend)
         failed = self._failed.pop(name, [])
         turned = breaker.looked(why)
         if why is None:
@@ -117,7 +117,16 @@ class Hosts:
                 turned = breaker.refused(refusal) or turned
             place.offers(backend.capacity())
         self._tell(name, turned)
+        if before is not None and breaker.why is None:
+            self._wake(name)
         self.dispatch.place()
+
+    def _wake(self, name: str) -> None:
+        """Its attempts that wait until it can be asked again need not: their pauses may have grown long."""
+        for execution in self.dispatch.executions.values():
+            for t in execution.tries.values():
+                if t.compute == name and t.attempt is not None:
+                    t.attempt.asking.well_again()
 
     async def _ask(self, backend: Backend) -> str | None:
         try:
@@ -146,6 +155,11 @@ class Hosts:
         if why is not None:
             self._failed.setdefault(name, []).append(why)
         self._soon[name].set()
+
+    def answered(self, name: str) -> None:
+        """It has answered somebody: if it is not well, as far as is known, look at it now."""
+        if name in self._soon and self.breakers[name].why is not None:
+            self._soon[name].set()
 
     def took(self, name: str) -> None:
         """It has taken a submit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 
@@ -18,10 +18,11 @@ from mlpiped.spec import version_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from mlpiped.backends.base import Images
     from mlpiped.dispatch import Dispatch
     from mlpiped.facts import World
     from mlpiped.placement import Need, Spot
-    from mlpiped.protocol import ActiveJson, ComputeJson, HolderJson
+    from mlpiped.protocol import ActiveJson, ComputeJson, DoingJson, HolderJson
     from mlpiped.resolve import Decision
     from mlpiped.run import Execution
     from mlpiped.scheduler import Scheduler
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mlpiped.tries import Try
 
 
+SHOWN = 3  # steps of a run of which it is told how far their transfers are
 LOOK_UP_LIMIT = 5.0  # seconds for the images of a plan
 
 
@@ -114,15 +116,42 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
         if t.not_before is not None:
             return f"tried again in {max(0, t.not_before - now) / 1e6:.0f} s: {t.again}"
         if t.held is not None:
-            return f"held: {t.held}"
+            return _bringing(execution, index) or f"held: {t.held}"
         waits = scheduler.dispatch.why_waiting(run_id, index) or "about to start"
         return f"{waits}; run again: {t.again}" if t.again else waits
     if t.attempt is None:
         return f"held: its attempt is on compute `{t.compute}`, which the config no longer has"
     if t.attempt.held is not None:
         return f"held: {t.attempt.held}"
+    doing = t.attempt.backend.doing(t.attempt.token)
+    if doing is not None:
+        return doing
     word = "runs" if t.state is StepState.RUNNING else "starts"
     return f"{word} on {t.compute} for {(now - t.since) / 1e6:.0f} s: {t.why}"
+
+
+def _bringing(execution: Execution, index: int) -> str | None:
+    """What is done for the step's image just now."""
+    wanted = wanted_by(execution.graph.steps[index])
+    engines = [backend for backend in execution.backends.values() if backend.capacity().images]
+    said = [cast("Images", one).bringing(wanted.reference, wanted.dockerfile) for one in engines if wanted is not None]
+    return next((one for one in said if one is not None), None)
+
+
+def _on_the_way(execution: Execution) -> list[DoingJson]:
+    """What travels for its steps, of a few of them."""
+    found: list[DoingJson] = []
+    for index, t in execution.tries.items():
+        what = None
+        if t.attempt is not None:
+            what = t.attempt.backend.doing(t.attempt.token)
+        elif t.held is not None:
+            what = _bringing(execution, index)
+        if what is not None:
+            found.append({"step": execution.graph.steps[index].name, "what": what})
+            if len(found) >= SHOWN:
+                break
+    return found
 
 
 def _waits_for(execution: Execution, index: int) -> str:
@@ -151,6 +180,7 @@ def active(dispatch: Dispatch) -> list[ActiveJson]:
                 "running": len(states) - queued,
                 "failed": sum(o in (StepOutcome.FAILED, StepOutcome.TIMED_OUT, StepOutcome.LOST) for o in ends),
                 "queued": queued,
+                "doing": _on_the_way(execution),
             }
         )
     return found

@@ -142,9 +142,11 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class OutputFact:
-    """What a step made for one of its outputs. `digest` is `b3:<hex>` of a file, `b3t:<hex>` of a tree.
+    """What a step made for one of its outputs. `digest` is `b3:<hex>` of a file, `b3t:<hex>` of a tree; `s2:`
+    and `s2t:` if a box has kept it.
 
-    `path` is where it lies now, as an absolute path in the artifact store.
+    `path` is where it lies, as an absolute path in the artifact store; or will lie once it is needed here, when
+    `compute`, the one that keeps it, is not None.
     """
 
     name: str
@@ -152,6 +154,7 @@ class OutputFact:
     kind: str  # "file" | "folder"
     size: int  # bytes, all files of a folder together
     path: str
+    compute: str | None = None
 
 
 def json_time(us: int | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mlpiped.kept import digest_for, is_home
 from mlpiped.placement import Need
 from mlpiped.spec import Upstream, runs_in_container
 
@@ -36,17 +37,25 @@ def need_of(graph: Graph, index: int, run: int, owner: str) -> Need:
 def bytes_to_travel(plan: Plan, index: int, facts: StepFacts, backends: Mapping[str, Backend]) -> dict[str, int]:
     """Compute -> bytes of the step's inputs that it lacks; none of one that lacks nothing."""
     contents: dict[str, int] = {}
+    away: dict[str, int] = {}  # compute -> bytes that it alone has
     for port in plan.graph.steps[index].inputs:
         if isinstance(port.source, Upstream):
             made = (plan.outputs[plan.graph.index[port.source.step]] or {})[port.source.output]
-            contents[made.digest] = made.size
+            if made.compute is not None and not is_home(made):
+                away[made.compute] = away.get(made.compute, 0) + made.size
+            elif made.compute is None:
+                contents[made.digest] = made.size
+            else:
+                contents[digest_for(made, "")] = made.size
             continue
         outside = facts.outside[port.name]
         if port.source.glob and outside.entries:  # what each file has is not kept, only all of them together
             contents.update(dict.fromkeys(outside.entries.values(), outside.size // len(outside.entries)))
         else:
             contents[outside.digest] = outside.size
-    if not contents:
+    if not contents and not away:
         return {}
-    lacking = {name: backend.missing(contents) for name, backend in backends.items()}
+    lacking = {name: backend.missing(contents) if contents else 0 for name, backend in backends.items()}
+    for name in lacking:
+        lacking[name] += sum(size for compute, size in away.items() if compute != name)
     return {name: n for name, n in lacking.items() if n}

@@ -68,6 +68,13 @@ class ErrorJson(TypedDict):
     hint: str | None
 
 
+class DoingJson(TypedDict):
+    """What travels for a step just now: `sends input samples to gpu1: 1.2 of 3.4 GB`."""
+
+    step: str
+    what: str
+
+
 class ActiveJson(TypedDict):
     """A run that has not finished, as `Actions.active` gives it (times in microseconds)."""
 
@@ -80,6 +87,7 @@ class ActiveJson(TypedDict):
     running: int
     failed: int
     queued: int
+    doing: list[DoingJson]
 
 
 class HolderJson(TypedDict):

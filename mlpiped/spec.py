@@ -144,6 +144,12 @@ class Output(_Plain):
     file_name: str
     datastore: str | None = None
     publish: str | None = None
+    keep: Literal["home", "remote"] = "home"  # remote: on the machine that made it until it is needed elsewhere
+
+    @property
+    def stays(self) -> bool:
+        """What is published comes home anyway."""
+        return self.keep == "remote" and self.publish is None
 
 
 # --- steps --------------------------------------------------------------------------------------------------
@@ -305,6 +311,7 @@ def version_of(spec: PipelineSpec) -> str:
         plain = step.model_dump()
         resources = plain["resources"]
         plain["resources"] = {k: v for k, v in resources.items() if k not in _ADDED or v != _ADDED[k]}
+        plain["outputs"] = [{k: v for k, v in o.items() if (k, v) != ("keep", "home")} for o in plain["outputs"]]
         found.update(canonical(_placeless(plain)).encode())
     return found.hexdigest()[:12]
 

@@ -170,6 +170,7 @@ class Acts:
             {
                 "id": 7, "pipeline": "digits", "owner": "alice", "started_at": self.stage.now, "total": 3, "done": 1,
                 "running": 1, "failed": 0, "queued": 1,
+                "doing": [{"step": "train", "what": "sends input samples to gpu1: 1.2 of 3.4 GB"}],
             }
         ]  # fmt: skip
 

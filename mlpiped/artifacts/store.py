@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mlpiped.artifacts import collecting, copying
+from mlpiped.artifacts import admitting, collecting, copying
 from mlpiped.artifacts.collecting import OutputFault
 from mlpiped.artifacts.copying import sync_folder
 from mlpiped.artifacts.crew import Crew
 from mlpiped.errors import Conflict, UnknownName
 from mlpiped.files.hashing import printable, stamp_of, tree_digest
+from mlpiped.files.portable import is_portable
 from mlpiped.files.walking import PathRefused, is_beneath, walk
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ class Store:
         return facts
 
     async def intact(self, facts: Sequence[OutputFact]) -> set[int]:
-        """The indexes of those that are NOT what they were: gone, changed in any byte, name or exec bit."""
+        """The indexes of those that are NOT what they were: gone, changed in any byte, name or exec bit.
+
+        What a compute keeps and has not come home is taken for what it was: see `kept`.
+        """
         return await self._fingerprinter.survey(*self._looking(facts)) if facts else set()
 
     def intact_at_hand(self, facts: Sequence[OutputFact]) -> set[int] | None:
@@ -84,10 +88,12 @@ class Store:
     @staticmethod
     def _looking(facts: Sequence[OutputFact]) -> tuple[Callable[[], list[Seen]], Callable[[Digests], set[int]]]:
         trees: dict[int, list[Member]] = {}
+        wanted: dict[int, str | None] = {}  # digests of the store's kind; None: it is elsewhere
 
         def look() -> list[Seen]:
             seen: list[Seen] = []
             for index, fact in enumerate(facts):
+                wanted[index] = admitting.came_home(fact.path) if is_portable(fact.digest) else fact.digest
                 try:
                     if fact.kind == "file":
                         st = os.lstat(fact.path)
@@ -104,16 +110,30 @@ class Store:
             known = digests.known
             bad = set()
             for index, fact in enumerate(facts):
-                if fact.kind == "file":
+                digest = wanted[index]
+                if digest is None:
+                    good = fact.compute is not None
+                elif fact.kind == "file":
                     entry = known.get(fact.path)
-                    good = entry is not None and entry[1] == fact.digest
+                    good = entry is not None and entry[1] == digest
                 else:
-                    good = index in trees and _same(fact, trees[index], digests)
+                    good = index in trees and _same(digest, trees[index], digests)
                 if not good:
                     bad.add(index)
             return bad
 
         return look, use
+
+    def path_of(self, digest: str, file_name: str) -> str:
+        """Where a content lies in the store under that name, if it does."""
+        return f"{collecting.place_of(str(self.root), digest)}/{file_name}"
+
+    async def admit(self, came: Path, fact: OutputFact) -> bool:
+        """Take what a compute kept to `fact.path`, durable on return; `came` is gone then. False: it is not that."""
+        try:
+            return await self._hop(lambda: admitting.admit(str(came), fact, str(self.state_dir)))
+        finally:
+            await self._hop(lambda: copying.erase(str(came)))
 
     async def get(self, fact: OutputFact, dest: Path, *, force: bool = False) -> Path:
         """Copy an artifact out, writable by its owner; into `dest` if that is a folder. Returns where it is.
@@ -176,14 +196,14 @@ def _real(path: str) -> str:
     return f"{os.path.dirname(path)}/{target}"
 
 
-def _same(fact: OutputFact, members: Sequence[Member], digests: Digests) -> bool:
+def _same(digest: str, members: Sequence[Member], digests: Digests) -> bool:
     lines = []
     for member in members:
         entry = digests.known.get(member.path) if member.stamp is not None else ((), member.target)
         if entry is None:
             return False
         lines.append((os.fsencode(member.rel), member.kind, entry[1]))
-    return tree_digest(lines) == fact.digest
+    return tree_digest(lines) == digest
 
 
 # --- out of the store ------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -181,12 +181,56 @@ class Images(Protocol):
         """
         ...
 
+    def bringing(self, reference: str | None, dockerfile: str | None) -> str | None:
+        """What is done for that image just now: "pulls image app:1: 40 %". From memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeptOutput:
+    """What a machine keeps of an output: content by the rules of `files.portable`."""
+
+    name: str
+    digest: str  # "s2:…" of a file, "s2t:…" of a tree
+    size: int  # bytes, all files together
+
+
+@runtime_checkable
+class Keeps(Protocol):
+    """What a backend offers beside `Backend` whose machine can keep outputs until they are needed elsewhere."""
+
+    async def keep(self, handle: Handle, outputs: Sequence[JobOutput]) -> list[KeptOutput]:
+        """Make these of a job that has succeeded contents of its machine, durable there; before `fetch`, which then has
+        the others. May be repeated.
+
+        Raises InvalidJob (the step's fault: missing, wrong kind, a link that leads outside, …) and BackendUnavailable.
+        """
+        ...
+
+    async def bring(self, digest: str, into: Path) -> Path | None:
+        """Copy a content below `into`; None when the machine has it no more. The caller checks what came."""
+        ...
+
+    async def changed(self, digests: Sequence[str] | None = None) -> set[str]:
+        """Of these contents, or of all that are kept, those that are gone or were changed there."""
+        ...
+
+    async def listed(self) -> list[str]:
+        """The contents that are kept."""
+        ...
+
+    async def drop(self, digests: Sequence[str], min_age: float) -> None:
+        """Remove those that were not kept anew in the last so many seconds."""
+        ...
+
 
 class Backend(Protocol):
     """One compute. All methods are safe to cancel; none raises anything but `InvalidJob` and `BackendUnavailable`."""
 
     name: str
     kind: str
+    logs_here: bool
+    """What a step prints is in its folder on this host while it runs, not only once it has ended."""
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Begin to serve; whatever must end with the daemon goes on `stack`. Steps must not."""
@@ -197,6 +241,11 @@ class Backend(Protocol):
 
     def missing(self, contents: Mapping[str, int]) -> int:
         """Of these contents (digest -> bytes), how many bytes would have to travel there. From memory: asks nobody."""
+        ...
+
+    def doing(self, token: str) -> str | None:
+        """What goes on for this job before and after its command: "sends input samples to gpu1: 1.2 of 3.4 GB", "waits
+        in the queue of cluster: Priority". None when nothing does. From memory."""
         ...
 
     async def submit(self, job: Job) -> Handle:

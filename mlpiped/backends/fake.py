@@ -19,6 +19,7 @@ class FakeBackend:
     """`world` outlives the daemon, as machines do: hand it to the next one."""
 
     kind = "fake"
+    logs_here = True
 
     def __init__(self, name: str = "fake", *, slots: int = 2, world: World | None = None) -> None:
         self.name, self.slots, self.world = name, slots, {} if world is None else world
@@ -77,6 +78,9 @@ class FakeBackend:
 
     def missing(self, contents: object) -> int:
         return 0
+
+    def doing(self, token: str) -> str | None:
+        return None
 
     async def start(self, stack: object) -> None: ...
 

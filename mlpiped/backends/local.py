@@ -48,6 +48,7 @@ LITTLE_SPACE = 64 << 20
 
 class LocalBackend:
     kind = "local"
+    logs_here = True
 
     def __init__(
         self,
@@ -98,6 +99,9 @@ class LocalBackend:
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return 0
+
+    def doing(self, token: str) -> str | None:
+        return None
 
     async def submit(self, job: Job) -> Handle:
         if not job.gpus:

@@ -122,12 +122,9 @@ def descendants(ancestor: int) -> list[tuple[int, int, int]]:
         fields = _stat(pid)
         if fields and fields[0] != b"Z":
             children.setdefault(int(fields[1]), []).append((pid, int(fields[2]), int(fields[19])))
-    found: list[tuple[int, int, int]] = []
-    ask = [ancestor]
-    while ask:
-        below = children.get(ask.pop(), [])
-        found.extend(below)
-        ask.extend(pid for pid, _, _ in below)
+    found = list(children.get(ancestor, ()))
+    for pid, _, _ in found:  # it grows meanwhile
+        found.extend(children.get(pid, ()))
     return found
 
 
@@ -350,7 +347,9 @@ def run(folder: str, job: dict[str, Any], children: Children, lasts: Callable[[]
         return {**NO_END, "cancelled": True}
     group = _memory_group(job["token"], job["memory"]) if job.get("memory") else None
     try:
-        main = (group.spawn if group else lambda start: start())(lambda: spawn(folder, job["argv"], job["env"]))
+        queue = {n: v for n, v in os.environ.items() if n.startswith(tuple(job.get("inherit", ())))}  # its cards
+        step = folder, job["argv"], {**queue, **job["env"]}
+        main = group.spawn(lambda: spawn(*step)) if group else spawn(*step)
         end = watch(main, job, children, lasts)
         if group and end["code"] != 0 and group.killed():
             end["out_of_memory"] = True

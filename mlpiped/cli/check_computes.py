@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 
-from mlpiped.config.computes import DockerCompute, SshCompute, absent_files
+from mlpiped.config.computes import DockerCompute, SlurmCompute, SshCompute, absent_files
 from mlpiped.errors import MlpipedError
 
 if TYPE_CHECKING:
     from mlpiped.config.settings import Settings
+
+SLURM = ("sbatch", "squeue", "scancel", "scontrol", "sinfo")  # sacct: only where there is accounting
 
 
 def warnings_of(settings: Settings) -> list[str]:
@@ -24,6 +27,9 @@ def warnings_of(settings: Settings) -> list[str]:
             found += _of_engine(name, Path(compute.url.removeprefix("unix://")))
         elif isinstance(compute, SshCompute):
             found += _of_box(name, compute, settings.daemon.state_dir / "known_hosts")
+        elif isinstance(compute, SlurmCompute):
+            absent = [f"`{program}`" for program in SLURM if shutil.which(program) is None]
+            found += [f"compute `{name}`: not on the PATH: {', '.join(absent)}"] if absent else []
     return found
 
 

@@ -22,6 +22,12 @@ NEEDS = {"docker": "aiodocker", "ssh": "asyncssh"}
 DOCKER_SOCKET = "/var/run/docker.sock"
 _USER = re.compile(r"[0-9]+:[0-9]+\Z")
 _LOGIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?\Z")
+_SLURM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,-]*\Z")
+_SLURM_OPTION = re.compile(r"--([a-z][a-z0-9-]*)(?:=.*)?\Z")
+_SLURM_OURS = frozenset(
+    "array chdir error export hold input job-name no-requeue ntasks open-mode output parsable requeue test-only wait "
+    "wrap".split()
+)
 
 
 def cpu_count() -> int:
@@ -100,6 +106,27 @@ def _command(text: str) -> str:
     return text
 
 
+def _slurm_name(text: str) -> str:
+    if not _SLURM_NAME.match(text):
+        raise ValueError("is not a name that Slurm knows: letters, digits, `_`, `.`, `-` and `,` alone")
+    return text
+
+
+def _slurm_via(text: str) -> str:
+    if text != "local":
+        raise ValueError('can only be "local" yet\nrun mlpiped on a host that has `sbatch`')
+    return text
+
+
+def _slurm_option(text: str) -> str:
+    found = _SLURM_OPTION.match(filled(text))
+    if found is None:
+        raise ValueError('is not an option of sbatch\nwrite it as one word: "--constraint=a100"')
+    if found[1] in _SLURM_OURS:
+        raise ValueError(f"sets `--{found[1]}`, which mlpiped sets itself")
+    return text
+
+
 Gpus = Annotated[Literal["auto"] | int, BeforeValidator(_gpus)]
 EngineUrl = Annotated[Text, AfterValidator(_engine)]
 Mount = Annotated[str, AfterValidator(_mount)]
@@ -110,6 +137,9 @@ Login = Annotated[Text, AfterValidator(_login)]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 RemoteFolder = Annotated[str, AfterValidator(_remote)]
 RemoteMount = Annotated[str, AfterValidator(_remote_mount)]
+SlurmName = Annotated[str, AfterValidator(_slurm_name)]
+SlurmVia = Annotated[str, AfterValidator(_slurm_via)]
+SlurmOption = Annotated[str, AfterValidator(_slurm_option)]
 RemoteCommand = Annotated[str, AfterValidator(_command)]
 
 
@@ -160,8 +190,29 @@ class SshCompute(Section):
     python: RemoteCommand = "python3"
 
 
-KINDS: dict[str, type[Section]] = {"local": LocalCompute, "docker": DockerCompute, "ssh": SshCompute}
-Compute = Annotated[LocalCompute | DockerCompute | SshCompute, Field(discriminator="kind")]
+class SlurmCompute(Section):
+    """kind = "slurm": a cluster that sees the same files at the same paths."""
+
+    kind: Literal["slurm"]
+    slots: Count = 1000  # how many of our jobs it may know of at once
+    max_jobs: Count | None = None  # the site's own limit, where that is lower
+    partition: SlurmName | None = None
+    account: SlurmName | None = None
+    qos: SlurmName | None = None
+    time: Seconds | None = None  # the limit of a step that has no timeout; None: the partition's
+    via: SlurmVia = "local"  # who runs Slurm's commands
+    poll_interval: Seconds = 10.0
+    work_dir: AbsolutePath | None = None  # None: the state folder
+    options: tuple[SlurmOption, ...] = ()
+
+
+KINDS: dict[str, type[Section]] = {
+    "local": LocalCompute,
+    "docker": DockerCompute,
+    "ssh": SshCompute,
+    "slurm": SlurmCompute,
+}
+Compute = Annotated[LocalCompute | DockerCompute | SshCompute | SlurmCompute, Field(discriminator="kind")]
 
 
 def check(raw: Mapping[str, Any], base: Path, state_dir: Path, socket: Path, faults: FaultList) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from mlpiped.config import computes as config_computes
 from mlpiped.config import find as config_find
-from mlpiped.config.computes import Compute, DockerCompute, LocalCompute, SshCompute, cpu_count
+from mlpiped.config.computes import Compute, DockerCompute, LocalCompute, SlurmCompute, SshCompute, cpu_count
 from mlpiped.config.faults import FaultList
 from mlpiped.config.fields import (
     AbsolutePath,
@@ -45,6 +45,7 @@ __all__ = [
     "Outline",
     "Retention",
     "Settings",
+    "SlurmCompute",
     "SshCompute",
     "cpu_count",
     "default_settings",
@@ -54,7 +55,6 @@ __all__ = [
 ]
 
 STATE_DIR = Path("/var/lib/mlpiped")
-_NOT_YET_COMPUTES = ("slurm",)
 
 
 class Daemon(Section):
@@ -240,11 +240,6 @@ def _take_out_what_is_not_built(raw: dict[str, Any], faults: FaultList) -> None:
             del raw["datastores"][name]
             message = f"`url` in `[datastores.{name}]`: only folders work yet"
             faults.add(("datastores", name, "url"), message, 'give `path = "/folder"` in place of `url`')
-    for name, table in _tables(raw, "compute"):
-        if table.get("kind") in _NOT_YET_COMPUTES:
-            del raw["compute"][name]
-            message = f'`kind = "{table["kind"]}"` in `[compute.{name}]` is not built yet'
-            faults.add(("compute", name, "kind"), message, 'the kinds that work are "local", "docker" and "ssh"')
 
 
 def _tables(raw: dict[str, Any], section: str) -> list[tuple[str, dict[str, Any]]]:

@@ -150,7 +150,11 @@ async def _compute(service: Service) -> list[Finding]:
 
 
 def _helps(name: str, kind: str) -> str:
-    looks = {"docker": "`systemctl status docker` on this machine", "ssh": f"`mlpiped check`, and log in to `{name}`"}
+    looks = {
+        "docker": "`systemctl status docker` on this machine",
+        "ssh": f"`mlpiped check`, and log in to `{name}`",
+        "slurm": "`sinfo` on this machine, as the daemon's user",
+    }
     return f"work for it waits, and goes on by itself; look: {looks.get(kind, '`mlpipectl compute`')}"
 
 

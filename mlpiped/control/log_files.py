@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from anyio.abc import TaskGroup
     from anyio.streams.memory import MemoryObjectReceiveStream
 
     from mlpiped.control.answers import Stream
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 CHUNK = 64 << 10
 LOOK = 0.1  # seconds between two looks at files that may have grown
+FAR = 0.5  # seconds between two looks at those on another machine
 
 
 @dataclass(slots=True)
@@ -60,6 +62,9 @@ class LogReader:
         self._known: set[str] = set()  # every token noted
         self._ended: set[str] = set()  # tokens of steps that have finished
         self._marks: dict[str, tuple[StepState, int]] = {}
+        self._wanted: set[str] = set()  # tokens on other machines, noted just now
+        self._far: dict[str, str | None] = {}  # tokens on other machines: why not all of it is here
+        self._told: dict[str, str | None] = {}  # the same, as it was sent
 
     async def check(self) -> None:
         """Raises UnknownName for an attempt that there is not."""
@@ -74,18 +79,47 @@ class LogReader:
     async def send_all(self, stream: Stream, news: MemoryObjectReceiveStream[list[EventRow]] | None) -> None:
         """All that there is; with `news` until the run or step has ended. Files are read after the look at the ledger:
         the other order would miss what is printed in between."""
-        ended = await self._look()
-        while True:
-            sent = False
-            for token, files in list(self._files.items()):
-                for file in files:
-                    sent = await self._send(stream, file) or sent
-                if token in self._ended:  # it was when we looked, so this was its last word
-                    del self._files[token]
-            if ended or news is None:
+        async with anyio.create_task_group() as tasks:
+            ended = await self._look()
+            while True:
+                await self._bring(tasks, once=news is None)
+                sent = False
+                for token, files in list(self._files.items()):
+                    for file in files:
+                        sent = await self._send(stream, file) or sent
+                    await self._tell(stream, token, files[0])
+                    if token in self._ended:  # it was when we looked, so this was its last word
+                        del self._files[token]
+                if ended or news is None:
+                    break
+                if await _wait(news, LOOK):
+                    ended = await self._look()
+            tasks.cancel_scope.cancel()
+
+    async def _bring(self, tasks: TaskGroup, *, once: bool) -> None:
+        """Have what is printed on other machines brought here: now, or from now on, each by itself."""
+        new = [token for token in self._files if token in self._wanted]
+        self._wanted.clear()
+        async with anyio.create_task_group() as now:
+            for token in new:
+                (now if once else tasks).start_soon(self._keep_bringing, token, once, name=f"log of {token}")
+
+    async def _keep_bringing(self, token: str, once: bool) -> None:
+        live = self._service.live
+        assert live is not None
+        while token in self._files:
+            self._far[token] = await live.bring(token)
+            if once:
                 return
-            if await _wait(news, LOOK):
-                ended = await self._look()
+            await anyio.sleep(FAR)
+
+    async def _tell(self, stream: Stream, token: str, file: _File) -> None:
+        """Once, that there is more than can be had."""
+        why = self._far.get(token)
+        if why is not None and why != self._told.get(token):
+            facts = {"step": file.step, "attempt": file.attempt, "stream": file.stream, "offset": file.offset}
+            await stream.send({**facts, "note": why, "text": ""})
+        self._told[token] = why
 
     async def _look(self) -> bool:
         """Note new attempts. Gives whether everything has ended. Costs a query only for steps that have moved."""
@@ -119,6 +153,8 @@ class LogReader:
     def _note(self, step: str, attempt: AttemptRow, note: str | None) -> None:
         if attempt.token not in self._known:
             self._known.add(attempt.token)
+            if attempt.end is None and self._service.live is not None and self._service.live.far(attempt.compute):
+                self._wanted.add(attempt.token)
             folder = self._service.job_folder(attempt.token)
             self._files[attempt.token] = [
                 _File(step, attempt.n, stream, folder / stream, note) for stream in self._streams

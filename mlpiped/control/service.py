@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlpiped.control.access import Access
     from mlpiped.errors import Fault
     from mlpiped.ledger.store import Ledger
+    from mlpiped.model import OutputFact
     from mlpiped.protocol import ActiveJson, ComputeJson
     from mlpiped.spec import PipelineSpec
     from mlpiped.triggers.schedule import ScheduleView
@@ -74,6 +75,15 @@ class Actions(Protocol):
 
     def active(self) -> Sequence[ActiveJson]: ...
     def compute(self) -> Sequence[ComputeJson]: ...
+
+
+class Live(Protocol):
+    """Logs that are elsewhere while their steps run."""
+
+    def far(self, compute: str) -> bool: ...
+
+    async def bring(self, token: str) -> str | None:
+        """All that is not here yet into the job folder; why not all of it could be had, as a sentence."""
 
 
 class LoadedPipeline(Protocol):
@@ -139,10 +149,12 @@ class Service:
     job_folder: Callable[[str], Path]
     gc_plan: Callable[[], Awaitable[dict[str, Any]]]
     gc: Callable[[], Awaitable[dict[str, Any]]]
+    live: Live | None = None  # None: nothing is elsewhere
     ledger_faults: Callable[[], Awaitable[Sequence[str]]] | None = None  # PRAGMA integrity_check: [] when it is well
     orphans: Callable[[], Awaitable[Mapping[str, Sequence[int]]]] | None = None  # token -> pids that nobody waits for
     healths: Callable[[], Awaitable[Mapping[str, str | None]]] | None = None  # of each compute, asked now
     loop_lag: Callable[[], float] = lambda: 0.0  # seconds
+    bring_home: Callable[[OutputFact], Awaitable[None]] | None = None  # what a compute keeps: Conflict if it is gone
     closing: anyio.Event = field(default_factory=anyio.Event)
     lookup: Lookup = field(init=False)
     failures: dict[int, dict[str, Any]] = field(default_factory=dict)  # how runs failed: what has ended never changes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mlpiped import crash
 from mlpiped.errors import IllegalMove
 from mlpiped.ledger.db import SQL, Connection, IntegrityError, Op, one
 from mlpiped.ledger.refusals import illegal_step
@@ -167,8 +168,9 @@ def commit_result(
         c.emit(a.run_id, a.idx, "step.finished", now, _SUCCEEDED)
         for position, o in enumerate(outputs):
             path = fs_bytes(o.path)
-            c.execute(SQL["revive_outputs"], (path, o.digest))
-            c.execute(SQL["insert_output"], (a.id, position, o.name, o.digest, o.kind, o.size, path, cost_us, now))
+            c.execute(SQL["revive_outputs"], (path, o.compute, o.digest))
+            row = (a.id, position, o.name, o.digest, o.kind, o.size, path, cost_us, now, o.compute)
+            c.execute(SQL["insert_output"], row)
         if reusable:
             c.execute(SQL["put_result"], values)
         c.execute(SQL["put_head"], values)
@@ -203,6 +205,7 @@ def hand_over(
         c.emit(a.run_id, a.idx, "attempt.handed_over", now, compact({"token": token, "run": run_id, "step": idx}))
         c.emit(a.run_id, a.idx, "step.finished", now, _CANCELLED)
         c.emit(run_id, idx, "step.running", now)
+        crash.point("in_hand_over")
 
     return op
 

@@ -29,6 +29,7 @@ from mlpiped.ledger.records import (
     audit,
     drop_results,
     lose_artifacts,
+    pin_code,
     put_stat_cache,
     save_definition,
     set_drained,
@@ -67,6 +68,7 @@ __all__ = [
     "lose_artifacts",
     "merge_fire",
     "open_run",
+    "pin_code",
     "put_arrivals",
     "put_cursor",
     "put_stat_cache",
@@ -90,15 +92,6 @@ def start_run(run_id: int, now: int) -> Op[None]:
         if one(c, "start_run", {"run_id": run_id, "now": now}) is None:
             raise illegal_run(c, run_id, "running")
         c.emit(run_id, None, "run.running", now)
-
-    return op
-
-
-def pin_code(run_id: int, code: Sequence[Sequence[str | None]]) -> Op[None]:
-    """What `Facts.pin` has kept; its options say so from now on. No event: nothing has happened."""
-
-    def op(c: Connection) -> None:
-        c.execute(SQL["pin_code"], {"run_id": run_id, "code": json.dumps(code)})
 
     return op
 

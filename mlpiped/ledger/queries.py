@@ -184,13 +184,10 @@ class Queries:
             ]
 
         found: dict[str, Result] = {}
-        for key, run_id, step, cost_us, name, digest, kind, size, path, gone in await self._reader.call(work):
-            if name is None:
-                found[key] = Result(run_id, step, (), cost_us)
-                continue
-            fact = OutputFact(name, digest, kind, size, "" if gone is not None else fs_text(path))
+        for key, run_id, step, cost_us, name, *fact in await self._reader.call(work):
             before = found.get(key)
-            found[key] = Result(run_id, step, (fact,) if before is None else (*before.outputs, fact), cost_us)
+            made = () if name is None else (_fact((name, *fact)),)
+            found[key] = Result(run_id, step, made if before is None else (*before.outputs, *made), cost_us)
         return found
 
     async def heads(self, pipeline: str, names: Sequence[str]) -> dict[str, Head]:
@@ -287,5 +284,6 @@ def _chunks(values: Sequence[Any]) -> list[list[Any]]:
 
 
 def _fact(row: Sequence[Any]) -> OutputFact:
-    """(name, digest, kind, size, path, gone_at) -> fact; without bytes, without a path."""
-    return OutputFact(row[0], row[1], row[2], row[3], "" if row[5] is not None else fs_text(row[4]))
+    """(name, digest, kind, size, path, gone_at, compute) -> fact; without bytes, without a path."""
+    gone = row[5] is not None
+    return OutputFact(row[0], row[1], row[2], row[3], "" if gone else fs_text(row[4]), None if gone else row[6])

@@ -326,12 +326,12 @@ ON CONFLICT (key) DO UPDATE SET attempt = excluded.attempt, run_id = excluded.ru
 
 -- name: insert_output
 -- One output of a committed attempt.
-INSERT INTO outputs (attempt, position, name, digest, kind, size, path, cost_us, used_at)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?);
+INSERT INTO outputs (attempt, position, name, digest, kind, size, path, cost_us, used_at, compute)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: revive_outputs
 -- The bytes of a collected digest are there again.
-UPDATE outputs SET gone_at = NULL, path = ? WHERE digest = ? AND gone_at IS NOT NULL;
+UPDATE outputs SET gone_at = NULL, path = ?, compute = ? WHERE digest = ? AND gone_at IS NOT NULL;
 
 -- name: to_lose
 -- Of these digests those that may go: nobody has made or reused them since, and no unfinished run builds on them.
@@ -348,6 +348,10 @@ WHERE EXISTS (SELECT 1 FROM outputs WHERE digest = j.value AND gone_at IS NULL)
 -- Garbage collection takes the bytes.
 UPDATE outputs SET gone_at = :now WHERE digest = :digest AND gone_at IS NULL;
 
+-- name: lose_kept
+-- A compute no longer has what it kept.
+UPDATE outputs SET gone_at = :now WHERE digest = :digest AND compute = :compute AND gone_at IS NULL;
+
 -- name: put_head
 -- A step has succeeded: the next change is explained against this.
 INSERT INTO step_heads (pipeline, step, key, run_id, cost_us) VALUES (:pipeline, :step, :key, :run_id, :cost_us)
@@ -359,20 +363,20 @@ DELETE FROM results WHERE key = ?;
 
 -- name: results
 -- What may be reused for many keys at once; one row an output, or one without output.
-SELECT r.key, r.run_id, r.step, r.cost_us, o.name, o.digest, o.kind, o.size, o.path, o.gone_at
+SELECT r.key, r.run_id, r.step, r.cost_us, o.name, o.digest, o.kind, o.size, o.path, o.gone_at, o.compute
 FROM json_each(:keys) AS j
 CROSS JOIN results AS r ON r.key = j.value
 LEFT JOIN outputs AS o ON o.attempt = r.attempt;
 
 -- name: outputs
 -- What a step made or reused.
-SELECT o.name, o.digest, o.kind, o.size, o.path, o.gone_at
+SELECT o.name, o.digest, o.kind, o.size, o.path, o.gone_at, o.compute
 FROM steps AS s JOIN outputs AS o ON o.attempt = s.made_by
 WHERE s.run_id = :run_id AND s.idx = :idx ORDER BY o.position;
 
 -- name: outputs_of_run
 -- What all finished steps of a run made or reused.
-SELECT s.idx, o.name, o.digest, o.kind, o.size, o.path, o.gone_at
+SELECT s.idx, o.name, o.digest, o.kind, o.size, o.path, o.gone_at, o.compute
 FROM steps AS s JOIN outputs AS o ON o.attempt = s.made_by
 WHERE s.run_id = :run_id ORDER BY s.idx, o.position;
 
@@ -398,8 +402,9 @@ FROM outputs AS o JOIN attempts AS a ON a.id = o.attempt JOIN steps AS s ON s.ru
 WHERE o.digest = :digest ORDER BY o.attempt DESC LIMIT :limit;
 
 -- name: artifacts
--- Everything that has bytes. Reads all outputs: for garbage collection only.
-SELECT digest, kind, path, max(size), max(used_at), max(cost_us) FROM outputs WHERE gone_at IS NULL GROUP BY digest, path;
+-- Everything that has bytes here, less what a compute keeps too. Reads all outputs: for garbage collection only.
+SELECT digest, kind, path, max(size), max(used_at), max(cost_us) FROM outputs
+WHERE gone_at IS NULL AND compute IS NULL GROUP BY digest, path;
 
 -- ==== retention: what is old, and what of it is still of use ====
 
@@ -434,8 +439,9 @@ WHERE a.state <> 'ended' OR a.ended_at > :since;
 SELECT min(intent_at) FROM attempts INDEXED BY attempts_live WHERE state <> 'ended';
 
 -- name: artifact_bytes
--- Room that artifacts take. Reads all outputs.
-SELECT coalesce(sum(size), 0) FROM (SELECT max(size) AS size FROM outputs WHERE gone_at IS NULL GROUP BY digest);
+-- Room that `artifacts` take. Reads all outputs.
+SELECT coalesce(sum(size), 0) FROM (
+    SELECT max(size) AS size FROM outputs WHERE gone_at IS NULL AND compute IS NULL GROUP BY digest);
 
 -- name: needed_digests
 -- What unfinished runs build on.
@@ -448,7 +454,9 @@ WHERE r.outcome IS NULL;
 -- Of these digests without their prefix those that no output has.
 SELECT j.value FROM json_each(:hexes) AS j
 WHERE NOT EXISTS (SELECT 1 FROM outputs WHERE digest = 'b3:' || j.value AND gone_at IS NULL)
-    AND NOT EXISTS (SELECT 1 FROM outputs WHERE digest = 'b3t:' || j.value AND gone_at IS NULL);
+    AND NOT EXISTS (SELECT 1 FROM outputs WHERE digest = 'b3t:' || j.value AND gone_at IS NULL)
+    AND NOT EXISTS (SELECT 1 FROM outputs WHERE digest = 's2:' || j.value AND gone_at IS NULL)
+    AND NOT EXISTS (SELECT 1 FROM outputs WHERE digest = 's2t:' || j.value AND gone_at IS NULL);
 
 -- name: code_in_use
 -- Code that the next change is explained against, or that an attempt runs.

@@ -25,6 +25,15 @@ def save_definition(version: str, pipeline: str, spec_json: str, now: int) -> Op
     return op
 
 
+def pin_code(run_id: int, code: Sequence[Sequence[str | None]]) -> Op[None]:
+    """What `Facts.pin` has kept; its options say so from now on. No event: nothing has happened."""
+
+    def op(c: Connection) -> None:
+        c.execute(SQL["pin_code"], {"run_id": run_id, "code": json.dumps(code)})
+
+    return op
+
+
 def set_paused(pipeline: str, paused: bool, who: str, now: int) -> Op[bool]:
     """Pause or resume a pipeline, over restarts. False when it was so already."""
 
@@ -93,6 +102,16 @@ def drop_results(keys: Sequence[str]) -> Op[int]:
 
     def op(c: Connection) -> int:
         return int(c.executemany(SQL["drop_result"], [(key,) for key in keys]).rowcount) if keys else 0
+
+    return op
+
+
+def lose_kept(digest: str, compute: str, now: int) -> Op[int]:
+    """What that compute kept is gone or changed there: nothing builds on it any more. Gives how many outputs it was."""
+
+    def op(c: Connection) -> int:
+        values = {"digest": digest, "compute": compute, "now": now}
+        return int(c.execute(SQL["lose_kept"], values).rowcount)
 
     return op
 

@@ -4,6 +4,7 @@
     logs          job folders of runs that ended longer ago than `retention.logs`; metrics stay as long as their run
     artifacts     by `gc_plan`, when they take more room than `retention.artifacts`; their digests stay
     strays        store entries that no output has: what a crash or a failed commit left
+    kept          what other machines keep (`keep="remote"`) and no output has
     code          snapshots that nothing was run from, or is explained against, for `retention.runs`
     environments  virtual environments that no step has started in for `retention.runs`
     stat cache    rows of files that are no more
@@ -22,6 +23,7 @@ import anyio
 import structlog
 from anyio import to_thread
 
+from mlpiped.backends.base import Keeps
 from mlpiped.errors import BackendUnavailable, MlpipedError
 from mlpiped.ledger import moves
 from mlpiped.retention import keeping
@@ -117,6 +119,7 @@ class Keeper:
                 ("logs", self._clean_logs),
                 ("artifacts", self._clean_artifacts),
                 ("strays", self._clean_strays),
+                ("kept", self._clean_kept),
                 ("code", self._clean_code),
                 ("environments", self._clean_environments),
                 ("runs", self._clean_runs),
@@ -267,11 +270,29 @@ class Keeper:
 
     async def _strays(self, survey: Survey) -> AsyncIterator[list[str]]:
         """Pages of store entries that no output has. What an attempt that lives has collected is too young for it."""
-        oldest = await survey.oldest_intent()
-        age = STRAY_AGE if oldest is None else max(STRAY_AGE, (self.clock.now() - oldest) / 1e6 + 60.0)
-        for page in _pages(await self.store.listed(min_age=age)):
+        for page in _pages(await self.store.listed(min_age=await self._stray_age(survey))):
             if strays := await survey.unknown(page):
                 yield sorted(strays)
+
+    async def _stray_age(self, survey: Survey) -> float:
+        oldest = await survey.oldest_intent()
+        return STRAY_AGE if oldest is None else max(STRAY_AGE, (self.clock.now() - oldest) / 1e6 + 60.0)
+
+    async def _clean_kept(self) -> Part:
+        """On machines that can be asked now; how much of it was too young to go, nobody tells."""
+        async with self.ledger.survey() as survey:
+            age = await self._stray_age(survey)
+            for backend in self.backends.values():
+                if not isinstance(backend, Keeps):
+                    continue
+                try:
+                    for page in _pages(await backend.listed()):
+                        unknown = await survey.unknown([digest.rpartition(":")[2] for digest in page])
+                        if strays := [digest for digest in page if digest.rpartition(":")[2] in unknown]:
+                            await backend.drop(strays, age)
+                except BackendUnavailable as fault:
+                    log.info("left for later", compute=backend.name, why=fault.message)
+        return Part("kept", 0)
 
     async def _clean_strays(self) -> Part:
         count = size = 0

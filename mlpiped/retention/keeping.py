@@ -38,13 +38,13 @@ def size_of(path: str) -> int:
 
 # --- job folders ----------------------------------------------------------------------------------------------------
 def listed(jobs_dir: Path) -> list[tuple[str, int]]:
-    """(token, µs of its last change) of every job's folder, sorted."""
+    """(token, µs of its last change) of every job's folder, sorted: of one that is a link to elsewhere, too."""
     try:
         with os.scandir(jobs_dir) as entries:
             return sorted(
-                (entry.name, entry.stat(follow_symlinks=False).st_mtime_ns // 1000)
+                (entry.name, entry.stat().st_mtime_ns // 1000)
                 for entry in entries
-                if jobs.TOKEN.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+                if jobs.TOKEN.fullmatch(entry.name) and entry.is_dir()
             )
     except FileNotFoundError:
         return []
@@ -55,21 +55,23 @@ def clear_job(folder: Path, *, keep_metrics: bool, only_look: bool = False) -> i
 
     A job that still runs is left alone.
     """
-    path = os.fspath(folder)
+    path = os.path.realpath(folder)
     try:
         names = os.listdir(path)
         keep = keep_metrics and METRICS in names and os.path.getsize(f"{path}/{METRICS}") > 0
         going = [name for name in names if not (keep and name == METRICS)]
-        if (keep and not going) or jobs.held(folder):
+        if (keep and not going) or jobs.held(path):
             return None
         size = sum(_size(f"{path}/{name}") for name in going)
         if only_look:
             return size
         if not keep:
-            jobs.discard(folder, keep_logs=False)
+            jobs.discard(path, keep_logs=False)
+            if folder.is_symlink():
+                folder.unlink()
             return size
         for name in going:
-            jobs.discard(folder / name, keep_logs=False)
+            jobs.discard(f"{path}/{name}", keep_logs=False)
     except FileNotFoundError:
         return None
     return size

@@ -110,7 +110,8 @@ class PipelineData(Placeholder):
     """What a step makes. The one step that has it in `outputs=` writes it; every step that is given it reads it.
 
     `path` is the file name that the script is given (default: `name`); with a `datastore` it is also where the
-    result is published, and may name folders.
+    result is published, and may name folders. With `keep="remote"` it stays on the machine that made it until somebody
+    needs it elsewhere; a machine that cannot keep it sends it home at once.
     """
 
     def __init__(
@@ -119,9 +120,11 @@ class PipelineData(Placeholder):
         datastore: Datastore | str | None = None,
         path: str | None = None,
         kind: Literal["file", "folder"] = "file",
+        keep: Literal["home", "remote"] = "home",
     ) -> None:
         super().__init__()
         self.name = values.name(name, "the name of pipeline data", self.where)
+        self.keep = values.choice(keep, ("home", "remote"), f"keep of `{self.name}`", self.where)
         self.kind = values.choice(kind, ("file", "folder"), f"kind of `{self.name}`", self.where)
         self.datastore = None if datastore is None else _store(datastore, f"`{self.name}`", self.where)
         self.published: str | None = None

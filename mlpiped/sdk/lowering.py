@@ -301,6 +301,7 @@ class _StepLowering:
             "file_name": made.file_name,
             "datastore": made.datastore,
             "publish": made.published,
+            "keep": made.keep,
         }
 
     def _source(self) -> Plain | None:

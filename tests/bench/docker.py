@@ -28,11 +28,11 @@ TURNS, STEPS = 6, 5
 def containers() -> Iterator[Figure]:
     """`true` in a container, one after another, their removal included; against `docker run --rm`, in turns."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the lab's rigs are found from there
-    from lab import docker_rig
+    from lab import docker_rig, packages
 
     if (reason := docker_rig.why_not()) is not None:
         raise AssertionError(reason)
-    docker_rig.install()
+    packages.install(docker_rig.PACKAGES)
     engine = docker_rig.Engine()
     try:
         engine.start().make_images()

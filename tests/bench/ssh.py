@@ -19,7 +19,7 @@ from mlpiped.backends.ssh import SshBackend
 from mlpiped.config.computes import SshCompute
 from tests.bench.figures import Figure
 from tests.bench.gauges import status_kb, wall
-from tests.lab import ssh_rig
+from tests.lab import packages, ssh_rig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -60,6 +60,7 @@ class Place:
 def place() -> Iterator[Place]:
     if (reason := ssh_rig.why_not()) is not None:
         raise RuntimeError(reason)
+    packages.install(ssh_rig.PACKAGES)
     lab = ssh_rig.Lab()
     try:
         yield Place(lab)

@@ -20,8 +20,10 @@ from mlpiped.backends.base import Backend, Exited, Job, Part
 from mlpiped.backends.docker import DockerBackend
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.backends.local import LocalBackend
+from mlpiped.backends.slurm import SlurmBackend
+from mlpiped.backends.slurm.runner import HostRunner
 from mlpiped.backends.ssh import SshBackend
-from mlpiped.config.computes import DockerCompute, SshCompute
+from mlpiped.config.computes import DockerCompute, SlurmCompute, SshCompute
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -151,7 +153,19 @@ class DockerBench(Bench):
         return super().job(*arguments, **fields)
 
 
-BENCHES = {"local": LocalBench, "fake": FakeBench, "docker": DockerBench, "ssh": SshBench}
+class SlurmBench(Bench):
+    """A real slurmctld with two slurmd."""
+
+    needs = "slurm_cluster"
+    marks = (pytest.mark.lab,)
+
+    def make(self) -> SlurmBackend:
+        settings = SlurmCompute(kind="slurm", slots=2, poll_interval="200ms")
+        runner = HostRunner(self.machine.env)
+        return SlurmBackend("cluster", self.place, settings, instance="0" * 32, runner=runner, patience=5.0)
+
+
+BENCHES = {"local": LocalBench, "fake": FakeBench, "docker": DockerBench, "ssh": SshBench, "slurm": SlurmBench}
 EVERY = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items()]
 EXECUTING = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items() if bench.executes]
 

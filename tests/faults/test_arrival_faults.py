@@ -15,10 +15,12 @@ import anyio
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lab import packages
 from trigger_rig import Folder, arrival, landing, rig
 
 from mlpiped.triggers import mounts
 
+BINDFS = {"bindfs": "bindfs"}
 pytestmark = pytest.mark.anyio
 
 
@@ -255,8 +257,9 @@ async def test_F4_what_is_written_beneath_a_fuse_mount_is_found_by_polling(tmp_p
     folder.mkdir(parents=True)
     if mount == lab:
         (lab / "in").rmdir()
-    if shutil.which("bindfs") is None or not os.access("/dev/fuse", os.W_OK):
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("a FUSE mount needs bindfs and /dev/fuse")
+    if (reason := packages.why_not("a FUSE mount", BINDFS)) or not os.access("/dev/fuse", os.W_OK):
+        packages.not_here(reason or "a FUSE mount needs /dev/fuse")
+    packages.install(BINDFS)
     server = subprocess.Popen(["bindfs", "-f", str(beneath), str(mount)], stderr=subprocess.PIPE)
     try:
         async with rig(tmp_path / "state") as world:

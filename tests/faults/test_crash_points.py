@@ -5,6 +5,7 @@ The judge is that of the crash harness: the steps' own marks, not the ledger.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -132,12 +133,18 @@ class Host:
 
     def kill_all(self) -> None:
         while pids := self.daemon.processes():
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
+            signal_those_that_live(pids, signal.SIGKILL)
             until(lambda: not pids & self.daemon.processes(), "all are dead")
         if self.daemon.process is not None:
             self.daemon.process.wait()
             self.daemon.process = None
+
+
+def signal_those_that_live(pids: set[int], number: int) -> None:
+    """A waiting step starts and ends a `sleep` all the time, and some processes end with the daemon."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 @pytest.fixture
@@ -220,8 +227,7 @@ def test_A8_of_two_results_for_one_step_the_first_is_committed_and_the_late_one_
     until(lambda: lines(effects), "the step has started")
     token = lines(effects)[0].split()[0]
     frozen = host.daemon.processes()
-    for pid in frozen:
-        os.kill(pid, signal.SIGSTOP)
+    signal_those_that_live(frozen, signal.SIGSTOP)
     # As if another host had it: the claim is of another boot, and nobody here holds its lock.
     claim = host.daemon.state / "jobs" / token / "claim" / "handle.json"
     copy = claim.with_name("copy")
@@ -237,8 +243,7 @@ def test_A8_of_two_results_for_one_step_the_first_is_committed_and_the_late_one_
     before = host.daemon.json("why", f"{number}/wait")["attempts"]
     assert [each["end"] for each in before] == ["lost", "committed"]
     output = host.daemon.root / "output"
-    for pid in frozen:
-        os.kill(pid, signal.SIGCONT)
+    signal_those_that_live(frozen, signal.SIGCONT)
     until(lambda: f"{token} end" in lines(effects), "the late one has ended")
     until(lambda: not frozen & host.daemon.processes(), "its processes are gone")
     host.daemon.restart()

@@ -55,8 +55,8 @@ def test_no_step_in_a_container_is_lost_or_runs_twice_however_often_daemon_and_e
     own_engine.start(live_restore=True)
     with ContainerTrial(3000, own_engine) as trial:
         verdict = trial.go(runs=RUNS)
+        verdict.violations[:] = [each for each in verdict.violations if not NOT_OURS.fullmatch(each)]
         with capsys.disabled():
             print(f"\n{trial.kills} deaths of dockerd; {verdict}")
-        broken = [each for each in verdict.violations if not NOT_OURS.fullmatch(each)]
-        assert not broken, f"{verdict}\n{trial.daemon.tail()}"
+        assert not verdict.violations, f"{verdict}\n{trial.daemon.tail()}"
     assert verdict.injected >= RUNS and trial.kills >= 3

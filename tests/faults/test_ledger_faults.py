@@ -225,6 +225,7 @@ async def test_C5_a_newer_version_that_only_the_write_ahead_log_knows_of_is_refu
     assert [digest(tmp_path / "b" / name) for name in (opening.NAME, f"{opening.NAME}-wal")] == before
 
 
+NEWEST = len(opening.migrations())
 SECOND = "CREATE TABLE extra (a INTEGER) STRICT; ALTER TABLE runs ADD COLUMN note TEXT;"
 
 
@@ -239,8 +240,8 @@ def columns(path: Path) -> set[str]:
 async def test_C6_a_migration_keeps_all_rows_and_a_copy_of_the_old_ledger(tmp_path: Path) -> None:
     path = await made(tmp_path)
     opening.prepare(path, [*opening.migrations(), SECOND])
-    assert "note" in columns(path) and "note" not in columns(tmp_path / f"{opening.NAME}.v1")
-    assert opening.check(tmp_path / f"{opening.NAME}.v1", 1) == 1
+    assert "note" in columns(path) and "note" not in columns(tmp_path / f"{opening.NAME}.v{NEWEST}")
+    assert opening.check(tmp_path / f"{opening.NAME}.v{NEWEST}", NEWEST) == NEWEST
     conn = connect(path)
     assert conn.execute("SELECT count(*) FROM runs").fetchone() == (200,)
     conn.close()
@@ -252,7 +253,7 @@ async def test_C6_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path
     path = await made(tmp_path)
     with pytest.raises(Exception, match="no such table"):
         opening.prepare(path, [*opening.migrations(), f"{SECOND} INSERT INTO nowhere VALUES (1);"])
-    assert "note" not in columns(path) and opening.check(path, 1) == 1
+    assert "note" not in columns(path) and opening.check(path, NEWEST) == NEWEST
     await (await Ledger.open(tmp_path, SystemClock())).close()
 
 
@@ -362,7 +363,7 @@ async def test_C2_on_a_full_disk_the_ballast_lets_work_be_recorded_then_writes_f
     assert changes == [True, False] and (small_disk / "state" / opening.BALLAST).exists()
     await ledger.write(opening_of("after"))
     await ledger.close()
-    assert opening.check(small_disk / "state" / opening.NAME, 1) == 1
+    assert opening.check(small_disk / "state" / opening.NAME, NEWEST) == NEWEST
 
 
 async def test_C2_an_error_of_the_disk_in_one_caller_s_operation_undoes_nobody_else_s_for_good(tmp_path: Path) -> None:
@@ -453,7 +454,7 @@ async def test_restore_puts_a_backup_in_place_and_keeps_what_was_there(tmp_path:
         opening.restore(tmp_path / "state", tmp_path / "copy")
     await ledger.close()
     aside = opening.restore(tmp_path / "state", tmp_path / "copy")
-    assert aside is not None and opening.check(aside, 1) == 1
+    assert aside is not None and opening.check(aside, NEWEST) == NEWEST
     ledger = await Ledger.open(tmp_path / "state", SystemClock())
     assert [run.pipeline for run in await ledger.runs()] == ["kept"]
     await ledger.close()

@@ -379,12 +379,13 @@ async def test_D3_a_stranger_with_the_pid_of_a_supervisor_is_neither_waited_for_
 async def test_a_supervisor_whose_pid_says_nothing_here_is_alive_by_its_lock(
     backend: LocalBackend, tmp_path: Path
 ) -> None:
-    handle = await backend.submit(shell("one", UNTIL_GO))
+    # a token of its own: what sweeps `one` in a test beside this one would end its step
+    handle = await backend.submit(shell("afar", UNTIL_GO))
     elsewhere = {**handle, "pid": 2**22 - 1}  # as seen from another container
     with anyio.move_on_after(0.5) as scope:
         await backend.wait(elsewhere)
     assert scope.cancelled_caught
-    let_go(tmp_path, "one")
+    let_go(tmp_path, "afar")
     outcome = await backend.wait(elsewhere)
     assert isinstance(outcome, Exited) and outcome.code == 3
 

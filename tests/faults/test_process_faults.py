@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import pytest
 from harness import Daemon, lines, step, until
+from lab.packages import not_here
 
 from mlpiped.backends.memory_group import MemoryGroup
 
@@ -33,11 +34,6 @@ from mlpiped.cli.admin import main
 sys.exit(main(sys.argv[1:]))
 """
 """A daemon that is larger than its steps, and eats all memory there is when it is told to."""
-
-
-def not_here(reason: str) -> NoReturn:
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    raise AssertionError
 
 
 # --- D1 -----------------------------------------------------------------------------------------------------------

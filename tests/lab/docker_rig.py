@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import until
-from lab import rootfs
+from lab import packages, rootfs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,42 +46,7 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def why_not() -> str | None:
-    """Why no engine can be started here, as a sentence; None when nothing is known to stand in the way."""
-    if sys.platform != "linux":
-        return "dockerd runs on Linux only"
-    if os.geteuid() != 0:
-        return "starting a dockerd needs root"
-    if _missing() and shutil.which("apt-get", path=ENV["PATH"]) is None:
-        return f"{' and '.join(_missing())} cannot be installed: there is no apt-get"
-    return None
-
-
-def _missing() -> list[str]:
-    return sorted({package for tool, package in PACKAGES.items() if shutil.which(tool, path=ENV["PATH"]) is None})
-
-
-def install(*packages: str) -> None:
-    """Debian packages, said aloud; two test runs at once do it one after the other."""
-    with (rootfs.cache() / ".docker-lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        wanted = packages or _missing()
-        if not wanted:
-            return
-        rootfs.say(f"installing Debian packages: {' '.join(wanted)}")
-        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *wanted]):
-            done = subprocess.run(
-                ["apt-get", *command], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise RuntimeError(f"apt-get {command[0]} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-
-
-def not_here(reason: str) -> NoReturn:
-    """A skip says why; where CI means to have run everything, it is a failure."""
-    if os.environ.get("CI"):
-        pytest.fail(f"the lab must work in CI: {reason}")
-    pytest.skip(reason)
+    return packages.why_not("starting a dockerd", PACKAGES)
 
 
 class Engine:
@@ -272,8 +235,8 @@ def _die_with_us() -> None:
 def engine() -> Iterator[Engine]:
     """One with the images made; skips by name where none can be started."""
     if (reason := why_not()) is not None:
-        not_here(reason)
-    install()
+        packages.not_here(reason)
+    packages.install(PACKAGES)
     made = Engine()
     try:
         made.start().make_images()
@@ -303,4 +266,4 @@ def registry(docker_engine: Engine) -> Iterator[Registry]:
         made.close()
 
 
-__all__ = ["BARE", "PYTHON", "Engine", "Registry", "docker_engine", "install", "not_here", "own_engine", "registry"]
+__all__ = ["BARE", "PYTHON", "Engine", "Registry", "docker_engine", "own_engine", "registry"]

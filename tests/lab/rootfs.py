@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lab import packages
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -36,20 +38,7 @@ def cache() -> Path:
 
 
 def why_not() -> str | None:
-    """Why no machine can be booted here, as a sentence; None when nothing is known to stand in the way."""
-    if sys.platform != "linux":
-        return "a real systemd boots on Linux only"
-    if os.geteuid() != 0:
-        return "booting a real systemd needs root"
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if missing and shutil.which("apt-get") is None:
-        return f"{' and '.join(missing)} are not installed, and there is no apt-get to install them"
-    return None
-
-
-def say(text: str) -> None:
-    """To the terminal, whatever pytest captures: what is installed or takes minutes must not look like a hang."""
-    print(f"lab: {text}", file=sys.__stderr__, flush=True)
+    return packages.why_not("booting a real systemd", TOOLS)
 
 
 def root() -> Path:
@@ -57,9 +46,9 @@ def root() -> Path:
     name = hashlib.sha256(" ".join((SUITE, *PACKAGES)).encode()).hexdigest()[:12]
     folder = cache() / f"{SUITE}-{name}"
     with _alone():
-        _install_tools()
+        packages.install(TOOLS)
         if not folder.is_dir():
-            say(f"making {folder} (about a minute, 300 MB, once)")
+            packages.say(f"making {folder} (about a minute, 300 MB, once)")
             draft = folder.with_suffix(".part")
             shutil.rmtree(draft, ignore_errors=True)
             include = "--include=" + ",".join(PACKAGES)
@@ -77,7 +66,7 @@ def wheels() -> Path:
     folder = cache() / f"wheels-{PYTHON}-{name}"
     with _alone():
         if not folder.is_dir():
-            say(f"fetching wheels into {folder} (once)")
+            packages.say(f"fetching wheels into {folder} (once)")
             draft = folder.with_suffix(".part")
             shutil.rmtree(draft, ignore_errors=True)
             tags = [f"--platform=manylinux_2_{minor}_{platform.machine()}" for minor in (17, 28, 34)]
@@ -114,15 +103,6 @@ def wheel(into: Path, version: str | None = None) -> Path:
 
 def _pip(verb: str) -> list[str]:
     return [sys.executable, "-m", "pip", verb, "--quiet", "--disable-pip-version-check", "--no-input"]
-
-
-def _install_tools() -> None:
-    packages = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
-    if packages:
-        say(f"installing Debian packages: {' '.join(packages)}")
-        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        _do(["apt-get", "update", "-qq"], env)
-        _do(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages], env)
 
 
 @contextmanager

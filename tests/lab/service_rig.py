@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from harness import SDK, lines, until
-from rootfs import PROJECT
+from lab.rootfs import PROJECT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +66,7 @@ class Service:
         self.machine.run("systemd-tmpfiles", "--create")
         self.machine.run("install", "-d", "-o", "mlpiped", "-g", "mlpiped", "/srv/lab")
         config = self.machine.root / "etc/mlpiped/mlpiped.toml"
-        config.write_text(config.read_text().replace("# slots = 4", "slots = 8") + LAB)
+        config.write_text(config.read_text().replace("# slots = 4", "slots = 8", 1) + LAB)
         drop_in = self.machine.root / "etc/systemd/system/mlpiped.service.d/lab.conf"
         drop_in.parent.mkdir()
         drop_in.write_text(DROP_IN)

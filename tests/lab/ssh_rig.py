@@ -18,9 +18,11 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from . import packages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,38 +49,11 @@ Subsystem sftp internal-sftp
 """
 
 
-def say(text: str) -> None:
-    print(f"lab: {text}", file=sys.__stderr__, flush=True)
+PACKAGES = {"sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync"}
 
 
 def why_not() -> str | None:
-    """Why no box can be started here, as a sentence; what is missing is installed first where that is possible."""
-    if sys.platform != "linux":
-        return "the boxes are OpenSSH servers on Linux"
-    if os.geteuid() != 0:
-        return "starting an sshd of one's own, whose users log in, needs root"
-    missing = [package for program, package in _PACKAGES.items() if not Path(program).exists()]
-    if missing and shutil.which("apt-get") is None:
-        return f"{' and '.join(missing)} are not installed, and there is no apt-get to install them"
-    if missing:
-        say(f"installing Debian packages: {' '.join(missing)}")
-        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *missing]):
-            done = subprocess.run(["apt-get", *command], env=env, capture_output=True, text=True, check=False)
-            if done.returncode:
-                return f"apt-get cannot install {' '.join(missing)}: {(done.stderr or done.stdout)[-300:]}"
-    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-    return None
-
-
-_PACKAGES = {SSHD: "openssh-server", "/usr/bin/ssh": "openssh-client", "/usr/bin/rsync": "rsync"}
-
-
-def not_here(reason: str) -> NoReturn:
-    """A skip says why; where CI means to have run everything, it is a failure."""
-    if os.environ.get("CI"):
-        pytest.fail(f"the lab must work in CI: {reason}")
-    pytest.skip(reason)
+    return packages.why_not("starting an sshd of one's own, whose users log in,", PACKAGES)
 
 
 def free_port(address: str) -> int:
@@ -183,6 +158,7 @@ class Box:
 
     def stop(self) -> None:
         if self.process is not None:
+            self.process.send_signal(signal.SIGSTOP)  # who is dropped would be let in again at once
             self.drop()
             self.process.kill()
             self.process.wait()
@@ -273,6 +249,7 @@ class Lab:
     """All boxes of a test run."""
 
     def __init__(self) -> None:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # it goes there to check passwords, and misses it else
         self.folder = Path(tempfile.mkdtemp(prefix="mlpd-ssh-"))
         self.folder.chmod(0o755)
         self.key = self.folder / "key"
@@ -295,7 +272,8 @@ class Lab:
 @contextlib.contextmanager
 def lab() -> Iterator[Lab]:
     if (reason := why_not()) is not None:
-        not_here(reason)
+        packages.not_here(reason)
+    packages.install(PACKAGES)
     made = Lab()
     try:
         yield made

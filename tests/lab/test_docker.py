@@ -438,7 +438,7 @@ async def test_A3_a_start_that_comes_while_the_container_is_withdrawn_wins_or_lo
 
 
 @pytest.mark.parametrize("state", ["claimed", "running", "exited"])
-async def test_I5_a_container_removed_by_hand_is_lost_unless_its_step_had_ended(
+async def test_I5_a_container_removed_by_hand_is_lost_unless_its_step_had_ended_or_never_began(
     bench: DockerBench, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with served(bench) as backend:
@@ -463,6 +463,8 @@ async def test_I5_a_container_removed_by_hand_is_lost_unless_its_step_had_ended(
         outcome = await backend.wait(handle)
         if state == "exited":
             assert isinstance(outcome, Exited) and outcome.code == 3
+        elif state == "claimed":
+            assert isinstance(outcome, NeverRan), "its script is as it was laid there"
         else:
             assert isinstance(outcome, Lost) and "somebody removed it" in outcome.reason
         assert bench.engine.containers(bench.instance) == set()  # never made again

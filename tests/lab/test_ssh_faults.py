@@ -155,7 +155,7 @@ async def test_H1_a_fence_after_a_lost_launch_finds_the_step_or_keeps_it_from_st
 async def test_H2_a_frozen_connection_is_found_out_and_given_up(
     box: Box, tmp_path: Path, stack: AsyncExitStack
 ) -> None:
-    daemon = Daemon(box, tmp_path, keepalive=0.3)
+    daemon = Daemon(box, tmp_path, keepalive="0.3s")
     backend = await daemon.life(stack)
     handle = await backend.submit(shell(UNTIL_GO))
     await said(backend, handle, b"began")
@@ -174,7 +174,7 @@ async def test_H2_a_frozen_connection_is_found_out_and_given_up(
 async def test_H2_jobs_end_though_an_agent_of_a_frozen_connection_reads_nothing(
     box: Box, tmp_path: Path, stack: AsyncExitStack
 ) -> None:
-    daemon = Daemon(box, tmp_path, keepalive=0.3)
+    daemon = Daemon(box, tmp_path, keepalive="0.3s")
     backend = await daemon.life(stack)
     await well(backend)
     box.freeze()
@@ -397,7 +397,7 @@ async def test_a_step_whose_supervisor_was_killed_is_lost_and_nothing_of_it_is_l
 async def test_a_box_that_stays_away_loses_its_steps_after_its_time(
     box: Box, tmp_path: Path, stack: AsyncExitStack
 ) -> None:
-    daemon = Daemon(box, tmp_path, unreachable_timeout=1.0)
+    daemon = Daemon(box, tmp_path, unreachable_timeout="1.0s")
     backend = await daemon.life(stack)
     handle = await backend.submit(shell(UNTIL_GO))
     await said(backend, handle, b"began")

@@ -42,7 +42,8 @@ class Built(FakeBackend):
 
 @pytest.fixture
 def rooms(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (("mlpiped.backends.docker", "DockerBackend"), ("mlpiped.backends.ssh", "SshBackend")):
+    for module, name in (("docker", "DockerBackend"), ("ssh", "SshBackend"), ("slurm", "SlurmBackend")):
+        module = f"mlpiped.backends.{module}"
         room = ModuleType(module)
         setattr(room, name, Built)
         monkeypatch.setitem(sys.modules, module, room)
@@ -55,6 +56,7 @@ def settings(folder: Path) -> config.Settings:
 [daemon]
 state_dir = "state"
 runtime_dir = "run"
+python = "/bin/sh"
 [datastores.lab]
 path = "lab"
 [compute.local]
@@ -66,6 +68,8 @@ kind = "docker"
 kind = "ssh"
 host = "gpu1"
 slots = 2
+[compute.cluster]
+kind = "slurm"
 """
     )
     (folder / "state").mkdir(exist_ok=True)
@@ -100,13 +104,15 @@ def test_an_id_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
 def test_each_compute_is_built_by_its_kind(tmp_path: Path, rooms: None) -> None:
     found = settings(tmp_path)
     built = computes.backends_of(found)
-    assert list(built) == ["local", "box", "gpu1"]
-    local, box, gpu1 = built.values()
+    assert list(built) == ["local", "box", "gpu1", "cluster"]
+    local, box, gpu1, cluster = built.values()
     assert isinstance(local, LocalBackend) and local.capacity().slots == 3
     assert isinstance(box, Built) and isinstance(gpu1, Built)
     assert (tmp_path / "state/known_hosts").read_text() == ""
     instance = {"instance": computes.instance_of(tmp_path / "state")}
     assert (box.state_dir, box.settings, box.more) == (tmp_path / "state", found.compute["box"], instance)
+    assert isinstance(cluster, Built) and cluster.settings is found.compute["cluster"]
+    assert cluster.more == instance | {"python": "/bin/sh"}
     assert (gpu1.settings, gpu1.more) == (found.compute["gpu1"], instance | {"datastores": {"lab": tmp_path / "lab"}})
 
 
@@ -115,7 +121,7 @@ def test_a_daemon_with_local_computes_alone_loads_no_library_of_the_others(tmp_p
         "import sys; from pathlib import Path; import mlpiped.daemon; from mlpiped import computes;"
         "from mlpiped.config.settings import default_settings;"
         f"computes.backends_of(default_settings(Path({str(tmp_path)!r})));"
-        "print([m for m in ('asyncssh', 'aiodocker') if m in sys.modules])"
+        "print([m for m in ('asyncssh', 'aiodocker', 'mlpiped.backends.slurm') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
@@ -165,4 +171,5 @@ async def test_doctor_is_told_how_each_compute_is_now_and_of_one_that_gives_no_a
             "local": "gave no answer in 0 s",
             "box": "`box` does not answer",
             "gpu1": None,
+            "cluster": None,
         }

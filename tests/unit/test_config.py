@@ -119,7 +119,7 @@ def test_what_is_old_goes_by_default_unless_it_is_to_be_kept_for_ever(tmp_path: 
 
 def test_computes_of_every_kind_are_read_with_their_defaults(tmp_path: Path) -> None:
     cpus = len(os.sched_getaffinity(0))
-    text = DOCKER + SSH + '[compute.l]\nkind = "local"'
+    text = DOCKER + SSH + SLURM + '[compute.l]\nkind = "local"'
     found = {name: each.model_dump() for name, each in config.load(write(tmp_path, text)).compute.items()}
     room = {"memory": None, "cpus": None}
     assert found == {
@@ -130,6 +130,8 @@ def test_computes_of_every_kind_are_read_with_their_defaults(tmp_path: Path) -> 
         | {"kind": "ssh", "host": "h", "user": None, "port": 22, "key_file": None, "known_hosts": None}
         | {"ssh_config": None, "agent": False, "work_dir": "~/.mlpiped", "slots": 1, "gpus": "auto", "mounts": {}}
         | {"max_sessions": 8, "keepalive": 15.0, "unreachable_timeout": 86_400.0, "python": "python3"},
+        "s": {"kind": "slurm", "slots": 1000, "max_jobs": None, "partition": None, "account": None, "qos": None}
+        | {"time": None, "via": "local", "poll_interval": 10.0, "work_dir": None, "options": ()},
         "l": room | {"kind": "local", "slots": cpus, "gpus": "auto"},
     }
 
@@ -179,6 +181,29 @@ any = ["gpu1", "box"]
     assert box.allow_mounts == ("/data/lab", "/scratch:rw")
 
 
+def test_every_key_of_a_cluster_is_read(tmp_path: Path) -> None:
+    text = (
+        SLURM
+        + """\
+slots = 50
+max_jobs = 20
+partition = "gpu,long"
+account = "ml"
+qos = "normal"
+time = "2h"
+via = "local"
+poll_interval = "30s"
+work_dir = "shared"
+options = ["--constraint=a100", "--exclusive"]
+"""
+    )
+    found = config.load(write(tmp_path, text)).compute["s"]
+    assert isinstance(found, config.SlurmCompute) and found.model_fields_set == set(config.SlurmCompute.model_fields)
+    assert (found.slots, found.max_jobs, found.partition, found.time) == (50, 20, "gpu,long", 7200)
+    assert (found.poll_interval, found.work_dir) == (30, tmp_path / "shared")
+    assert found.options == ("--constraint=a100", "--exclusive")
+
+
 @pytest.mark.parametrize(("kind", "package"), [("ssh", "asyncssh"), ("docker", "aiodocker")])
 def test_a_kind_whose_package_is_not_installed_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str
@@ -217,6 +242,7 @@ def test_settings_cannot_be_changed(tmp_path: Path) -> None:
 
 
 DOCKER = '[compute.box]\nkind = "docker"\n'
+SLURM = '[compute.s]\nkind = "slurm"\n'
 SSH = '[compute.g]\nkind = "ssh"\nhost = "h"\nslots = 1\n'
 SINGLE = [
     # text, line, part of the message, part of the hint
@@ -254,9 +280,13 @@ SINGLE = [
     ('[compute.c]\nkind = "local"\nslots = "4"', 3, "must be a whole number, not text", "slots = 4"),
     ('[compute.c]\nkind = "local"\nmemory = "32Q"', 3, 'is not a size: "32Q"', "32G"),
     ('[compute.c]\nkind = "local"\ncpus = inf', 3, "must be a finite number", None),
-    ('[compute.c]\nkind = "slurm"', 2, "is not built yet", '"local", "docker" and "ssh"'),
-    ('[compute.c]\nkind = "loca"', 2, 'must be one of `local`, `docker`, `ssh`, not "loca"', '"local"?'),
-    ("[compute.c]\nkind = 3", 2, "`kind` in `[compute.c]` must be one of `local`, `docker`, `ssh`, not 3", None),
+    ('[compute.c]\nkind = "loca"', 2, 'must be one of `local`, `docker`, `ssh`, `slurm`, not "loca"', '"local"?'),
+    (
+        "[compute.c]\nkind = 3",
+        2,
+        "`kind` in `[compute.c]` must be one of `local`, `docker`, `ssh`, `slurm`, not 3",
+        None,
+    ),
     ('[compute.c]\nkind = "local"\nhost = "h"', 3, "unknown key `host` in `[compute.c]`", 'with `kind = "ssh"`'),
     ('[compute.c]\nkind = "local"\ngpus = "all"', 3, 'must be "auto" or a number of cards: "all"', '"auto" for all'),
     ('[compute.c]\nkind = "local"\ngpus = true', 3, 'must be "auto" or a number of cards: true', None),
@@ -311,6 +341,15 @@ SINGLE = [
     (SSH + "keepalive = 15", 5, "must be a time span in quotes: 15", '"15s"'),
     (SSH + "max_sessions = 0", 5, "must be at least 1: 0", None),
     (SSH + 'python = "-c x"', 5, "is not one command", "python3"),
+    (SLURM + 'via = "gpu1"', 3, 'can only be "local" yet: "gpu1"', "on a host that has `sbatch`"),
+    (SLURM + 'partition = "a b"', 3, "is not a name that Slurm knows", None),
+    (SLURM + 'partition = "-x"', 3, "is not a name that Slurm knows", None),
+    (SLURM + 'options = ["--constraint a100"]', 3, "is not an option of sbatch", "--constraint=a100"),
+    (SLURM + 'options = ["-p"]', 3, "is not an option of sbatch", "one word"),
+    (SLURM + 'options = ["--array=1-3"]', 3, "sets `--array`, which mlpiped sets itself", None),
+    (SLURM + "max_jobs = 0", 3, "must be at least 1: 0", None),
+    (SLURM + "time = 3600", 3, "must be a time span in quotes: 3600", None),
+    (SLURM + 'host = "h"', 3, "unknown key `host` in `[compute.s]`", None),
     ('[pools]\ngpu = ["local", "locla"]', 2, "no compute named `locla` in pool `gpu`", "did you mean `local`?"),
     ("[pools]\ngpu = []", 2, "pool `gpu` is empty", None),
     ('[pools]\nlocal = ["local"]', 2, "pool `local` has the name of a compute", None),
@@ -343,7 +382,7 @@ colour = true
 [datastores.lab]
 poll_interval = "soon"
 [compute.box]
-kind = "slurm"
+kind = "slrum"
 [compute.local]
 kind = "local"
 slots = 0
@@ -355,7 +394,7 @@ a = ["box", "nowhere"]
 
 
 def test_a_pool_may_name_a_compute_that_has_faults_of_its_own(tmp_path: Path) -> None:
-    found = faults(tmp_path, '[compute.box]\nkind = "slurm"\n[pools]\ngpu = ["box"]')
+    found = faults(tmp_path, '[compute.box]\nkind = "slrum"\n[pools]\ngpu = ["box"]')
     assert [fault.line for fault in found] == [2]
 
 

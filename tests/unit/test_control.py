@@ -834,7 +834,17 @@ async def test_doctor_says_which_limit_of_inotify_is_low_and_how_to_raise_it(mon
 
 async def test_doctor_says_which_compute_is_not_well_and_that_a_clock_was_never_set() -> None:
     async with staged() as stage:
-        compute = [{"name": "local", "slots": 1, "used": 0, "health": "its folder is read-only"}]
+        compute = [
+            {
+                "name": "local",
+                "kind": "local",
+                "slots": 1,
+                "cards": [],
+                "cards_trouble": None,
+                "drained": False,
+                "health": "its folder is read-only",
+            }
+        ]
         stage.service.actions.compute = lambda: compute  # type: ignore[method-assign]
         stage.service.clock = _Stopped()
         found = await _ails(stage)

@@ -11,9 +11,11 @@ import pytest
 
 from mlpiped.backends.base import Exited, Job, Lost, Part
 from mlpiped.backends.docker import container, dockerfile, judging, mounts, script
+from mlpiped.backends.docker.images import ImageRoom
 from mlpiped.errors import InvalidJob
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 # --- mounts
@@ -270,3 +272,36 @@ def test_I7_a_dockerfile_is_built_on_the_digests_of_its_bases() -> None:
     text = "ARG V=1\nFROM a:$V AS x\nFROM b\nCOPY --from=x /1 /1\nCOPY --from=c /2 /2\n"
     made = dockerfile.pinned(text, {"a:1": "sha256:aa", "b": "sha256:bb", "c": "sha256:cc"})
     assert made == "ARG V=1\nFROM sha256:aa AS x\nFROM sha256:bb\nCOPY --from=x /1 /1\nCOPY --from=sha256:cc /2 /2\n"
+
+
+# --- images on their way
+
+
+class Registry:
+    """An engine to which a pull of two layers comes, word by word."""
+
+    def __init__(self) -> None:
+        self.there = False
+        self.room = ImageRoom(self, "box", "i", "missing")  # type: ignore[arg-type]
+        self.said: list[str | None] = []
+
+    async def image(self, name: str) -> dict[str, Any] | None:
+        return {"Id": "sha256:1"} if self.there else None
+
+    async def pull(self, reference: str) -> AsyncIterator[dict[str, Any]]:
+        self.said.append(self.room.bringing(reference, None))
+        for layer, done in (("a", 10), ("b", 0), ("a", 30), ("b", 50)):
+            yield {"id": layer, "status": "Downloading", "progressDetail": {"current": done, "total": 50}}
+            self.said.append(self.room.bringing(reference, None))
+        self.said.append(self.room.bringing(None, f"FROM {reference}\n"))
+        self.there = True
+
+
+@pytest.mark.anyio
+async def test_an_image_that_is_pulled_says_how_far_it_is_and_then_nothing() -> None:
+    registry = Registry()
+    assert (await registry.room.named("app:1")).run == "sha256:1"
+    assert registry.said == [
+        f"pulls image app:1{end}" for end in ("", ": 20 %", ": 10 %", ": 30 %", ": 80 %", ": 80 %")
+    ]
+    assert registry.room.bringing("app:1", None) is None

@@ -108,6 +108,7 @@ class Computes(Lab):
         self.dispatch = Dispatch([Place("gpu1", 2), Place("gpu2", 2)], {}, None, self.clock.now)
         self.hosts = Hosts(backends, self.dispatch, self.ledger, self.clock, self._started)
         self.dispatch.on_unavailable, self.dispatch.on_taken = self.hosts.unavailable, self.hosts.took
+        self.dispatch.on_answered = self.hosts.answered
 
     async def _started(self, backend: Any) -> None:
         await anyio.lowlevel.checkpoint()
@@ -192,6 +193,74 @@ async def test_a_compute_that_says_it_is_well_and_takes_nothing_is_one_incident(
     assert lab.one.submitted == SUBMITS + 3
     await lab.hosts.look("gpu1")
     assert await lab.events() == [("compute.unwell", "gpu1"), ("compute.well", "gpu1")]
+
+
+class Deaf(Ill):
+    """Nobody can be asked for a step's end while `sentence` is set."""
+
+    waited = 0
+
+    async def wait(self, handle: Handle) -> Any:
+        self.waited += 1
+        await anyio.lowlevel.checkpoint()
+        if self.sentence is not None:
+            raise BackendUnavailable(self.sentence)
+        return await super().wait(handle)
+
+
+class Patient(QuickClock):
+    """A pause of an attempt takes no time while they are short, and no end of it when they are long."""
+
+    async def sleep(self, seconds: float) -> None:
+        await (anyio.sleep_forever() if seconds > 30 else anyio.lowlevel.checkpoint())
+
+
+@pytest.fixture
+async def held(lab: Computes) -> AsyncIterator[Execution]:
+    """A run whose two steps are on gpu1, which is away: their pauses have grown long."""
+    lab.one.__class__, lab.clock = Deaf, Patient()
+    one = lab.one
+    assert isinstance(one, Deaf)
+    one.run_for = 0.0
+    execution = await lab.open(*({"name": name, "compute": ["gpu1"], "salt": name} for name in "ab"))
+    submit = one.submit
+
+    async def and_away(job: Job) -> Handle:
+        handle = await submit(job)
+        one.sentence = "no route to host" if len(one.world) == 2 else None
+        return handle
+
+    one.submit = and_away  # type: ignore[method-assign]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(execution.run)
+        with anyio.fail_after(20):
+            while len(one.world) < 2 or one.waited < 12:
+                await anyio.sleep(0.001)
+            await lab.hosts.look("gpu1")
+        with anyio.fail_after(20):
+            yield execution
+        tasks.cancel_scope.cancel()
+
+
+async def test_H2_steps_that_wait_for_a_compute_go_on_at_once_when_it_is_found_well(
+    lab: Computes, held: Execution
+) -> None:
+    lab.one.sentence = None
+    await lab.hosts.look("gpu1")
+    await held.over.wait()
+    assert held.outcome() is RunOutcome.SUCCEEDED
+
+
+async def test_H2_who_gets_an_answer_first_has_the_others_go_on_too(lab: Computes, held: Execution) -> None:
+    lab.one.sentence = None
+    first = held.tries[0].attempt
+    assert first is not None
+    lab.hosts._soon["gpu1"] = anyio.Event()
+    first.asking.well_again()
+    await lab.hosts._soon["gpu1"].wait()
+    await lab.hosts.look("gpu1")
+    await held.over.wait()
+    assert held.outcome() is RunOutcome.SUCCEEDED
 
 
 async def test_an_incident_that_outlives_the_daemon_is_still_one(lab: Computes) -> None:

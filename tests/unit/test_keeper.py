@@ -111,6 +111,19 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     await ledger.close()
 
 
+async def test_a_job_s_folder_that_is_a_link_to_a_shared_one_goes_with_what_it_names(
+    scene: Scene, tmp_path: Path
+) -> None:
+    run = await scene.run(40)
+    link, shared = scene.state / "jobs" / f"mlp-{run}-0", tmp_path / "shared"
+    link.rename(shared)
+    link.symlink_to(shared)
+    away = scene.state / "jobs" / "mlp-77-0"
+    away.symlink_to(tmp_path / "not mounted now")
+    assert (await scene.clean())["logs"] == 1
+    assert not link.is_symlink() and not shared.exists() and away.is_symlink()
+
+
 # --- rows ---------------------------------------------------------------------------------------------------
 async def test_by_default_runs_go_after_180_days_and_what_they_made_stays(scene: Scene) -> None:
     old, recent, new = await scene.run(OLD, made="old"), await scene.run(170), await scene.run(0)

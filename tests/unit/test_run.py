@@ -25,8 +25,9 @@ from mlpiped.ledger import Ledger, StepRow, moves
 from mlpiped.model import AttemptEnd, Cause, CauseKind, Event, RunOutcome, StepOutcome, StepState
 from mlpiped.placement import Place
 from mlpiped.resolve import Graph
-from mlpiped.run import LOST_LIMIT, TAINTED_LIMIT, Execution
+from mlpiped.run import Execution
 from mlpiped.spec import PipelineSpec, canonical, version_of
+from mlpiped.tries import LOST_LIMIT, TAINTED_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -199,6 +200,65 @@ async def test_a_query_that_failed_is_no_answer(lab: Lab) -> None:
     execution = await lab.open({"name": "a"})
     assert await execution.run() is RunOutcome.SUCCEEDED
     assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
+
+
+MAKES = {"outputs": [{"name": "model", "output_kind": "file", "file_name": "model.bin"}]}
+
+
+class Faraway(FakeBackend):
+    """What its steps made has to come home, and the first `silent` times that goes wrong; None: always."""
+
+    def __init__(self, folder: Path, silent: int | None) -> None:
+        super().__init__()
+        self.folder, self.silent, self.asked = folder, silent, 0
+
+    async def fetch(self, handle: Handle, into: Path) -> Path:
+        self.asked += 1
+        self.unavailable_for = int(self.silent is None or self.asked <= self.silent)
+        await self._call()
+        made = self.folder / "job" / "out" / "model"
+        made.mkdir(parents=True)
+        (made / "model.bin").write_text("made")
+        return self.folder / "job"
+
+
+async def test_H2_outputs_that_cannot_be_brought_home_now_are_asked_for_again(lab: Lab) -> None:
+    lab.backend = far = Faraway(lab.folder, silent=3)
+    execution = await lab.open({"name": "a", **MAKES})
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
+    assert far.asked == 4
+    (made,) = await lab.ledger.outputs(execution.id, 0)
+    assert made.size == len("made")
+
+
+async def test_who_waits_for_outputs_says_why_and_can_be_cancelled(lab: Lab) -> None:
+    lab.backend = far = Faraway(lab.folder, silent=None)
+    execution = await lab.open({"name": "a", **MAKES})
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(execution.run)
+        with anyio.fail_after(20):
+            while far.asked < 3:
+                await anyio.sleep(0.001)
+            attempt = execution.tries[0].attempt
+            assert attempt is not None
+            assert attempt.held == "`fake` does not answer"
+            await execution.cancel()
+            await execution.over.wait()
+    assert execution.outcome() is RunOutcome.CANCELLED
+    assert await lab.ends(execution) == [AttemptEnd.CANCELLED]
+
+
+async def test_a_cancel_that_did_not_get_through_is_sent_when_the_backend_answers_again(lab: Lab) -> None:
+    lab.backend.run_for = 3600
+    execution = await lab.open({"name": "a"})
+    async with running(lab, execution, "a") as told:
+        lab.backend.unavailable_for = 3
+        with anyio.fail_after(20):
+            await execution.cancel()
+            await execution.over.wait()
+    assert told["outcome"] is RunOutcome.CANCELLED
+    assert await lab.ends(execution) == [AttemptEnd.CANCELLED]
 
 
 @asynccontextmanager

@@ -212,3 +212,18 @@ def test_check_says_that_there_is_no_engine(lab: Path, capsys: Captured) -> None
     assert checked(lab, capsys) == [f"compute `box`: no Docker engine has its socket at `{lab}/docker.sock`"]
     (lab / "docker.sock").touch()
     assert checked(lab, capsys) == [f"compute `box`: `{lab}/docker.sock` is no socket"]
+
+
+def test_check_names_the_commands_of_slurm_that_are_not_here(
+    lab: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lab / "mlpiped.toml").write_text('[daemon]\nstate_dir = "state"\n[compute.cluster]\nkind = "slurm"\n')
+    commands = lab / "bin"
+    commands.mkdir()
+    monkeypatch.setenv("PATH", str(commands))
+    for name in ("sbatch", "squeue", "scontrol"):
+        (commands / name).touch(0o755)
+    assert checked(lab, capsys) == ["compute `cluster`: not on the PATH: `scancel`, `sinfo`"]
+    for name in ("scancel", "sinfo"):
+        (commands / name).touch(0o755)
+    assert checked(lab, capsys) == []

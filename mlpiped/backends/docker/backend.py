@@ -55,6 +55,7 @@ LITTLE_SPACE = 64 << 20
 
 class DockerBackend:
     kind = "docker"
+    logs_here = True
 
     def __init__(
         self,
@@ -100,12 +101,18 @@ class DockerBackend:
     def missing(self, contents: Mapping[str, int]) -> int:
         return 0
 
+    def doing(self, token: str) -> str | None:
+        return None
+
     async def image(self, reference: str | None, dockerfile: str | None) -> Image:
         if dockerfile is not None:
             return await self._images.made(dockerfile)
         if reference is not None:
             return await self._images.named(reference)
         raise InvalidJob("the step names neither an image nor a Dockerfile")
+
+    def bringing(self, reference: str | None, dockerfile: str | None) -> str | None:
+        return self._images.bringing(reference, dockerfile)
 
     # --- started ----------------------------------------------------------------------------------------------------
     async def submit(self, job: Job) -> Handle:
@@ -228,7 +235,7 @@ class DockerBackend:
                 if no.status == 409:  # it runs
                     return None
                 raise BackendUnavailable(f"a container cannot be removed on `{self.name}`: {no.words}") from None
-            return await self._do("end the job", lambda: self._folders.withdrawn(handle, folder))
+            return await self._do("end the job", lambda: self._folders.end(handle, folder, None))
 
     async def _enforce(self, handle: Handle, folder: str, state: Facts) -> float | None:
         """Do what the container should have done by itself; seconds until there may be more to do."""

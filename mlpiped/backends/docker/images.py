@@ -48,6 +48,11 @@ class ImageRoom:
         self._instance = instance
         self._pull_missing = pull == "missing"
         self._locks: dict[str, anyio.Lock] = {}
+        self._bringing: dict[str, str] = {}  # reference or Dockerfile -> what is done for it just now
+
+    def bringing(self, reference: str | None, dockerfile: str | None) -> str | None:
+        names = [reference or ""] if dockerfile is None else [dockerfile, *dockerfiles.bases(dockerfile)]
+        return next((self._bringing[name] for name in names if name in self._bringing), None)
 
     async def named(self, reference: str) -> Image:
         """By its digest in the registry, if it has one, else by its id. Raises InvalidJob, BackendUnavailable."""
@@ -73,7 +78,7 @@ class ImageRoom:
             found = await self._look(tag)
             if found is None:
                 pinned = dockerfiles.pinned(text, {name: image.run for name, image in bases.items()})
-                await self._build(pinned, tag)
+                await self._build(pinned, tag, text)
                 found = await self._look(tag)
         if found is None:
             raise BackendUnavailable(f"the build on `{self._name}` was cut off")
@@ -95,26 +100,32 @@ class ImageRoom:
             raise InvalidJob(missing, hint="an image that is named by its id cannot be pulled")
         log.info("pulling an image", compute=self._name, image=reference)
         try:
+            self._bringing[reference] = f"pulls image {reference}"
             await self._spoken("pulling an image", reference, self._engine.pull(reference))
         except Refused as no:
             if NO_SUCH_IMAGE.search(no.words) and not UNREACHABLE.search(no.words):
                 raise InvalidJob(f"{missing}, and its registry gives none: {no.words[:500]}") from None
             raise BackendUnavailable(f"{missing}, and it cannot be pulled: {no.words[:500]}") from None
+        finally:
+            self._bringing.pop(reference, None)
         found = await self._look(reference)
         if found is None:
             raise BackendUnavailable(f"{missing}: the pull was cut off")
         return found
 
-    async def _build(self, text: str, tag: str) -> None:
+    async def _build(self, text: str, tag: str, dockerfile: str) -> None:
         log.info("building an image", compute=self._name, image=tag)
         said: list[str] = []
         try:
+            self._bringing[dockerfile] = "builds the image of its Dockerfile"
             stream = self._engine.build(_context(text), tag, {BUILT_BY: self._instance})
             await self._spoken("building an image", tag, stream, said)
         except Refused as no:
             last = "; ".join(line for line in "".join(said).splitlines()[-4:] if line.strip())
             kind = BackendUnavailable if UNREACHABLE.search(no.words + last) else InvalidJob
             raise kind(f"the Dockerfile does not build: {no.words[:500]}", hint=last[-500:] or None) from None
+        finally:
+            self._bringing.pop(dockerfile, None)
 
     async def _spoken(
         self, what: str, image: str, stream: AsyncIterator[dict[str, Any]], said: list[str] | None = None
@@ -129,6 +140,9 @@ class ImageRoom:
             progress = word.get("progressDetail") or {}
             if progress.get("total"):
                 layers[f"{word.get('id')} {word.get('status')}"] = progress.get("current", 0), progress["total"]
+                if image in self._bringing:
+                    at, whole = (sum(pair[i] for pair in layers.values()) for i in (0, 1))
+                    self._bringing[image] = f"pulls image {image}: {100 * min(at, whole) // whole} %"
             if time.monotonic() - spoken > SPOKEN:
                 spoken = time.monotonic()
                 done, total = (sum(pair[i] for pair in layers.values()) >> 20 for i in (0, 1))

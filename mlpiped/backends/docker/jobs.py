@@ -142,6 +142,8 @@ class Folders:
             return said
         if not os.path.isdir(folder):
             return Lost("its job folder is gone")
+        if state is None and not self._began(handle, folder):
+            return self._never(folder)
         outcome = judging.judge(self._evidence(handle, folder, state))
         if isinstance(outcome, Lost):
             return outcome
@@ -165,11 +167,12 @@ class Folders:
             rebooted=handle.get("boot") != self.boot,
         )
 
-    def withdrawn(self, handle: Handle, folder: str) -> Outcome:
-        """Its container has been removed, and did not run just before. It may have run and ended in between."""
-        started = not handle.get("shell") or _size(f"{folder}/{script.START}") == 0
-        if started:
-            return self.end(handle, folder, None)
+    def _began(self, handle: Handle, folder: str) -> bool:
+        """The script empties itself first of all; of a container without a shell nobody knows."""
+        return not handle.get("shell") or _size(f"{folder}/{script.START}") == 0
+
+    def _never(self, folder: str) -> NeverRan:
+        """There is no container that could start it any more."""
         Path(folder, WITHDRAWN).touch()
         _empty(f"{folder}/{script.START}")
         return NeverRan(NEVER_STARTED)

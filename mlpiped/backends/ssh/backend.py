@@ -22,6 +22,7 @@ from mlpiped.backends.base import Capacity, Exited, Handle, Job, Lost, NeverRan,
 from mlpiped.backends.ssh.carrier import LARGE, Carrier
 from mlpiped.backends.ssh.gpus import BoxCards
 from mlpiped.backends.ssh.keeper import End, Keeper
+from mlpiped.backends.ssh.kept import KeptThere
 from mlpiped.backends.ssh.link import Link
 from mlpiped.backends.ssh.orders import order
 from mlpiped.backends.ssh.parcels import Garbled, Incoming
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AsyncExitStack
 
+    from mlpiped.backends.base import JobOutput, KeptOutput
     from mlpiped.config.computes import SshCompute
 
 T = TypeVar("T")
@@ -44,6 +46,7 @@ SMALL_FILES = ("stdout", "stderr", "metrics.jsonl")
 
 class SshBackend:
     kind = "ssh"
+    logs_here = False
 
     def __init__(
         self, name: str, state_dir: Path, settings: SshCompute, *, instance: str, datastores: Mapping[str, Path]
@@ -55,6 +58,7 @@ class SshBackend:
         self.keeper = Keeper(self.link, settings.work_dir, instance, settings.python)
         self.carrier = Carrier(self.link)
         self._staging = Staging(self.keeper, self.carrier, datastores, settings.mounts)
+        self._kept = KeptThere(self.keeper, self.carrier)
         self._tails = Tails(self.keeper)
         self._homes: dict[str, anyio.Lock] = {}
         self._cards = BoxCards(self.keeper, settings.gpus, instance, state_dir.absolute() / "gpus" / name)
@@ -76,6 +80,9 @@ class SshBackend:
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return self._staging.missing(contents)
+
+    def doing(self, token: str) -> str | None:
+        return self._staging.progress.of(token)
 
     # --- the job's life -----------------------------------------------------------------------------------------
     async def submit(self, job: Job) -> Handle:
@@ -178,7 +185,7 @@ class SshBackend:
         async with self._homes.setdefault(token, anyio.Lock()):
             try:
                 if end.files:
-                    await self._bring(token, folder, [name for name in SMALL_FILES if name in end.files])
+                    await self._bring(token, "its log", folder, [name for name in SMALL_FILES if name in end.files])
                 await self._here("keep how it ended", lambda: _testify(folder, end.outcome))
             finally:
                 self._homes.pop(token, None)
@@ -188,13 +195,14 @@ class SshBackend:
         folder = Path(folders.at(self.jobs_dir, token))
         await self.wait(handle)
         if not await self._here("look for its outputs", (folder / "out").exists):
-            await self._bring(token, folder, ["out"])
+            await self._bring(token, "its outputs", folder, ["out"])
         return folder
 
-    async def _bring(self, token: str, folder: Path, names: Sequence[str]) -> None:
+    async def _bring(self, token: str, what: str, folder: Path, names: Sequence[str]) -> None:
         """Each of `names` that is there appears in `folder` by a rename, once all have come whole."""
         agent = await self.keeper.agent()
         draft = folder / f".{secrets.token_hex(6)}"
+        progress, place, words = self._staging.progress, f"{token}/home", f"brings {what} home from {self.name}"
         command = agent.box.script("tree.sh", "get", agent.box.root, token)
         try:
             await self._here("keep what it made", lambda: draft.mkdir(parents=True))
@@ -202,8 +210,9 @@ class SshBackend:
             try:
                 await self.carrier.get([*command, str(LARGE) if self.carrier.client else "", *names], into)
                 if into.big:
-                    into = Incoming(draft)
-                    await self.carrier.get_large([*command, "", *names], into)
+                    with progress.wait(token, place), progress.move(place, words) as moving:
+                        into = Incoming(draft, moving)
+                        await self.carrier.get_large([*command, "", *names], into)
             finally:
                 into.close()
             await self._here("keep what it made", lambda: _settle(draft, folder))
@@ -214,6 +223,22 @@ class SshBackend:
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(lambda: shutil.rmtree(draft, ignore_errors=True))
+
+    # --- what stays there ---------------------------------------------------------------------------------------
+    async def keep(self, handle: Handle, outputs: Sequence[JobOutput]) -> list[KeptOutput]:
+        return [await self._kept.keep(_token(handle), output) for output in outputs]
+
+    async def bring(self, digest: str, into: Path) -> Path | None:
+        return await self._kept.bring(digest, into)
+
+    async def changed(self, digests: Sequence[str] | None = None) -> set[str]:
+        return await self._kept.changed(digests)
+
+    async def listed(self) -> list[str]:
+        return await self._kept.listed()
+
+    async def drop(self, digests: Sequence[str], min_age: float) -> None:
+        await self._kept.drop(digests, min_age)
 
     async def discard(self, token: str, *, keep_logs: bool) -> None:
         folder = folders.at(self.jobs_dir, token)

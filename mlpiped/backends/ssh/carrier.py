@@ -37,6 +37,8 @@ class Carrier:
         self.client = shutil.which("ssh")
         self.sent = 0
         """Bytes of content that went out, all told."""
+        self.received = 0
+        """Bytes that came home of what steps made and printed, all told."""
         self._threads = anyio.CapacityLimiter(4)
         self._large = anyio.CapacityLimiter(2)
 
@@ -96,15 +98,23 @@ class Carrier:
                         raise BackendUnavailable(f"the connection to `{self.link.name}` was lost") from fault
                     if not data:
                         raise BackendUnavailable(f"the way from `{self.link.name}` broke off")
+                    self.received += len(data)
                     await anyio.to_thread.run_sync(into.feed, data, limiter=self._threads)
             finally:
                 process.channel.abort()
 
     async def get_large(self, command: Sequence[str], into: Incoming) -> None:
         async with self._large:
-            said = await self._child(command, lambda child: _drain(child, into))
+            said = await self._child(command, lambda child: self._drained(child, into))
         if not into.done:
             raise BackendUnavailable(f"the way from `{self.link.name}` broke off: {_last(said)}")
+
+    def _drained(self, child: subprocess.Popen[bytes], into: Incoming) -> bytes:
+        assert child.stdout is not None
+        while not into.done and (data := child.stdout.read1(1 << 20)):  # type: ignore[attr-defined]
+            self.received += len(data)
+            into.feed(data)
+        return b""
 
     # --- a child ------------------------------------------------------------------------------------------------
     async def _child(self, command: Sequence[str], work: Work) -> bytes:
@@ -137,13 +147,6 @@ def _pour(child: subprocess.Popen[bytes], stream: Iterator[bytes]) -> bytes:
             child.stdin.write(chunk)
         child.stdin.close()
     return child.stdout.read(65536)
-
-
-def _drain(child: subprocess.Popen[bytes], into: Incoming) -> bytes:
-    assert child.stdout is not None
-    while not into.done and (data := child.stdout.read1(1 << 20)):  # type: ignore[attr-defined]
-        into.feed(data)
-    return b""
 
 
 def _gather(chunks: Iterator[bytes]) -> bytes:

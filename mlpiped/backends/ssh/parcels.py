@@ -19,8 +19,10 @@ from mlpiped.files.hashing import open_file, tree_digest
 from mlpiped.files.walking import kind_of, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from mlpiped.backends.ssh.progress import Moving
 
 CHUNK = 1 << 20
 
@@ -110,10 +112,10 @@ class Garbled(Exception):
 class Incoming:
     """Takes a stream apart into a folder, which must be empty. Feed it until `done`; `big`: nothing came."""
 
-    def __init__(self, folder: Path, moved: Callable[[int], None] = lambda count: None) -> None:
+    def __init__(self, folder: Path, moving: Moving | None = None) -> None:
         self.folder = os.fspath(folder)
         self.done = self.big = False
-        self._moved = moved
+        self._moving = moving
         self._buffer = b""
         self._listed: list[tuple[str, int, str, str]] = []  # kind, size, sha256, path: their bytes come later
         self._file: int | None = None
@@ -122,7 +124,8 @@ class Incoming:
 
     def feed(self, data: bytes) -> None:
         """Raises Garbled, OSError."""
-        self._moved(len(data))
+        if self._moving is not None:
+            self._moving.moved(len(data))
         self._buffer += data
         while self._buffer and not self.done:
             if self._file is not None:
@@ -141,6 +144,9 @@ class Incoming:
         match words:
             case ["end"]:
                 self.done = not self._listed
+            case ["t", size] if size.isdigit():
+                if self._moving is not None:
+                    self._moving.total = int(size)
             case ["big"]:
                 self.done = self.big = True
             case ["bytes"]:
@@ -149,7 +155,7 @@ class Incoming:
             case ["d", name]:
                 os.makedirs(self._path(name), exist_ok=True)
             case ["l", name, target]:
-                os.symlink(_decoded(target), self._path(name))
+                os.symlink(decoded(target), self._path(name))
             case ["s", name]:
                 os.mkfifo(self._path(name))  # whoever collects it complains of it
             case [("f" | "x") as kind, size, digest, name] if size.isdigit():
@@ -191,17 +197,17 @@ class Incoming:
             raise Garbled(f"`{os.path.relpath(path, self.folder)}` did not arrive as it is on the box")
 
     def _path(self, name: str) -> str:
-        decoded = _decoded(name)
-        parts = decoded.split("/")
-        if not decoded or "\0" in decoded or any(part in ("", ".", "..") for part in parts):
-            raise Garbled(f"no name for a file: {decoded!r:.200}")
+        plain = decoded(name)
+        parts = plain.split("/")
+        if not plain or "\0" in plain or any(part in ("", ".", "..") for part in parts):
+            raise Garbled(f"no name for a file: {plain!r:.200}")
         # A link that came earlier leads nowhere: what lies below it is refused, by makedirs or by this.
         at = self.folder
         for part in parts[:-1]:
             at = f"{at}/{part}"
             if os.path.islink(at):
-                raise Garbled(f"a file below a link: {decoded!r:.200}")
-        return f"{self.folder}/{decoded}"
+                raise Garbled(f"a file below a link: {plain!r:.200}")
+        return f"{self.folder}/{plain}"
 
     def close(self) -> None:
         if self._file is not None:
@@ -209,7 +215,7 @@ class Incoming:
             self._file = None
 
 
-def _decoded(name: str) -> str:
+def decoded(name: str) -> str:
     if name.startswith(":"):
         if not re.fullmatch(r"(?:[0-9a-f]{2})*", name[1:]):
             raise Garbled(f"no name: {name!r:.200}")

@@ -22,8 +22,10 @@ import mlpiped
 from mlpiped.backends.ssh.agent import encoded
 from mlpiped.backends.ssh.orders import Place
 from mlpiped.backends.ssh.parcels import Changed, Piece, outgoing, size_of
+from mlpiped.backends.ssh.progress import Progress
 from mlpiped.errors import BackendUnavailable, InvalidJob
 from mlpiped.files.hashing import hash_fd, open_file, tree_digest
+from mlpiped.files.portable import is_portable
 from mlpiped.files.walking import PathRefused, walk
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Staging:
             ((os.path.abspath(datastores[name]), there) for name, there in mounts.items() if name in datastores),
             key=lambda pair: -len(pair[0]),
         )
+        self.progress = Progress()
         self._sdk: tuple[str, list[Piece]] | None = None
         self._codes: dict[tuple[object, ...], str] = {}
         self._names: set[tuple[str, str]] = set()  # (content, name) that are there
@@ -73,7 +76,7 @@ class Staging:
         try:
             there = await self._inputs(job, root)
             code = await self._code(job)
-            sdk = await self._own_sdk()
+            sdk = await self._own_sdk(job.token)
         except FileNotFoundError as fault:
             raise InvalidJob(f"an input is gone: {fault.filename}") from fault
         except OSError as fault:
@@ -99,29 +102,43 @@ class Staging:
         """Path here -> path there, of every input."""
         there: dict[str, str] = {}
         loose: dict[str, str] = {}
-        for path in dict.fromkeys(path for paths in job.inputs.values() for path in paths):
+        for path, port in {path: port for port, paths in job.inputs.items() for path in paths}.items():
+            what = f"sends input {port} to {self.keeper.link.name}"
             mapped, digest = self._mapped(path), job.contents.get(path, "")
             if mapped is not None:
                 there[path] = mapped
+            elif is_portable(digest) and await self._kept(_content(digest), _name(path)):
+                there[path] = f"{root}/.cas/{_content(digest)}/{_name(path)}"
             elif DIGEST.fullmatch(digest) and await self._bring(
-                _content(digest), [Piece(path, _name(path), digest)], _name(path)
+                job.token, what, _content(digest), [Piece(path, _name(path), digest)], _name(path)
             ):
                 there[path] = f"{root}/.cas/{_content(digest)}/{_name(path)}"
             else:
                 loose[path] = f"{len(loose)}/{_name(path)}"
                 there[path] = f"{root}/{job.token}/in/{loose[path]}"
         if loose:
+            what = f"sends {' and '.join(job.inputs)} to {self.keeper.link.name}"
             try:
-                await self._put(f"{job.token}/in", [Piece(path, name) for path, name in loose.items()])
+                await self._put(job.token, what, f"{job.token}/in", [Piece(path, name) for path, name in loose.items()])
             except Changed as fault:
                 raise BackendUnavailable(f"an input cannot be sent: {fault}") from fault
         return there
 
+    async def _kept(self, content: str, name: str) -> bool:
+        """Whether what was made on this box is there under `name`."""
+        agent = await self.keeper.agent()
+        said, _ = await agent.ask("alias", content, encoded(name).decode("ascii"))
+        return said == "ok"
+
     # --- contents -----------------------------------------------------------------------------------------------
-    async def _bring(self, content: str, pieces: Sequence[Piece], name: str) -> bool:
+    async def _bring(self, token: str, what: str, content: str, pieces: Sequence[Piece], name: str) -> bool:
         """Make `content` be there under `name`. False: what lies here is not that content."""
         if (content, name) in self._names and content in self._contents():
             return True
+        with self.progress.wait(token, f".cas/{content}"):
+            return await self._bring_alone(token, what, content, pieces, name)
+
+    async def _bring_alone(self, token: str, what: str, content: str, pieces: Sequence[Piece], name: str) -> bool:
         async with self._locks.setdefault(content, anyio.Lock()):
             if content in self._contents():
                 if (content, name) in self._names:
@@ -132,7 +149,7 @@ class Staging:
                     self._names.add((content, name))
                     return True
             try:
-                await self._put(f".cas/{content}", pieces)
+                await self._put(token, what, f".cas/{content}", pieces)
             except Changed as fault:
                 log.warning("what was to be sent is not what it was", content=content, why=str(fault))
                 return False
@@ -144,12 +161,13 @@ class Staging:
         assert self.keeper.known is not None
         return self.keeper.known.box.contents
 
-    async def _put(self, place: str, pieces: Sequence[Piece]) -> None:
+    async def _put(self, token: str, what: str, place: str, pieces: Sequence[Piece]) -> None:
         agent = await self.keeper.agent()
         size = await anyio.to_thread.run_sync(lambda: sum(size_of(piece.path) for piece in pieces))
         command = agent.box.script("tree.sh", "put", agent.box.root, place)
         try:
-            await self.carrier.put(command, outgoing(pieces), size)
+            with self.progress.wait(token, place), self.progress.move(place, what, size) as moving:
+                await self.carrier.put(command, moving.counted(outgoing(pieces)), size)
         except PathRefused as fault:
             raise InvalidJob(fault.message) from fault
 
@@ -163,7 +181,8 @@ class Staging:
         except (NotADirectoryError, FileNotFoundError):
             raise InvalidJob(f"its code is gone: {path}") from None
         content = f"code-{_content(digest)}"
-        if not await self._bring(content, [Piece(path, "code", digest)], "code"):
+        what = f"sends its code to {self.keeper.link.name}"
+        if not await self._bring(job.token, what, content, [Piece(path, "code", digest)], "code"):
             raise BackendUnavailable(f"the snapshot of the step's code changes while it is sent: {path}")
         return f".cas/{content}/code"
 
@@ -186,11 +205,11 @@ class Staging:
             self._codes[stamps] = tree_digest(lines)
         return self._codes[stamps]
 
-    async def _own_sdk(self) -> str:
+    async def _own_sdk(self, token: str) -> str:
         if self._sdk is None:
             self._sdk = await anyio.to_thread.run_sync(_sdk)
         content, pieces = self._sdk
-        await self._bring(content, pieces, "mlpiped")
+        await self._bring(token, f"sends the SDK to {self.keeper.link.name}", content, pieces, "mlpiped")
         return f".cas/{content}"
 
     # --- environments -------------------------------------------------------------------------------------------
@@ -203,11 +222,16 @@ class Staging:
         text = f"{python}\0{job.requirements or ''}".encode("utf-8", "surrogateescape")
         name = hashlib.blake2b(text, digest_size=16).hexdigest()
         if name not in self._environments:
-            async with self._locks.setdefault(name, anyio.Lock()):
-                if name not in self._environments:
-                    await self._build(agent, name, python, job.requirements or "")
-                    self._environments.add(name)
+            with self.progress.wait(job.token, name):
+                await self._built_once(agent, name, python, job.requirements or "")
         return f"{agent.box.root}/.envs/{name}"
+
+    async def _built_once(self, agent: Agent, name: str, python: str, requirements: str) -> None:
+        async with self._locks.setdefault(name, anyio.Lock()):
+            if name not in self._environments:
+                with self.progress.move(name, f"builds its environment on {agent.name}"):
+                    await self._build(agent, name, python, requirements)
+                self._environments.add(name)
 
     async def _build(self, agent: Agent, name: str, python: str, requirements: str) -> None:
         command = agent.box.script("env.sh", agent.box.root, name, python)

@@ -5,7 +5,8 @@
 #   sh tree.sh logs ROOT                  `TOKEN STREAM OFFSET LIMIT` a line; `OVER SIZE`, and so many bytes, for each
 #
 # An entry is a line, and to us the bytes of a file behind it:
-#   d NAME · l NAME TARGET · f|x SIZE NAME (put) · f|x SIZE SHA256 NAME (get) · s NAME (neither) · end
+#   d NAME · l NAME TARGET · f|x SIZE NAME (put) · f|x SIZE SHA256 NAME (get) · s NAME (neither) · t BYTES
+# (of all, get without a LIMIT) · end
 # From us several files come at once: their lines, `bytes`, and the bytes of them all.
 # Names: to us %b-encoded, from us as they are, or `:` and their bytes in hexadecimal.
 
@@ -87,6 +88,9 @@ get() {
     if [ -n "$limit" ]; then
         total=$(du -sbc -- "$@" 2>/dev/null | tail -n 1)
         [ "${total%%[!0-9]*}" -le "$limit" ] || { echo big; exit 0; }
+    else
+        total=$(du -sbc -- "$@" 2>/dev/null | tail -n 1)
+        echo "t ${total%%[!0-9]*}"
     fi
     entries "$@"
     echo end

@@ -25,7 +25,7 @@ def get(call: Call) -> int:
     run, step, name = _words(call.args.what)
     answer = call.client.get(path("runs", run, "outputs"))
     output = _chosen(answer, step, name)
-    if output["path"] is None:
+    if output["path"] is None and output.get("compute") is None:
         hint = f"`mlpipectl run {shown(answer['pipeline'])} --force {shown(output['step'])}` makes it again"
         raise Conflict(f"the bytes of `{name}` of run {answer['run']} were removed to free space", hint=hint)
     url = path("runs", answer["run"], "outputs", output["step"], output["name"])
@@ -93,7 +93,7 @@ def _bring(call: Call, url: str, output: dict[str, Any], dest: str) -> None:
         raise UsageError(f"cannot write to `{parent}`: {(error.strerror or '').lower()}") from None
     try:
         fresh = os.path.join(scratch, "output")
-        if not _copied(output["path"], output["kind"], fresh):
+        if output["path"] is None or not _copied(output["path"], output["kind"], fresh):
             with call.client.open("GET", url, None) as reply:
                 (_file if output["kind"] == "file" else _folder)(reply, fresh)
         if os.path.lexists(dest):

@@ -53,6 +53,9 @@ def _status(call: Call, answer: dict[str, Any]) -> str:
          Cell(r["failed"], "failed" if r["failed"] else None), r["owner"], ago(r["started_at"], now)]
         for r in answer["active"]
     ])  # fmt: skip
+    section("on the way", ["RUN", "STEP", "WHAT"], [
+        [r["id"], d["step"], shown(d["what"])] for r in answer["active"] for d in r.get("doing", ())
+    ])  # fmt: skip
     waiting = answer["runs"].get("queued", 0)
     if waiting:
         parts.append(f"{waiting} {'run waits' if waiting == 1 else 'runs wait'} for their turn")

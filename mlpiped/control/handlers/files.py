@@ -28,7 +28,8 @@ _BLOCK = 512  # bytes, of a tar
 
 
 async def outputs(ask: Ask) -> Any:
-    """Everything that the run made or reused. `path` is null when `gc` has taken the bytes."""
+    """Everything that the run made or reused. `path` is null when `gc` has taken the bytes, and while `compute` alone
+    has them."""
     run = await ask.service.lookup.run(ask.names["run"])
     found = [
         {
@@ -37,7 +38,8 @@ async def outputs(ask: Ask) -> Any:
             "kind": fact.kind,
             "digest": fact.digest,
             "size": fact.size,
-            "path": fact.path or None,
+            "path": _path(fact),
+            "compute": fact.compute,
             "file_name": os.path.basename(fact.path) or fact.name,
             "reused_from": None if step.reused_from is None else f"{step.reused_from[0]}/{step.reused_from[1]}",
         }
@@ -64,6 +66,8 @@ async def output(ask: Ask) -> web.StreamResponse:
         if not facts:
             raise Conflict(f"step `{step.name}` of run {run.id} has no outputs: it {step.outcome or step.state}")
         raise UnknownName.among(f"output of `{step.name}`", ask.names["output"], facts)
+    if fact.compute is not None and ask.service.bring_home is not None:
+        await ask.service.bring_home(fact)
     path = Path(fact.path) if fact.path else None
     if path is None or not await anyio.to_thread.run_sync(_there, path, fact.kind):
         hint = f"`mlpipectl run {run.pipeline} --force {step.name}` makes it again"
@@ -94,6 +98,10 @@ async def backup(ask: Ask) -> web.StreamResponse:
     finally:
         copy.unlink(missing_ok=True)
     return response
+
+
+def _path(fact: OutputFact) -> str | None:
+    return (fact.path or None) if fact.compute is None or os.path.lexists(fact.path) else None
 
 
 def _there(path: Path, kind: str) -> bool:

@@ -1,0 +1,3 @@
+from mlpiped.backends.slurm.backend import SlurmBackend
+
+__all__ = ["SlurmBackend"]

@@ -1,0 +1,69 @@
+"""How Slurm's commands are run: on this host, or by whatever the caller hands in (a login node's connection)."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
+
+from mlpiped.backends.environments import clean
+from mlpiped.backends.slurm import commands
+from mlpiped.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+PATIENCE = 100.0  # seconds; Slurm's commands give up on a silent controller before
+LONGEST = 64 << 20  # bytes of an answer
+SCRUBBED_PREFIXES = ("SBATCH_", "SQUEUE_", "SCANCEL_", "SACCT_", "SINFO_", "SLURM_")  # settings of the commands, and
+KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER"})  # what a daemon that itself runs in a job has around it
+
+
+class Runner(Protocol):
+    async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
+        """(exit status, stdout, stderr). Raises OSError (TimeoutError too) when there is no answer. Safe to cancel."""
+        ...
+
+
+class HostRunner:
+    """On this host, with the environment that a person has: nothing in it changes what our words mean."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._env = {
+            name: value
+            for name, value in clean(environ).items()
+            if name in KEPT or not name.startswith(SCRUBBED_PREFIXES)
+        }
+
+    async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
+        with anyio.fail_after(PATIENCE):
+            done = await anyio.run_process(
+                list(argv), input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False, cwd="/",
+                env=self._env, start_new_session=True,
+            )  # fmt: skip
+        if len(done.stdout) > LONGEST:
+            raise OSError(f"the answer of `{argv[0]}` is longer than {LONGEST >> 20} MiB")
+        return done.returncode, _text(done.stdout), _text(done.stderr)
+
+
+def _text(answer: bytes) -> str:
+    return answer.decode("utf-8", "replace")
+
+
+async def ask(runner: Runner, argv: Sequence[str], stdin: bytes = b"") -> str:
+    """The answer of a command that has succeeded. Raises BackendUnavailable: a query that failed is no answer."""
+    code, stdout, stderr = await attempt(runner, argv, stdin)
+    if code != 0:
+        raise BackendUnavailable(commands.complaint(stderr))
+    return stdout
+
+
+async def attempt(runner: Runner, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
+    """Raises BackendUnavailable when the command cannot be run at all."""
+    try:
+        return await runner.run(argv, stdin)
+    except TimeoutError:
+        raise BackendUnavailable(f"`{argv[2]}` does not answer") from None
+    except OSError as error:
+        raise BackendUnavailable(f"`{argv[2]}` cannot be run: {error.strerror or error}") from error

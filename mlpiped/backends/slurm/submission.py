@@ -1,0 +1,152 @@
+"""What a job's folder holds beside the format of `base.py`, and the script that Slurm runs. All of it blocks.
+
+slurm.json       which of two came first, submission or fence: {"v": 1, "job": 77, "submitted": s, "grace": s}, or
+                 {"v": 1, "fenced": true}. It appears complete, by one link(), which only one can win. A job is
+                 released after it is there, so a job that is not named in it never runs.
+slurm.released   … and was released: one that is held after that is held by a person
+slurm.cancel     we have been asked to cancel it: what Slurm then calls CANCELLED was not done by somebody else
+slurm.out        what the script itself has to say: nothing, when all is well
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlpiped.backends import folder as folders
+from mlpiped.backends import memory_group, supervisor
+from mlpiped.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from mlpiped.backends.base import Exited, Handle
+
+FENCED = folders.FENCED
+WRAPPER = Path(__file__).with_name("wrapper.sh")
+TOOLS = (Path(supervisor.__file__), Path(memory_group.__file__))
+INHERITED = ("SLURM_", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a job's folder says. `held`: its supervisor lives, as far as locks of this file system tell."""
+
+    witness: Exited | None
+    claimed: bool
+    fenced: bool
+    cancelled: bool
+    held: bool
+    complaint: str
+
+
+def settle(folder: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Make `record` the one that stands, unless another does; the one that stands, durable."""
+    draft = f"{folder}/.slurm.{secrets.token_hex(6)}"
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        with open(fd, "w", encoding="ascii") as file:
+            json.dump(record, file)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, folder + "/slurm.json")
+        except FileExistsError:
+            pass
+    finally:
+        os.unlink(draft)
+    supervisor.sync_folder(folder)
+    standing = record_of(folder)
+    if standing is None:
+        raise BackendUnavailable(f"the record of a submission cannot be read: {folder}/slurm.json")
+    return standing
+
+
+def record_of(folder: str) -> dict[str, Any] | None:
+    """Of the submission, or of the fence; None: neither came to be."""
+    try:
+        with open(folder + "/slurm.json", "rb") as file:
+            found = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise BackendUnavailable(f"the record of a submission is damaged: {folder}/slurm.json") from None
+    return found if isinstance(found, dict) else None
+
+
+def handle_of(folder: str, record: dict[str, Any]) -> Handle:
+    return {**record, "token": os.path.basename(folder)}
+
+
+def submitted(job: int, grace: float) -> dict[str, Any]:
+    return {"v": 1, "job": job, "submitted": round(time.time(), 3), "grace": grace}
+
+
+def grace_of(folder: str) -> float:
+    """As the order says that waits there."""
+    try:
+        with open(folder + "/job.json", "rb") as file:
+            return float(json.load(file)["grace"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 10.0
+
+
+def mark(folder: str, name: str, *, durable: bool = True) -> None:
+    os.close(os.open(f"{folder}/slurm.{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    if durable:
+        supervisor.sync_folder(folder)
+
+
+def marked(folder: str, name: str) -> bool:
+    return os.path.exists(f"{folder}/slurm.{name}")
+
+
+def look(folder: str) -> Look:
+    """Liveness first: it may end between the two."""
+    held = folders.held(folder)
+    os.listdir(folder)  # over NFS, what is not there is remembered too: this asks the server. Raises OSError
+    said = folders.witness(folder)
+    fenced = folders.fenced(folder)
+    claimed = not fenced and folders.read_claim(folder) is not None
+    words = ""
+    if said is None:
+        words = folders.read_stream(folder, "slurm.out", 0).decode("utf-8", "replace").strip()
+    return Look(said, claimed, fenced, marked(folder, "cancel"), held, words.splitlines()[-1][:300] if words else "")
+
+
+# --- the script
+
+
+def install(root: Path) -> str:
+    """Copies of the supervisor's files, where every node sees them; the folder's name says what they hold, so that a
+    job that waits for days runs with the ones that it was submitted with."""
+    texts = [path.read_bytes() for path in TOOLS]
+    digest = hashlib.blake2b(b"\0".join(texts), digest_size=8).hexdigest()
+    home = root / "slurm" / digest
+    if not home.is_dir():
+        draft = root / "slurm" / f".{digest}.{secrets.token_hex(6)}"
+        draft.mkdir(parents=True)
+        for path, text in zip(TOOLS, texts, strict=True):
+            (draft / path.name).write_bytes(text)
+        try:
+            draft.rename(home)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)
+            if not home.is_dir():
+                raise
+    return str(home)
+
+
+def script(folder: str, tools: str, python: str) -> bytes:
+    """The token is in the script itself: nothing in the environment can make it another's."""
+    text = WRAPPER.read_text(encoding="ascii")
+    filled = {"TOKEN": os.path.basename(folder), "TOOLS": tools, "FOLDER": folder, "PYTHON": python}
+    for name, value in filled.items():
+        text = text.replace(f"@{name}@", value if name == "TOKEN" else shlex.quote(value))
+    return os.fsencode(text)
