@@ -12,6 +12,8 @@ import pytest
 
 from mlpiped.backends.base import Card
 from mlpiped.dispatch import AHEAD, BRISK, Dispatch
+from mlpiped.ledger import AttemptRow
+from mlpiped.model import AttemptState
 from mlpiped.placement import Need, Place
 
 
@@ -140,8 +142,10 @@ def test_what_a_forgotten_run_held_waited_for_or_led_is_free(lab: Lab) -> None:
 
 
 def test_an_adopted_attempt_holds_its_place_and_its_key(lab: Lab) -> None:
-    one, two = lab.run(1), lab.run(2)
-    lab.dispatch.occupy(cast(Any, one), 0, Need(1, 0), "local", "key")
+    two = lab.run(2)
+    nothing = None, None, None, None
+    live = AttemptRow("mlp-1-0-1-a", 1, 0, 1, "local", "key", AttemptState.SUBMITTED, None, {}, *nothing, 1, 1, None)
+    lab.dispatch.occupy(Need(1, 0), live, "key")
     lab.ask(two, 0, "key")
     lab.ask(two, 1)
     lab.ask(two, 2)
