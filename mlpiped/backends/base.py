@@ -264,6 +264,15 @@ class Queues(Protocol):
         ...
 
 
+@runtime_checkable
+class Measures(Protocol):
+    """What a backend offers beside `Backend` where metrics.jsonl is not here while its step runs."""
+
+    def measured(self, handle: Handle, offset: int) -> AsyncIterator[bytes]:
+        """What is in it by now, from `offset` on. Raises BackendUnavailable."""
+        ...
+
+
 class Backend(Protocol):
     """One compute. All methods are safe to cancel; none raises anything but `InvalidJob` and `BackendUnavailable`."""
 
