@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
         ("run", "asking", "attempt", "dispatcher", "facts", "images", "job_words", "kept", "needs", "tries"),
     ),
     "all runs": (5, ("scheduler", "dispatch", "graphs", "hosts")),
-    "retention": (5, ("retention.keeper", "retention.keeping")),
+    "retention": (5, ("retention.artifacts", "retention.keeper", "retention.keeping")),
     "acts and questions": (6, ("actions", "inquiry", "live_logs")),
     "control": (6, ("control",)),
     "cli": (6, ("cli",)),
