@@ -18,7 +18,7 @@ from mlpiped import crash
 from mlpiped.asking import Asking
 from mlpiped.backends.base import Exited, Job, JobOutput, Lost, NeverRan
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
-from mlpiped.job_words import as_text, exit_words, parts_of, seconds, variable, with_hint
+from mlpiped.job_words import as_text, asked_of, exit_words, last_words, parts_of, seconds, variable, with_hint
 from mlpiped.kept import digest_for
 from mlpiped.ledger import moves
 from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
@@ -388,13 +388,9 @@ class Attempt:
             requirements=step.environment.requirements,
             python=step.environment.python,
             image=None if facts.image is None else facts.image.run,
-            network=step.resources.network,
-            shm_size=step.resources.shm_size,
             contents=self._contents(facts),
-            cpus=step.resources.cpus,
-            memory=step.resources.memory,
             gpus=self.cards,
-            gpu_memory=step.resources.gpu_memory,
+            **asked_of(step.resources),
             timeout=step.timeout,
             grace=step.grace,
         )
@@ -418,15 +414,13 @@ class Attempt:
         return tuple(JobOutput(o.name, o.file_name, o.output_kind) for o in self.step.outputs)
 
     async def _last_words(self, handle: Handle) -> str:
-        """`: <the last line of stderr>`, or nothing."""
         tail = b""
         try:
             async for chunk in self.backend.logs(handle, "stderr", -4096, False):
                 tail = (tail + chunk)[-4096:]
         except BackendUnavailable:
             return ""
-        lines = tail.decode(errors="replace").strip().splitlines()
-        return f": {lines[-1].strip()[:200]}" if lines else ""
+        return last_words(tail.decode(errors="replace"))
 
 
 class _Cancelled(Exception):

@@ -30,7 +30,7 @@ from mlpiped.clock import SystemClock
 from mlpiped.code import CodeReader
 from mlpiped.computes import backends_of
 from mlpiped.config import settings as config
-from mlpiped.config.computes import images_of
+from mlpiped.config.computes import clusters_of, images_of
 from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
@@ -344,7 +344,8 @@ class Daemon:
         settings = self.settings
         kinds = {name: each.kind for name, each in settings.compute.items()}
         names = {*settings.compute, *settings.pools}
-        return Known(set(settings.datastores), names, images_of(kinds, settings.pools))
+        pools = settings.pools
+        return Known(set(settings.datastores), names, images_of(kinds, pools), clusters_of(kinds, pools))
 
     async def _load(self, path: Path) -> LoadResult:
         return await load_file(path, known=self._known(), check_cron=cron.check)

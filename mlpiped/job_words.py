@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlpiped.backends.base import Part
 from mlpiped.spec import Concat
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     from mlpiped.backends.base import Exited
     from mlpiped.errors import MlpipedError
     from mlpiped.facts import StepFacts
-    from mlpiped.spec import Arg
+    from mlpiped.spec import Arg, ResourceSpec
+
+LAUNCHER = re.compile(r"(?:srun|slurmstepd(?:-\S+)?): ")  # of a line that it says itself
 
 
 def parts_of(argument: Arg, facts: StepFacts) -> tuple[Part, ...]:
@@ -39,6 +42,20 @@ def as_text(value: object) -> str:
 
 def variable(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name).upper()
+
+
+def asked_of(resources: ResourceSpec) -> dict[str, Any]:
+    """What a `Job` says of the machine that it needs, but for its cards."""
+    r = resources
+    asked: dict[str, Any] = {"nodes": r.nodes, "tasks": r.tasks, "cpus": r.cpus, "memory": r.memory}
+    return {**asked, "gpu_memory": r.gpu_memory, "shm_size": r.shm_size, "network": r.network}
+
+
+def last_words(stderr: str) -> str:
+    """`: <the last line of it>`, or nothing. What starts several processes adds how each was ended: that is not it."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    own = [line for line in lines if not LAUNCHER.match(line)]
+    return f": {(own or lines)[-1][:200]}" if lines else ""
 
 
 def exit_words(outcome: Exited) -> str:

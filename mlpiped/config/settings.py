@@ -174,6 +174,7 @@ class Outline:
     datastores: frozenset[str]
     computes: frozenset[str]  # pools too
     images: Mapping[str, frozenset[bool]] = field(default_factory=dict)  # of each: whether its computes run images
+    clusters: frozenset[str] = frozenset()  # those of them that start steps on several nodes
 
 
 def outline(path: Path) -> Outline | None:
@@ -199,6 +200,7 @@ def outline(path: Path) -> Outline | None:
             datastores=frozenset(dict(_tables(raw, "datastores"))),
             computes=frozenset(kinds) | frozenset(pools),
             images=config_computes.images_of(kinds, members),
+            clusters=config_computes.clusters_of(kinds, members),
         )
     except RuntimeError:  # the home of nobody
         return None
