@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlpiped.backends.base import Job, JobOutput, Part
 from mlpiped.errors import BackendUnavailable
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from mlpiped.errors import MlpipedError
     from mlpiped.facts import StepFacts
     from mlpiped.resolve import Plan
-    from mlpiped.spec import Arg, StepSpec
+    from mlpiped.spec import Arg, ResourceSpec, StepSpec
+
+LAUNCHER = re.compile(r"(?:srun|slurmstepd(?:-\S+)?): ")  # of a line that it says itself
 
 
 async def job_of(attempt: Attempt, facts: StepFacts) -> Job:
@@ -47,16 +50,19 @@ async def job_of(attempt: Attempt, facts: StepFacts) -> Job:
         requirements=step.environment.requirements,
         python=step.environment.python,
         image=None if facts.image is None else facts.image.run,
-        network=step.resources.network,
-        shm_size=step.resources.shm_size,
         contents=_contents(step, plan, facts, attempt.backend.name),
-        cpus=step.resources.cpus,
-        memory=step.resources.memory,
         gpus=attempt.cards,
-        gpu_memory=step.resources.gpu_memory,
+        **asked_of(step.resources),
         timeout=step.timeout,
         grace=step.grace,
     )
+
+
+def asked_of(resources: ResourceSpec) -> dict[str, Any]:
+    """What a `Job` says of the machine that it needs, but for its cards."""
+    r = resources
+    asked: dict[str, Any] = {"nodes": r.nodes, "tasks": r.tasks, "cpus": r.cpus, "memory": r.memory}
+    return {**asked, "gpu_memory": r.gpu_memory, "shm_size": r.shm_size, "network": r.network}
 
 
 def outputs_of(step: StepSpec) -> tuple[JobOutput, ...]:
@@ -124,8 +130,14 @@ async def last_words(backend: Backend, handle: Handle) -> str:
             tail = (tail + chunk)[-4096:]
     except BackendUnavailable:
         return ""
-    lines = tail.decode(errors="replace").strip().splitlines()
-    return f": {lines[-1].strip()[:200]}" if lines else ""
+    return said_last(tail.decode(errors="replace"))
+
+
+def said_last(stderr: str) -> str:
+    """`: <the last line of it>`, or nothing. What starts several processes adds how each was ended: that is not it."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    own = [line for line in lines if not LAUNCHER.match(line)]
+    return f": {(own or lines)[-1][:200]}" if lines else ""
 
 
 def seconds(outcome: Exited) -> float | None:

@@ -37,6 +37,8 @@ class Need:
     gpu_memory: int | None = None  # bytes of each card: it may be shared; None: the cards are the step's alone
     owner: str = ""
     images: bool = False  # it has an image: it runs in containers only
+    nodes: int = 1
+    cluster: bool = False  # only a cluster can start it
     data: Mapping[str, int] = field(default_factory=dict, compare=False)  # compute -> bytes that would have to travel
 
     @property
@@ -48,7 +50,17 @@ class Need:
 
     def shape(self) -> tuple[object, ...]:
         """Two needs of one shape fit where either does."""
-        return (self.slots, self.cpus, self.memory, self.computes, self.gpus, self.gpu_memory, self.images)
+        return (
+            self.slots,
+            self.cpus,
+            self.memory,
+            self.computes,
+            self.gpus,
+            self.gpu_memory,
+            self.images,
+            self.nodes,
+            self.cluster,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +96,8 @@ class Place:
     unwell_since: int | None = None  # µs
     drained: bool = False
     images: bool = False
+    nodes: int | None = 1
+    cluster: bool = False
     cards: tuple[Card, ...] = ()
     no_cards: str | None = None  # why they cannot be used, in a sentence
     holders: dict[Spot, Need] = field(default_factory=dict)
@@ -94,6 +108,7 @@ class Place:
         """What its backend says that it has, now."""
         self.slots, self.cpus, self.memory = capacity.slots, capacity.cpus, capacity.memory
         self.images, self.cards, self.no_cards = capacity.images, capacity.cards, capacity.no_cards
+        self.cluster, self.nodes = capacity.cluster, capacity.nodes
 
     # --- why not ----------------------------------------------------------------------------------------------
     def refusal(self, need: Need) -> Refusal | None:
@@ -124,6 +139,11 @@ class Place:
         if need.images != self.images:
             why = "runs containers only, and the step has no image" if self.images else "runs no containers"
             return Refusal("never", f"{self.name} {why}")
+        if need.cluster and not self.cluster:
+            asked = f"{need.nodes} nodes are asked for" if need.nodes > 1 else "the step is started by srun"
+            return Refusal("never", f"{self.name} is no cluster, and {asked}")
+        if self.nodes is not None and need.nodes > self.nodes:
+            return Refusal("never", f"{self.name} has {_nodes(self.nodes)} in all, {need.nodes} are asked for")
         if need.slots > self.slots:
             return Refusal("never", f"{self.name} has {_slots(self.slots)} in all, {need.slots} are asked for")
         if self.memory is not None and (need.memory or 0) > self.memory:
@@ -299,6 +319,10 @@ def _slots(n: int) -> str:
 
 def _gpus(n: int) -> str:
     return "no GPU" if n == 0 else "1 GPU" if n == 1 else f"{n} GPUs"
+
+
+def _nodes(n: int) -> str:
+    return "1 node" if n == 1 else f"{n} nodes"
 
 
 def _in_all(n: int, asked: int) -> str:

@@ -179,6 +179,24 @@ SHARED_TOO_FAR = (
         (Need(1, 0), box(drained=True), "away", "gpu1 is drained: its steps finish, nothing new starts"),
         (Need(1, 0, images=True), Place("local", 2), "never", "local runs no containers"),
         (
+            Need(1, 0, nodes=2, cluster=True),
+            Place("local", 2),
+            "never",
+            "local is no cluster, and 2 nodes are asked for",
+        ),
+        (
+            Need(1, 0, cluster=True),
+            Place("local", 2),
+            "never",
+            "local is no cluster, and the step is started by srun",
+        ),
+        (
+            Need(1, 0, nodes=3, cluster=True),
+            Place("cluster", 2, cluster=True, nodes=2),
+            "never",
+            "cluster has 2 nodes in all, 3 are asked for",
+        ),
+        (
             Need(1, 0),
             Place("box", 2, images=True),
             "never",
@@ -251,3 +269,7 @@ def test_the_place_is_where_the_data_is_then_as_named_then_where_there_is_room(n
 def test_a_machine_with_cards_is_left_to_those_that_need_one_while_others_have_room() -> None:
     places = [box(slots=64), Place("local", 1)]
     assert placed([Need(1, 0), Need(1, 1)], places) == [(1, 0, "local"), (1, 1, "gpu1")]
+
+
+def test_a_cluster_of_which_the_nodes_are_not_known_yet_may_have_enough() -> None:
+    assert Place("cluster", 2, cluster=True, nodes=None).refusal(Need(1, 0, nodes=3, cluster=True)) is None

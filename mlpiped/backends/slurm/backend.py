@@ -101,7 +101,9 @@ class SlurmBackend:
         count = self._nodes.gpus if self._nodes is not None else 0
         cards = tuple(Card(f"{self.name}:{index}", index, "gpu", 0) for index in range(count))
         slots = min(self.settings.slots, self.settings.max_jobs or self.settings.slots)
-        return Capacity(slots=slots, cards=cards, no_cards=None if self._nodes is not None else NOT_SEEN)
+        nodes = None if self._nodes is None else self._nodes.up + self._nodes.down
+        trouble = None if self._nodes is not None else NOT_SEEN
+        return Capacity(slots=slots, cards=cards, no_cards=trouble, cluster=True, nodes=nodes)
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return 0
@@ -138,7 +140,7 @@ class SlurmBackend:
         """The folder, complete; the script that is to be submitted."""
         if job.code is not None and not os.path.isdir(job.code):
             raise BackendUnavailable(f"the code snapshot is missing: {job.code}")
-        env = {**base, **folders.variables(folder, job)}
+        env = {**base, "SRUN_CPUS_PER_TASK": str(commands.cpus_of(job)), **folders.variables(folder, job)}
         for name in ("PATH", "PYTHONPATH"):  # the step's own come first; the environment's stay reachable
             if name in job.env:
                 env[name] = f"{job.env[name]}:{base[name]}"
