@@ -31,6 +31,7 @@ def need_of(graph: Graph, index: int, run: int, owner: str) -> Need:
         gpu_memory=r.gpu_memory,
         owner=owner,
         images=runs_in_container(step),
+        modules=bool(step.environment.modules),
     )
 
 

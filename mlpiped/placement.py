@@ -37,6 +37,7 @@ class Need:
     gpu_memory: int | None = None  # bytes of each card: it may be shared; None: the cards are the step's alone
     owner: str = ""
     images: bool = False  # it has an image: it runs in containers only
+    modules: bool = False  # it needs environment modules
     data: Mapping[str, int] = field(default_factory=dict, compare=False)  # compute -> bytes that would have to travel
 
     @property
@@ -48,7 +49,16 @@ class Need:
 
     def shape(self) -> tuple[object, ...]:
         """Two needs of one shape fit where either does."""
-        return (self.slots, self.cpus, self.memory, self.computes, self.gpus, self.gpu_memory, self.images)
+        return (
+            self.slots,
+            self.cpus,
+            self.memory,
+            self.computes,
+            self.gpus,
+            self.gpu_memory,
+            self.images,
+            self.modules,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,7 @@ class Place:
     unwell_since: int | None = None  # µs
     drained: bool = False
     images: bool = False
+    modules: bool = False
     cards: tuple[Card, ...] = ()
     no_cards: str | None = None  # why they cannot be used, in a sentence
     holders: dict[Spot, Need] = field(default_factory=dict)
@@ -93,7 +104,8 @@ class Place:
     def offers(self, capacity: Capacity) -> None:
         """What its backend says that it has, now."""
         self.slots, self.cpus, self.memory = capacity.slots, capacity.cpus, capacity.memory
-        self.images, self.cards, self.no_cards = capacity.images, capacity.cards, capacity.no_cards
+        self.images, self.modules = capacity.images, capacity.modules
+        self.cards, self.no_cards = capacity.cards, capacity.no_cards
 
     # --- why not ----------------------------------------------------------------------------------------------
     def refusal(self, need: Need) -> Refusal | None:
@@ -115,6 +127,8 @@ class Place:
         if need.images != self.images:
             why = "runs containers only, and the step has no image" if self.images else "runs no containers"
             return Refusal("never", f"{self.name} {why}")
+        if need.modules and not self.modules:
+            return Refusal("never", f"{self.name} loads no environment modules")
         if need.slots > self.slots:
             return Refusal("never", f"{self.name} has {self.slots} slots in all, {need.slots} are asked for")
         if self.memory is not None and (need.memory or 0) > self.memory:

@@ -157,6 +157,7 @@ PYTHON = "in use by python (pid 4242), not ours"
         ),
         (Need(1, 0), box(drained=True), "away", "gpu1 is drained: its steps finish, nothing new starts"),
         (Need(1, 0, images=True), Place("local", 2), "never", "local runs no containers"),
+        (Need(1, 0, modules=True), Place("local", 2), "never", "local loads no environment modules"),
         (
             Need(1, 0),
             Place("box", 2, images=True),
