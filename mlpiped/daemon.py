@@ -30,7 +30,7 @@ from mlpiped.clock import SystemClock
 from mlpiped.code import CodeReader
 from mlpiped.computes import backends_of
 from mlpiped.config import settings as config
-from mlpiped.config.computes import images_of
+from mlpiped.config.computes import DockerCompute, images_of
 from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
@@ -342,8 +342,13 @@ class Daemon:
     def _known(self) -> Known:
         settings = self.settings
         kinds = {name: each.kind for name, each in settings.compute.items()}
+        images = {
+            name: each.image
+            for name, each in settings.compute.items()
+            if isinstance(each, DockerCompute) and each.image is not None
+        }
         names = {*settings.compute, *settings.pools}
-        return Known(set(settings.datastores), names, images_of(kinds, settings.pools))
+        return Known(set(settings.datastores), names, images_of(kinds, settings.pools, images))
 
     async def _load(self, path: Path) -> LoadResult:
         return await load_file(path, known=self._known(), check_cron=cron.check)

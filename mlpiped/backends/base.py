@@ -161,7 +161,7 @@ class Capacity:
     cpus: float | None = None
     memory: int | None = None  # bytes
     cards: tuple[Card, ...] = ()
-    images: bool = False  # it runs steps in containers, and those only
+    images: bool = False  # it runs steps in containers, and those only (`spec_images`: who has one)
     modules: bool = False  # it loads environment modules
     no_cards: str | None = None  # why its cards cannot be used, in a sentence
 
@@ -187,6 +187,16 @@ class Images(Protocol):
 
     def bringing(self, reference: str | None, dockerfile: str | None) -> str | None:
         """What is done for that image just now: "pulls image app:1: 40 %". From memory."""
+        ...
+
+
+@runtime_checkable
+class BuildsImages(Protocol):
+    """What a backend offers beside `Images` whose machine keeps the images that Dockerfiles made."""
+
+    async def drop_images(self, before: float, *, only_look: bool) -> int:
+        """Remove those that were asked for last before then (seconds since the epoch), and that nothing uses; how many
+        went, or would. Raises BackendUnavailable."""
         ...
 
 

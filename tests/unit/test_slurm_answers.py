@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mlpiped.backends.base import Exited, Job, Lost, NeverRan, NodesAway
-from mlpiped.backends.slurm import SlurmBackend, commands, verdict
+from mlpiped.backends.slurm import SlurmBackend, arrays, commands, verdict
 from mlpiped.backends.slurm.commands import Listed
 from mlpiped.backends.slurm.queue import Queue
 from mlpiped.backends.slurm.submission import Look
@@ -53,14 +56,70 @@ def test_J5_names_of_others_neither_break_the_reading_nor_change_what_is_ours(na
     found = commands.listed(text)
     ours = found.get(77)
     assert ours == Listed(77, "t-1", "RUNNING", "None") or any("77|" in name for name in names)
-    assert all(isinstance(job, int) and one.token for job, one in found.items())
+    assert all(one.name for job, one in found.items())
 
 
 @pytest.mark.parametrize("job", ["12_3", "12_[1-3]", "12+0", "12_*"])
-def test_J6_elements_of_arrays_and_parts_of_het_jobs_are_not_ours(job: str) -> None:
+def test_J6_elements_of_others_arrays_and_parts_of_het_jobs_are_not_ours(job: str) -> None:
     assert commands.listed(f"{job}|RUNNING|mlp-t-1|None") == {}
-    assert commands.accounted(f"{job}|COMPLETED") == {}
     assert commands.submitted(f"{job}\n") is None
+
+
+def test_J6_an_element_is_known_by_its_array_s_name_and_its_index() -> None:
+    name = "mlpa-0123456789abcdef"
+    said = (
+        f"12_3|RUNNING|{name}|None\n12_4|PENDING|{name}|Priority\n13_4|PENDING|mlpa-0|None\n14|CANCELLED|{name}|None\n"
+    )
+    assert commands.listed(said + f"12_[5-9]|PENDING|{name}|None") == {
+        "12_3": Listed("12_3", "0123456789abcdef/3", "RUNNING", "None"),
+        "12_4": Listed("12_4", "0123456789abcdef/4", "PENDING", "Priority"),
+        "14": Listed("14", "0123456789abcdef", "CANCELLED", "None"),
+    }
+
+
+def test_J6_elements_that_were_cancelled_together_are_one_record_of_accounting() -> None:
+    said = "12_[0-2,7%3]|CANCELLED by 0\n12_5|COMPLETED\n13_[0-9]|PENDING\n14_[-,x]|CANCELLED\n12_[1-2...|CANCELLED\n"
+    cancelled = {f"12_{index}": "CANCELLED" for index in (0, 1, 2, 7)}
+    assert commands.accounted(said) == {**cancelled, "12_5": "COMPLETED"}
+
+
+def test_J6_an_element_that_waits_is_never_named_to_a_scancel_with_a_filter() -> None:
+    """It would end the whole array, as long as that is one record."""
+    assert commands.scancel_elements(["12_3", "12_4"])[2:] == ["scancel", "12_3", "12_4"]
+
+
+def test_J2_the_script_of_an_array_finds_each_element_s_own_folder(tmp_path: Path) -> None:
+    tokens = ["t-0", "t-1", "t-2"]
+    jobs = tmp_path / "the jobs"
+    for token in tokens:
+        (jobs / token).mkdir(parents=True)
+    folder = str(jobs / "t-0")
+    single = os.fsencode(f'#!/bin/sh\nfolder={shlex.quote(folder)}\necho "$folder" here\n')
+    text = arrays.script(single, folder, tokens)
+    for index, code in (("1", 0), ("2", 0), ("3", 69), ("", 2)):
+        done = subprocess.run(["sh"], input=text, env={"SLURM_ARRAY_TASK_ID": index}, capture_output=True)
+        assert (done.returncode == 0) == (code == 0), done
+    assert (jobs / "t-1" / "slurm.out").read_text() == f"{jobs}/t-1 here\n"
+    assert not (jobs / "t-0" / "slurm.out").exists()
+
+
+def test_which_element_is_whose_is_known_to_the_next_daemon_and_forgotten_with_the_folders(tmp_path: Path) -> None:
+    array = arrays.Lists(tmp_path).write(["t-0", "t-1"])
+    lists = arrays.Lists(tmp_path)
+    assert [lists.token(f"{array}/{n}") for n in range(3)] == ["t-0", "t-1", None]
+    assert lists.token("t-9") == "t-9" and lists.token("0123456789abcdef/0") is None
+    listing = commands.listed(f"5_0|PENDING|mlpa-{array}|None\n5_1|CANCELLED|mlpa-{array}|None\n6|PENDING|mlp-t-1|None")
+    assert {token: [one.job for one in some] for token, some in lists.by_token(listing).items()} == {
+        "t-0": ["5_0"], "t-1": [6],
+    }  # fmt: skip
+    place = tmp_path / "slurm" / "arrays" / array
+    os.utime(place, (0, 0))
+    (tmp_path / "jobs" / "t-1").mkdir(parents=True)
+    lists.sweep(str(tmp_path / "jobs"))
+    assert place.exists()
+    (tmp_path / "jobs" / "t-1").rmdir()
+    lists.sweep(str(tmp_path / "jobs"))
+    assert not place.exists()
 
 
 @pytest.mark.parametrize(("said", "job"), [("12\n", 12), ("12;lab\n", 12), ("", None), ("12 13", None), ("a12", None)])
@@ -291,7 +350,7 @@ async def test_jobs_are_counted_by_slurm_s_word_while_somebody_waits_for_them() 
 async def test_a_job_waits_for_slurm_s_reason_until_it_runs_and_before_it_was_listed_that_is_not_known() -> None:
     runner = Answering()
     queue = Queue("cluster", runner, 0.01, _nothing)
-    with queue.watch("t-1", 77, 0.0) as watch:
+    with queue.watch("t-1", 77, "t-1", 0.0) as watch:
         assert queue.waiting("t-1") == "Slurm has not been asked about it yet"
         queue.start()
         try:

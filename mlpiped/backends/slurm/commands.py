@@ -2,7 +2,7 @@
 
 Answers are read line by line, each matched as a whole: names of jobs are free text, so whatever has another shape is
 nobody's answer. A job is ours when its name is; its id alone says nothing, for a controller that was killed gives ids
-out again.
+out again. The elements of an array share one name, the array's: there it is name and index that say whose it is.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from typing import TYPE_CHECKING
 from mlpiped.backends.base import NodesAway
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from mlpiped.backends.base import Job
     from mlpiped.config.computes import SlurmCompute
 
 PREFIX = "mlp-"
+ARRAYS = "mlpa-"
+Ref = int | str
+"""A job's id: 77, or "77_4" for an element of an array."""
+
 LEAST_CONFIG = ("AccountingStorageType", "MinJobAge")
 OVERHEAD = 32  # MiB of a job that are the supervisor's
 HELD = "JobHeldUser"  # Slurm's reason for a job that was submitted with --hold
+MOST_ELEMENTS = 4_000_001  # of an array, whatever its site allows
 IMPOSSIBLE = "BadConstraints"  # … for one that no node can ever hold: sbatch does not look for that in a held job
 
 WAITING = frozenset(
@@ -34,8 +39,13 @@ ENDED = frozenset(
     "LAUNCH_FAILED".split()
 )  # COMPLETING is none of them; nor is a state that is not known here
 
-_LISTED = re.compile(r"([0-9]{1,10})\|([A-Z_]{1,32})\|mlp-([a-z0-9][a-z0-9_.-]{0,127})\|([ -{}~]{0,500})")
-_ACCOUNTED = re.compile(r"([0-9]{1,10})\|([A-Z_]{1,32})(?: by [0-9]{1,10})?")
+_LISTED = re.compile(
+    r"([0-9]{1,10})(?:_([0-9]{1,7}))?\|([A-Z_]{1,32})\|"
+    r"(?:mlp-([a-z0-9][a-z0-9_.-]{0,127})|mlpa-([0-9a-f]{16}))\|([ -{}~]{0,500})"
+)
+_ACCOUNTED = re.compile(
+    r"([0-9]{1,10})(?:_([0-9]{1,7})|_\[([0-9,-]{1,200000})(?:%[0-9]+)?\])?\|([A-Z_]{1,32})(?: by [0-9]{1,10})?"
+)
 _SUBMITTED = re.compile(r"([0-9]{1,10})(?:;[A-Za-z0-9_.-]+)?\n?")
 _CONFIG = re.compile(r"([A-Za-z]+) *= (.*)")
 _NODES = re.compile(r"([0-9]{1,9})\|([a-z_]+)([^|a-z_]?)\|([^|]*)")
@@ -64,10 +74,12 @@ _GONE = ("Invalid job id", "already finished", "already completing", "already co
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A job of ours as squeue shows it."""
+    """A job of ours as squeue shows it. `name`: its token, or "ARRAY/4". Of an array that was cancelled before any of
+    it ran, squeue may show nothing but the array itself: its id is a text then ("77"), and its name "ARRAY".
+    """
 
-    job: int
-    token: str
+    job: Ref
+    name: str
     state: str
     reason: str
 
@@ -81,14 +93,14 @@ class Nodes:
 
 
 def command(*argv: str) -> list[str]:
-    """In words that do not depend on the machine's language."""
+    """In words that do not depend on the machine's language. Settings (`A=b`) may come before the command."""
     return ["env", "LC_ALL=C", *argv]
 
 
 # --- submitted
 
 
-def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str) -> list[str]:
+def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str, *, token: str | None = None) -> list[str]:
     """The script comes on stdin. Held, so that nothing runs of which the id is not durable."""
     argv = [
         "sbatch",
@@ -96,7 +108,7 @@ def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str) -> list[s
         "--hold",
         "--parsable",
         "--no-requeue",
-        f"--job-name={PREFIX}{job.token}",
+        f"--job-name={PREFIX}{job.token if token is None else token}",
         f"--comment={comment}",
         "--export=NONE",
         "--open-mode=append",
@@ -157,55 +169,107 @@ def complaint(stderr: str) -> str:
     return re.sub(r"[^ -~]", "?", words)[:300]
 
 
-def release(jobs: Iterable[int]) -> list[str]:
+def as_array(argv: Sequence[str], array: str, jobs_dir: str, count: int) -> list[str]:
+    """The words for one job -> for an array of such. What they print, the script puts where it belongs."""
+    ours = ("--job-name=", "--output=", "--chdir=")
+    named = [f"--job-name={ARRAYS}{array}", "--output=/dev/null", f"--chdir={jobs_dir}", f"--array=0-{count - 1}"]
+    return [*(word for word in argv if not word.startswith(ours)), *named]
+
+
+def shown(name: str) -> str:
+    """The name that Slurm shows for "TOKEN", and for "ARRAY/4"."""
+    array, found, _ = name.partition("/")
+    return f"{ARRAYS}{array}" if found else f"{PREFIX}{name}"
+
+
+def array_of(job: Ref) -> int:
+    return int(str(job).partition("_")[0])
+
+
+def release(jobs: Iterable[Ref]) -> list[str]:
     return command("scontrol", "release", ",".join(map(str, jobs)))
 
 
-def scancel(job: int, token: str) -> list[str]:
-    """Ends it, or takes it from the queue; a job with that id and another name is left alone."""
-    return command("scancel", f"--name={PREFIX}{token}", str(job))
+def scancel(job: Ref, name: str) -> list[str]:
+    """Ends it, or takes it from the queue; a job with that id and another name is left alone. Never for an element
+    that waits: as long as an array is one record, a scancel with a filter ends all of it."""
+    return command("scancel", f"--name={shown(name)}", str(job))
 
 
-def terminate(job: int, token: str) -> list[str]:
+def scancel_elements(jobs: Iterable[Ref]) -> list[str]:
+    """Whatever their names are: who says this has just seen them."""
+    return command("scancel", *map(str, jobs))
+
+
+def terminate(job: Ref, name: str) -> list[str]:
     """SIGTERM to its supervisor, which knows the step's grace."""
-    return command("scancel", "--batch", "--signal=TERM", f"--name={PREFIX}{token}", str(job))
+    return command("scancel", "--batch", "--signal=TERM", f"--name={shown(name)}", str(job))
 
 
 # --- asked
 
 
-def squeue() -> list[str]:
-    return command("squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%j|%r")
+def squeue(jobs: Iterable[int] = ()) -> list[str]:
+    """All of ours, or these and their elements: a line each."""
+    some = f"--jobs={','.join(map(str, jobs))}" if jobs else "--me"
+    return command("squeue", some, "--noheader", "--states=all", "--array", "--format=%i|%T|%j|%r")
 
 
-def listed(stdout: str) -> dict[int, Listed]:
+def listed(stdout: str) -> dict[Ref, Listed]:
     """Our jobs by id. An id that has two different lines has none: one of them is part of some job's name."""
-    found: dict[int, Listed] = {}
-    twice: set[int] = set()
+    found: dict[Ref, Listed] = {}
+    twice: set[Ref] = set()
     for line in stdout.split("\n"):
         match = _LISTED.fullmatch(line)
         if match is None:
             continue
-        one = Listed(int(match[1]), match[3], match[2], match[4])
+        job, index, state, token, array, reason = match.groups()
+        if token is not None and index is None:
+            one = Listed(int(job), token, state, reason)
+        elif array is not None:
+            one = Listed(job, array, state, reason) if index is None else _element(job, index, array, state, reason)
+        else:
+            continue  # an array of somebody else, with a name like those of ours
         if found.setdefault(one.job, one) != one:
             twice.add(one.job)
     return {job: one for job, one in found.items() if job not in twice}
 
 
-def sacct(jobs: Mapping[int, str], since: str) -> list[str]:
-    """`jobs`: id -> token. `since`: a time before their submission, as Slurm writes it."""
-    names = ",".join(f"{PREFIX}{token}" for token in jobs.values())
+def _element(job: str, index: str, array: str, state: str, reason: str) -> Listed:
+    return Listed(f"{job}_{index}", f"{array}/{index}", state, reason)
+
+
+def sacct(jobs: Mapping[Ref, str], since: str) -> list[str]:
+    """`jobs`: id -> name. `since`: a time before their submission, as Slurm writes it."""
+    names = ",".join(dict.fromkeys(map(shown, jobs.values())))
     return command(
-        "sacct", "-X", "-n", "-P", "-D", f"--jobs={','.join(map(str, jobs))}", f"--name={names}",
-        f"--starttime={since}", "--format=JobIDRaw,State",
+        "SLURM_BITSTR_LEN=0", "sacct", "-X", "-n", "-P", "-D", f"--jobs={','.join(map(str, jobs))}",
+        f"--name={names}", f"--starttime={since}", "--format=JobID,State",
     )  # fmt: skip
 
 
-def accounted(stdout: str) -> dict[int, str]:
-    """Id -> state, of those that have ended; of records of the same job, the last."""
-    matches = (_ACCOUNTED.fullmatch(line) for line in stdout.split("\n"))
-    found = {int(match[1]): match[2] for match in matches if match is not None}
+def accounted(stdout: str) -> dict[Ref, str]:
+    """Id -> state, of those that have ended; of records of the same job, the last. The elements of an array that were
+    cancelled together before they ran are one record: "77_[0-3,7]"."""
+    found: dict[Ref, str] = {}
+    for line in stdout.split("\n"):
+        match = _ACCOUNTED.fullmatch(line)
+        if match is None:
+            continue
+        job, index, indices, state = match.groups()
+        if indices is not None:
+            found.update({f"{job}_{one}": state for one in _indices(indices)})
+        else:
+            found[int(job) if index is None else f"{job}_{index}"] = state
     return {job: state for job, state in found.items() if state in ENDED}
+
+
+def _indices(text: str) -> Iterator[int]:
+    """ "0-3,7" """
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        if first.isdecimal() and (not last or last.isdecimal()) and int(last or first) < MOST_ELEMENTS:
+            yield from range(int(first), int(last or first) + 1)
 
 
 def show_config() -> list[str]:
@@ -217,6 +281,12 @@ def config(stdout: str) -> dict[str, str] | None:
     matches = (_CONFIG.fullmatch(line.rstrip()) for line in stdout.split("\n"))
     found = {match[1]: match[2] for match in matches if match is not None}
     return found if all(name in found for name in LEAST_CONFIG) else None
+
+
+def longest_array(config: Mapping[str, str]) -> int:
+    """So many elements at most; 0: none are allowed."""
+    text = config.get("MaxArraySize", "")
+    return int(text) if text.isdecimal() else 0
 
 
 def seconds(text: str) -> float:
