@@ -49,6 +49,7 @@ async def job_of(attempt: Attempt, facts: StepFacts) -> Job:
         code=code,
         requirements=step.environment.requirements,
         python=step.environment.python,
+        modules=step.environment.modules,
         image=None if facts.image is None else facts.image.run,
         contents=_contents(step, plan, facts, attempt.backend.name),
         gpus=attempt.cards,

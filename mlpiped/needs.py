@@ -33,6 +33,7 @@ def need_of(graph: Graph, index: int, run: int, owner: str) -> Need:
         images=runs_in_container(step),
         nodes=r.nodes,
         cluster=r.cluster,
+        modules=bool(step.environment.modules),
     )
 
 

@@ -212,6 +212,7 @@ class SlurmCompute(Section):
     poll_interval: Seconds = 10.0
     work_dir: AbsolutePath | None = None  # None: the state folder
     options: tuple[SlurmOption, ...] = ()
+    modules_init: AbsolutePath | None = None  # on the nodes: what defines `module` in a shell; None: the usual places
 
 
 KINDS: dict[str, type[Section]] = {

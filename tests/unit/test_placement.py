@@ -178,6 +178,7 @@ SHARED_TOO_FAR = (
         ),
         (Need(1, 0), box(drained=True), "away", "gpu1 is drained: its steps finish, nothing new starts"),
         (Need(1, 0, images=True), Place("local", 2), "never", "local runs no containers"),
+        (Need(1, 0, modules=True), Place("local", 2), "never", "local loads no environment modules"),
         (
             Need(1, 0, nodes=2, cluster=True),
             Place("local", 2),
