@@ -79,6 +79,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
             "job",
             "kept",
             "needs",
+            "restoring",
             "results",
             "tries",
         ),
