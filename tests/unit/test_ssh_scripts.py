@@ -177,7 +177,8 @@ def test_a_part_whose_sender_hangs_is_copied_and_not_shared(tmp_path: Path) -> N
         hangs.stdin.write(stream[500_000:])
         hangs.stdin.close()
         hangs.wait(30)
-    assert (root / ".cas/x/name").read_bytes() == source.read_bytes() and (root / ".cas/x/name").stat().st_mtime_ns == there
+    found = root / ".cas/x/name"
+    assert found.read_bytes() == source.read_bytes() and found.stat().st_mtime_ns == there
 
 
 def test_a_disk_that_is_full_keeps_no_part(tmp_path: Path) -> None:
