@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shlex
 import time
 from contextlib import asynccontextmanager, suppress
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import anyio
 import asyncssh
 
+from mlpiped.backends.ssh.agent import MARK, encoded
 from mlpiped.backends.ssh.routes import CONNECT, LOGIN, AtJump, Blocked, Route, agent_keys
 from mlpiped.errors import BackendUnavailable
 
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 REFUSALS = 3  # so often in a row may the box refuse our key: more looks like an attack to it
 KEPT = 2  # sessions that last: the agent and the logs
-CROWDED = 60.0  # seconds to wait for a session
+CROWDED, ALONE = 60.0, 5.0  # seconds to wait for a session; when it would be the only one beside the agent's
+
+PLAIN = re.compile(r"[A-Za-z0-9._/-]+\Z")
 SHUT = 3600.0  # seconds for which nothing is tried after that, or after a changed host key
 
 
@@ -48,6 +52,8 @@ class Link:
         self._mended: tuple[float, ...] | None = None  # of the files that would have to change before the next try
         self._channels = anyio.CapacityLimiter(max(1, settings.max_sessions - KEPT))
         self._used = 0
+        self.greets = False
+        """Whether its login shell prints something before it does what it is told."""
 
     # --- the connection -----------------------------------------------------------------------------------------
     async def open(self) -> asyncssh.SSHClientConnection:
@@ -168,12 +174,31 @@ class Link:
         until = time.monotonic() + CROWDED
         while True:
             try:
-                return await connection.create_process(quoted(*command), encoding=None)
-            except asyncssh.ChannelOpenError:
-                if time.monotonic() > until or connection.is_closed():
+                process = await connection.create_process(self.remote(command), encoding=None)
+            except asyncssh.ChannelOpenError as fault:
+                if connection.is_closed():
                     raise
                 self.narrow()
+                if time.monotonic() > until - (CROWDED - ALONE if self._used == 1 else 0):
+                    raise BackendUnavailable(
+                        f"the sshd of `{self.name}` opens no session beside the first",
+                        hint="its sshd_config: `MaxSessions 10`",
+                    ) from fault
                 await anyio.sleep(random.uniform(0.1, 0.5))
+                continue
+            try:
+                with anyio.fail_after(CROWDED):
+                    while self.greets and (line := await process.stdout.readline()) != MARK.encode() + b"\n":
+                        if not line:
+                            raise ConnectionError("its shell ended at once")
+            except BaseException:
+                process.channel.abort()
+                raise
+            return process
+
+    def remote(self, command: Sequence[str]) -> str:
+        """For the login shell there, whichever it is."""
+        return quoted(*command, first=MARK if self.greets else "")
 
     def narrow(self) -> None:
         """The server takes fewer sessions than we were told."""
@@ -187,8 +212,12 @@ class Link:
             raise BackendUnavailable(f"`{self.name}` cannot be reached: {fault}", hint=fault.hint) from fault
 
 
-def quoted(*words: str) -> str:
-    return shlex.join(words)
+def quoted(*words: str, first: str = "") -> str:
+    """In what any shell takes as it is, csh and fish too. `first`: a line to be said before."""
+    if not first and all(PLAIN.match(word) for word in words):
+        return " ".join(words)
+    text = (f"echo; echo {first}; " if first else "") + "exec " + shlex.join(words)
+    return f"exec sh -c 'eval \"$(printf %b \"$0\")\"' '{encoded(text).decode()}'"
 
 
 def _words(fault: Exception) -> str:

@@ -161,7 +161,8 @@ class Route:
     def _command(self, hop: Hop, jumps: Sequence[Hop]) -> list[str]:
         settings = self.settings
         words = ["ssh", "-T", "-oBatchMode=yes", "-oStrictHostKeyChecking=yes", "-oClearAllForwardings=yes"]
-        words += [f"-oUserKnownHostsFile={self.known_hosts}", "-oGlobalKnownHostsFile=/dev/null"]
+        known = str(self.known_hosts).replace("%", "%%")
+        words += [f'-oUserKnownHostsFile="{known}"', "-oGlobalKnownHostsFile=/dev/null"]
         words += [f"-oConnectTimeout={CONNECT:.0f}", f"-oServerAliveInterval={max(1, round(settings.keepalive))}"]
         words += [f"-oServerAliveCountMax={LOST_AFTER}", "-oControlMaster=no", "-oControlPath=none"]
         words += ["-oCompression=no", f"-oCiphers={','.join(CIPHERS)}"]
