@@ -10,7 +10,7 @@ from anyio import to_thread
 from mlpiped.backends.base import Keeps
 from mlpiped.errors import BackendUnavailable
 from mlpiped.ledger import moves
-from mlpiped.retention.plan import PAGE, Part, Removal, gc_plan, pages
+from mlpiped.retention.plan import PAGE, TICK, Part, Removal, gc_plan, pages
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger("keeper")
 
 STRAY_AGE = 7 * 86_400.0  # seconds: a younger store entry may belong to a commit on its way, or to a ledger put aside
-TICK = 0.1  # seconds: no file system that holds a state folder notes times more coarsely
 
 
 class Artifacts:

@@ -12,6 +12,7 @@ T = TypeVar("T")
 
 
 PAGE = 500  # runs, tokens or digests asked about at once
+TICK = 0.1  # seconds: no file system that holds a state folder notes times more coarsely
 
 
 @dataclass(frozen=True, slots=True)
