@@ -24,13 +24,16 @@ def need_of(graph: Graph, index: int, run: int, owner: str) -> Need:
         index,
         graph.spec.priority + step.priority,
         r.slots,
-        r.cpus,
+        r.cpus * r.tasks,
         r.memory,
         step.compute,
         gpus=r.gpus,
         gpu_memory=r.gpu_memory,
         owner=owner,
         images=runs_in_container(step),
+        nodes=r.nodes,
+        cluster=r.cluster,
+        modules=bool(step.environment.modules),
     )
 
 

@@ -212,6 +212,7 @@ class SlurmCompute(Section):
     poll_interval: Seconds = 10.0
     work_dir: AbsolutePath | None = None  # None: the state folder
     options: tuple[SlurmOption, ...] = ()
+    modules_init: AbsolutePath | None = None  # on the nodes: what defines `module` in a shell; None: the usual places
 
 
 KINDS: dict[str, type[Section]] = {
@@ -288,6 +289,12 @@ def _there(path: Path) -> bool:
     except OSError:
         pass  # who asks may not look; the daemon's user may
     return True
+
+
+def clusters_of(computes: Mapping[str, str], pools: Mapping[str, tuple[str, ...]]) -> frozenset[str]:
+    """The computes that start steps on several nodes, and the pools with such a one. `computes`: name -> kind."""
+    found = {name for name, kind in computes.items() if kind == "slurm"}
+    return frozenset(found | {pool for pool, members in pools.items() if found.intersection(members)})
 
 
 def images_of(

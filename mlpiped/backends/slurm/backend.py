@@ -21,7 +21,7 @@ import structlog
 from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Capacity, Card, Cluster, Handle, Job, NeverRan, Outcome
 from mlpiped.backends.environments import Environments
-from mlpiped.backends.slurm import commands, submission, verdict
+from mlpiped.backends.slurm import commands, submission, surroundings, verdict
 from mlpiped.backends.slurm.arrays import Lists
 from mlpiped.backends.slurm.commands import Ref
 from mlpiped.backends.slurm.controller import Controller
@@ -101,7 +101,9 @@ class SlurmBackend:
         count = self._nodes.gpus if self._nodes is not None else 0
         cards = tuple(Card(f"{self.name}:{index}", index, "gpu", 0) for index in range(count))
         slots = min(self.settings.slots, self.settings.max_jobs or self.settings.slots)
-        return Capacity(slots=slots, cards=cards, no_cards=None if self._nodes is not None else NOT_SEEN)
+        nodes = None if self._nodes is None else self._nodes.up + self._nodes.down
+        trouble = None if self._nodes is not None else NOT_SEEN
+        return Capacity(slots=slots, cards=cards, no_cards=trouble, cluster=True, nodes=nodes, modules=True)
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return 0
@@ -138,17 +140,19 @@ class SlurmBackend:
         """The folder, complete; the script that is to be submitted."""
         if job.code is not None and not os.path.isdir(job.code):
             raise BackendUnavailable(f"the code snapshot is missing: {job.code}")
-        env = {**base, **folders.variables(folder, job)}
+        env = {**base, "SRUN_CPUS_PER_TASK": str(commands.cpus_of(job)), **folders.variables(folder, job)}
         for name in ("PATH", "PYTHONPATH"):  # the step's own come first; the environment's stay reachable
             if name in job.env:
                 env[name] = f"{job.env[name]}:{base[name]}"
         order = folders.order(job.argv(folders.output_paths(folder, job)), env, job)
+        assert self._tools is not None
+        order["argv"] = surroundings.before(job, folder, self._tools, self.settings) + order["argv"]
+        order["env"] = surroundings.without_loaded(order["env"]) if job.modules else order["env"]
         order["inherit"] = list(submission.INHERITED)
         folders.build(folder, job, json.dumps(order))
         link = self._home / job.token
         if self._home != self.jobs_dir and not link.is_symlink():
             link.symlink_to(folder)
-        assert self._tools is not None
         return submission.script(folder, self._tools, self._python)
 
     # --- found and fenced -------------------------------------------------------------------------------------
