@@ -221,14 +221,18 @@ class SlurmBackend:
         return None if record is None or record.get("fenced") else submission.handle_of(folder, record)
 
     async def _on_strangers(self, held: list[Listed]) -> None:
-        """Take out of the queue what never will be released: its token was fenced, or another job has it."""
+        """Take out of the queue what nobody will release: its token was fenced or has ended, or another job has it."""
 
         def look() -> list[Listed]:
             found = []
             for one in held:
                 token = self._lists.token(one.name)
-                record = None if token is None else submission.record_of(folders.at(self._jobs, token))
-                if record is not None and record.get("job") != one.job:
+                folder = None if token is None else folders.at(self._jobs, token)
+                record = None if folder is None else submission.record_of(folder)
+                if folder is None or record is None:
+                    continue
+                over = folders.fenced(folder) or folders.witness(folder) is not None
+                if over or record.get("job") != one.job:  # a controller that was killed may hold again what has ended
                     found.append(one)
             return found
 
