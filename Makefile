@@ -63,7 +63,7 @@ check: $(VENV)/.dev
 
 # The unit tests share the cores; the others measure, kill and boot, and want the machine to themselves.
 test: $(VENV)/.dev
-	@echo 'test: unit'; $(BIN)/python -m pytest -q -n auto tests/unit tests/test_layers.py $(PYTEST_ARGS)
+	@echo 'test: unit'; $(BIN)/python -m pytest -q -n auto --dist worksteal tests/unit tests/test_layers.py $(PYTEST_ARGS)
 	@echo 'test: the rest'; $(BIN)/python -m pytest --ignore=tests/unit --ignore=tests/test_layers.py $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev

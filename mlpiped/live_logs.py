@@ -57,10 +57,8 @@ class LiveLogs:
         return why and f"{why}; this is what came so far"
 
     def _attempt(self, token: str) -> Attempt | None:
-        run, index = (int(word) for word in token.split("-")[1:3])
-        execution = self._executions.get(run)
-        t = None if execution is None else execution.tries.get(index)
-        return None if t is None or t.attempt is None or t.attempt.token != token else t.attempt
+        attempts = (t.attempt for execution in self._executions.values() for t in execution.tries.values())
+        return next((one for one in attempts if one is not None and one.token == token), None)
 
     async def _add(self, attempt: Attempt, stream: Literal["stdout", "stderr"]) -> None:
         path = self._jobs / attempt.token / stream

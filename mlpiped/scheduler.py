@@ -22,7 +22,7 @@ from mlpiped.run import Execution
 from mlpiped.spec import PipelineSpec, SuccessSpec, version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from anyio.abc import TaskGroup
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("scheduler")
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before an interrupted run is taken up again
+ROLL_CALL = 5.0  # seconds in which the runs after a restart have said what they need
 
 GRAPHS_KEPT = 64
 """So many versions of pipelines stay in memory, ready to run."""
@@ -73,18 +74,30 @@ class Scheduler:
         self._tasks = tasks
         self.paused = await self.world.ledger.paused()
         rows = await self.world.ledger.unfinished_runs()
+        self.dispatch.expect(row.id for row in rows if row.state is RunState.RUNNING)
         for row in sorted(rows, key=lambda row: (row.state is RunState.QUEUED, row.id)):
             try:
                 graph = await self._graph_of(row)
             except MlpipedError as fault:
                 log.error("a run cannot go on", run=row.id, why=fault.message)
+                self.dispatch.restored(row.id)
                 continue
             if row.state is RunState.RUNNING:
                 self._start(row, graph)
             else:
                 self.queued.setdefault(row.pipeline, []).append((row, graph))
                 self._next(row.pipeline)
+        tasks.start_soon(self._cancel_again, list(self.executions.values()), name="cancels before the restart")
         return len(rows)
+
+    async def _cancel_again(self, executions: Sequence[Execution]) -> None:
+        """What was to be cancelled when the daemon ended; as soon as it is known who else needs it."""
+        with anyio.move_on_after(ROLL_CALL):
+            for execution in executions:
+                await execution.walking.wait()
+        for execution in executions:
+            if execution.cancelled:
+                execution.cancel_attempts()
 
     async def _graph_of(self, row: RunRow) -> Graph:
         if row.version not in self._graphs:
@@ -207,6 +220,8 @@ class Scheduler:
             await self.clock.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
             execution = await self._anew(execution)
+            if execution.cancelled and self._tasks is not None:
+                self._tasks.start_soon(self._cancel_again, [execution], name=f"cancel of run {execution.id}")
         del self.executions[execution.id]
         self._next(execution.row.pipeline)
         if outcome is RunOutcome.SUCCEEDED:

@@ -28,17 +28,16 @@ from mlpiped.spec import (
     runs_in_container,
 )
 from mlpiped.spec_cycles import cycles_of
+from mlpiped.spec_images import defaults, offered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable
 
     from mlpiped.spec import Arg, Output, ParameterSpec, PipelineSpec, StepSpec, Trigger, Where
+    from mlpiped.spec_images import Images
 
     CheckCron = Callable[[str, str], str | None]
     """(expression, time zone) -> a sentence, or None when it can be used."""
-
-    Images = Mapping[str, frozenset[bool]]
-    """Name of a compute or pool -> whether those in it run steps in containers: a pool may have both."""
 
 PUBLISH_FIELDS = ("pipeline", "run_id", "step", "output")
 """What `{…}` may name in the path that an output is published at."""
@@ -100,7 +99,6 @@ class _Check:
         self.check_cron = check_cron
         self.images = images
         self.clusters = clusters
-        self.any_images = frozenset(one for found in (images or {}).values() for one in found)
         self.faults: list[Fault] = []
         self.declared = {parameter.name: parameter for parameter in spec.parameters}
         self.outputs = {step.name: {output.name for output in step.outputs} for step in spec.steps}
@@ -200,7 +198,8 @@ class _Check:
                 self.fault(where, f"{what} is not a duration: {seconds}")
 
     def _container(self, step: StepSpec) -> None:
-        """A step with an image runs in a container, one without does not; and no compute does both."""
+        """A step with an image runs in a container; one without does where every compute of its would give it the same
+        image, and else nowhere in one."""
         environment, resources, where = step.environment, step.resources, step.where
         bases = {"an image": environment.image, "a Dockerfile": environment.dockerfile}
         bases["requirements"] = environment.requirements
@@ -215,8 +214,8 @@ class _Check:
         known = [name for name in step.compute if name in self.images]
         if len(known) < len(step.compute) or not self.images:
             return  # named already
-        offered = frozenset(one for name in known for one in self.images[name]) if known else self.any_images
-        if wanted in offered:
+        found = offered(step, self.images) if wanted else defaults(step, self.images)
+        if True in found if wanted else len(found) == 1:
             return
         names = " and ".join(f"`{name}`" for name in known) or "no compute of the config"
         if wanted:
@@ -224,6 +223,16 @@ class _Check:
             able = " or ".join(f"`{name}`" for name, found in self.images.items() if True in found)
             verb = ("runs none" if len(known) == 1 else "run none") if known else "runs any"
             self.fault(where, f"{lead}, and {names} {verb}", f"{able} can" if able else f"add a compute {hint}")
+        elif found:
+            where_to = " or ".join(
+                f"in image `{one}`" if one else "outside of a container" for one in sorted(found, key=str)
+            )
+            names = names if known else "the computes of the config"
+            self.fault(
+                where,
+                f"step `{step.name}` has no image, and {names} would run it {where_to}: it may make something else",
+                "give it `Environment(image=…)`, or name computes that treat it alike",
+            )
         else:
             verb = "runs" if len(known) == 1 else "run"
             rest = f"{names} {verb} containers only" if known else "every compute of the config runs containers only"

@@ -160,7 +160,7 @@ class Capacity:
     cpus: float | None = None
     memory: int | None = None  # bytes
     cards: tuple[Card, ...] = ()
-    images: bool = False  # it runs steps in containers, and those only
+    images: bool = False  # it runs steps in containers, and those only (`spec_images`: who has one)
     no_cards: str | None = None  # why its cards cannot be used, in a sentence
     cluster: bool = False  # it starts steps on several nodes at once
     nodes: int | None = 1  # None: not known yet
@@ -187,6 +187,16 @@ class Images(Protocol):
 
     def bringing(self, reference: str | None, dockerfile: str | None) -> str | None:
         """What is done for that image just now: "pulls image app:1: 40 %". From memory."""
+        ...
+
+
+@runtime_checkable
+class BuildsImages(Protocol):
+    """What a backend offers beside `Images` whose machine keeps the images that Dockerfiles made."""
+
+    async def drop_images(self, before: float, *, only_look: bool) -> int:
+        """Remove those that were asked for last before then (seconds since the epoch), and that nothing uses; how many
+        went, or would. Raises BackendUnavailable."""
         ...
 
 
@@ -225,6 +235,36 @@ class Keeps(Protocol):
 
     async def drop(self, digests: Sequence[str], min_age: float) -> None:
         """Remove those that were not kept anew in the last so many seconds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodesAway:
+    """Nodes of a cluster that take no jobs: "n[1-2]", "drained", and whoever did that said why ("": nobody did)."""
+
+    nodes: str
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A queue that others fill too. `up` and `down` count nodes, None before they were asked."""
+
+    partition: str | None  # None: the cluster's own choice
+    up: int | None
+    down: int | None
+    away: tuple[NodesAway, ...]
+    jobs: Mapping[str, int]  # the queue's own word for a state -> how many of our jobs are in it
+    full: str | None  # the queue's own words while it takes no more of them
+
+
+@runtime_checkable
+class Queues(Protocol):
+    """What a backend offers beside `Backend` whose jobs wait in a queue of somebody else's."""
+
+    def cluster(self) -> Cluster:
+        """As last seen. From memory."""
         ...
 
 

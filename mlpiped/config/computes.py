@@ -100,6 +100,12 @@ def _remote_mount(text: str) -> str:
     return text
 
 
+def _image(text: str) -> str:
+    if filled(text).startswith("-") or any(c.isspace() for c in text):
+        raise ValueError('is not the name of an image\nwrite it as `docker pull` takes it: "python:3.11-slim"')
+    return text
+
+
 def _command(text: str) -> str:
     if filled(text).startswith("-") or any(c.isspace() for c in text):
         raise ValueError('is not one command\nwrite "python3", or the absolute path of a Python on that machine')
@@ -131,6 +137,7 @@ Gpus = Annotated[Literal["auto"] | int, BeforeValidator(_gpus)]
 EngineUrl = Annotated[Text, AfterValidator(_engine)]
 Mount = Annotated[str, AfterValidator(_mount)]
 ContainerUser = Annotated[Text, AfterValidator(_container_user)]
+ImageName = Annotated[str, AfterValidator(_image)]
 Host = Annotated[str, AfterValidator(_host)]
 Flag = Annotated[bool, Field(strict=True)]
 Login = Annotated[Text, AfterValidator(_login)]
@@ -164,6 +171,7 @@ class DockerCompute(Section):
     gpus: Gpus = 0
     allow_mounts: tuple[Mount, ...] = ()  # "/data", "/data:rw": in every container, at the same path
     user: ContainerUser | None = None  # None: the daemon's own
+    image: ImageName | None = None  # of steps that name none; None: those do not run here
     pull: Literal["missing", "never"] = "missing"
 
 
@@ -288,12 +296,16 @@ def clusters_of(computes: Mapping[str, str], pools: Mapping[str, tuple[str, ...]
     return frozenset(found | {pool for pool, members in pools.items() if found.intersection(members)})
 
 
-def images_of(computes: Mapping[str, str], pools: Mapping[str, tuple[str, ...]]) -> dict[str, frozenset[bool]]:
-    """Name of a compute or pool -> whether those in it run images: both, where a pool has both.
+def images_of(
+    computes: Mapping[str, str], pools: Mapping[str, tuple[str, ...]], images: Mapping[str, str]
+) -> dict[str, frozenset[bool | str]]:
+    """What `spec_images.Images` says of each compute and pool.
 
-    `computes` maps a name to its kind.
+    `computes` maps a name to its kind, `images` to its `image`.
     """
-    found = {name: frozenset({kind == "docker"}) for name, kind in computes.items()}
+    found: dict[str, frozenset[bool | str]] = {name: frozenset({kind == "docker"}) for name, kind in computes.items()}
+    for name, image in images.items():
+        found[name] |= {image}
     for pool, members in pools.items():
         found[pool] = frozenset(one for member in members for one in found.get(member, ()))
     return found

@@ -62,6 +62,11 @@ class Survey:
         row = await self._one("oldest_intent")
         return None if row is None else row[0]
 
+    async def oldest_run(self) -> int | None:
+        """When the oldest run that has not finished was made."""
+        row = await self._one("oldest_run")
+        return None if row is None else row[0]
+
     async def artifact_bytes(self) -> int:
         return int((await self._one("artifact_bytes"))[0])
 

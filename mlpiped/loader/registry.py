@@ -315,7 +315,7 @@ class Registry:
                     *sorted(watched),
                     watch_filter=self._matters,
                     debounce=300,
-                    step=50,
+                    step=150,  # milliseconds: each one wakes a thread
                     stop_event=self._rearm,
                     recursive=False,
                 ):

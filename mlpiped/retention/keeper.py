@@ -7,6 +7,7 @@
     kept          what other machines keep (`keep="remote"`) and no output has
     code          snapshots that nothing was run from, or is explained against, for `retention.runs`
     environments  virtual environments that no step has started in for `retention.runs`
+    images        that engines made of Dockerfiles and no run has asked for in that time
     stat cache    rows of files that are no more
 
 Every part stands alone: what goes wrong with one is told, and the others go on. A pass that is cut off, by a crash too,
@@ -23,7 +24,7 @@ import anyio
 import structlog
 from anyio import to_thread
 
-from mlpiped.backends.base import Keeps
+from mlpiped.backends.base import BuildsImages, Keeps
 from mlpiped.errors import BackendUnavailable, MlpipedError
 from mlpiped.ledger import moves
 from mlpiped.retention import keeping
@@ -122,6 +123,7 @@ class Keeper:
                 ("kept", self._clean_kept),
                 ("code", self._clean_code),
                 ("environments", self._clean_environments),
+                ("images", self._clean_images),
                 ("runs", self._clean_runs),
                 ("stat cache", self._clean_stats),
             )
@@ -157,6 +159,7 @@ class Keeper:
             ("strays", strays),
             ("code", lambda: self._clean_code(only_look=True)),
             ("environments", lambda: self._clean_environments(only_look=True)),
+            ("images", lambda: self._clean_images(only_look=True)),
             ("runs", runs),
         )
         return {**_answer(parts, faults), "artifacts": listed}
@@ -332,6 +335,21 @@ class Keeper:
             await self._hop(lambda: keeping.sweep_gone(self.envs))
         freed = await self._slices(names, lambda name: keeping.drop_environment(self.envs, name, horizon, only_look))
         return Part("environments", len(freed), sum(freed.values()))
+
+    async def _clean_images(self, *, only_look: bool = False) -> Part:
+        """Each run asks for its images once. What that frees nobody tells: images share their layers."""
+        async with self.ledger.survey() as survey:
+            horizon, oldest = await self._horizon(survey), await survey.oldest_run()
+        if horizon is None:
+            return Part("images", 0)
+        before, count = min(horizon, horizon if oldest is None else oldest / 1e6 - TICK), 0
+        for backend in self.backends.values():
+            if isinstance(backend, BuildsImages):
+                try:
+                    count += await backend.drop_images(before, only_look=only_look)
+                except BackendUnavailable as fault:
+                    log.info("left for later", compute=backend.name, why=fault.message)
+        return Part("images", count)
 
     # --- rows -------------------------------------------------------------------------------------------------
     async def _runs_to_go(self, survey: Survey) -> AsyncIterator[list[int]]:

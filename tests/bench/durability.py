@@ -32,7 +32,7 @@ def adopt() -> Iterator[Figure]:
         daemon.plugin("many", graphs.gated("many", RUNNING, gate))
         until(lambda: daemon.version("many"), "`many` loaded", timeout=60, pause=0.1)
         number = daemon.run("many")
-        until(lambda: _waited_for(daemon.pid) >= RUNNING, "every step runs and is waited for", timeout=180, pause=0.2)
+        until(lambda: _running(daemon, number) == RUNNING, "every step runs", timeout=180, pause=0.2)
         for _ in range(3):
             daemon.kill9()
             turns.append(_adopted(daemon))
@@ -54,8 +54,12 @@ def _adopted(daemon: Daemon) -> tuple[float, float]:
     return serves, time.perf_counter() - began
 
 
+def _running(daemon: Daemon, number: int) -> int:
+    return sum(step["state"] == "running" for step in daemon.show(number)["steps"])
+
+
 def _waited_for(pid: int) -> int:
-    """How many processes the daemon would be told the end of."""
+    """How many processes of an earlier daemon it would be told the end of."""
     count, folder = 0, f"/proc/{pid}/fd"
     for name in os.listdir(folder):
         with contextlib.suppress(OSError):

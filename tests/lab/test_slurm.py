@@ -342,13 +342,16 @@ async def test_J8_a_drained_cluster_is_a_reason_to_wait_and_to_be_unwell(desk: D
     backend = await desk.backend(partition="main")
     desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
     try:
-        assert await backend.health() == "no node of partition `main` is up: 2 down or drained"
+        words = "no node of partition `main` is up: 2 down or drained; n[1-2] drained: test"
+        assert await backend.health() == words
         handle = await backend.submit(desk.effect())
         async with anyio.create_task_group() as group:
             group.start_soon(backend.wait, handle)
             token = handle["token"]
             await desk.until(lambda: "Node" in (backend.waiting(token) or ""), "Slurm's own reason")
-            assert backend.states()["PENDING"] == 1
+            assert backend.cluster().jobs == {"PENDING": 1}
+            (away,) = backend.cluster().away
+            assert (away.nodes, away.state, away.reason) == ("n[1-2]", "drained", "test")
             await anyio.to_thread.run_sync(desk.cluster.ready)
             await desk.until(lambda: backend.waiting(token) is None, "it waits no more")
     finally:

@@ -196,7 +196,7 @@ async def test_an_output_that_changes_under_way_does_not_come_home(
     handle, _ = await ended(backend, wanted)
     tools = next((daemon.root / ".bin").iterdir()) / "tree.sh"
     text = tools.read_text()
-    tools.write_text(text.replace('    cat -- "$@"\n}', '    cat -- "$@" | tr o 0\n}'))
+    tools.write_text(text.replace('0) cat -- "$@" ;;', '0) cat -- "$@" | tr o 0 ;;'))
     with pytest.raises(BackendUnavailable, match="is not whole"):
         await backend.fetch(handle, tmp_path)
     assert not (daemon.state / "jobs" / handle["token"] / "out").exists()

@@ -30,7 +30,7 @@ from mlpiped.control.server import CONNECTIONS_PER_USER, ControlServer
 from mlpiped.control.times import moment
 from mlpiped.errors import BadParameter, Conflict, Fault, MlpipedError, NotPermitted, UsageError
 from mlpiped.ledger import StepRow, moves
-from mlpiped.model import RunOutcome
+from mlpiped.model import AttemptEnd, RunOutcome, StepOutcome, StepState
 from mlpiped.protocol import path, quote, reference, typed_parameters
 from mlpiped.triggers.mounts import Mount
 
@@ -1013,7 +1013,7 @@ async def test_logs_show_the_newest_attempt_or_the_one_asked_for() -> None:
         await stage.begin(run, 0, "first")
         stage.job("first", stdout=b"one\n")
         await stage.ledger.write(
-            moves.attempt_ended("first", moves.AttemptEnd.FAILED, moves.StepState.QUEUED, "x", 1, "x", None, stage.now)
+            moves.attempt_ended("first", AttemptEnd.FAILED, StepState.QUEUED, "x", 1, "x", None, stage.now)
         )
         await stage.begin(run, 0, "second", n=2)
         stage.job("second", stdout=b"two\n")
@@ -1062,7 +1062,7 @@ async def test_wait_answers_at_the_end_of_the_run_and_at_the_end_of_the_time() -
             rows = [StepRow(0, "prepare")]
             await stage.ledger.write(moves.add_steps(run, rows, stage.now))
             await stage.ledger.write(
-                moves.finish_step(run, 0, moves.StepOutcome.CANCELLED, "x", stage.now),
+                moves.finish_step(run, 0, StepOutcome.CANCELLED, "x", stage.now),
                 moves.finish_run(run, RunOutcome.CANCELLED, stage.now),
             )
         assert answers[0]["outcome"] == "cancelled"

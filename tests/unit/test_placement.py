@@ -71,6 +71,18 @@ def test_a_refusal_says_why(need: Need, place: Place, reason: str) -> None:
     assert placed([need], [place]) == []
 
 
+def test_all_that_keeps_a_step_out_is_told_at_once() -> None:
+    place = Place("gpu1", 4, memory=8 * G, cards=(Card("GPU-0", 0, "RTX", 24 * G),))
+    place.take(Need(31, 0, slots=3, gpus=1))
+    place.take(Need(32, 0, slots=0, memory=6 * G))
+    found = place.refusals(Need(1, 0, slots=2, memory=4 * G, gpus=1))
+    assert [(reason.text("run x"), reason.spots) for reason in found] == [
+        ("gpu1 has 4 slots, 3 in use, 2 are asked for, held by run x", ((31, 0),)),
+        ("gpu1 has 2G of memory free, 4G are asked for, held by run x", ((32, 0),)),
+        ("gpu1 has 1, held by run x", ((31, 0),)),
+    ]
+
+
 def test_one_that_was_withdrawn_is_not_placed_and_may_come_again() -> None:
     waiting = Waiting()
     waiting.add(Need(1, 0))
@@ -121,6 +133,9 @@ def holding(place: Place, *needs: Need) -> Place:
 
 
 PYTHON = "in use by python (pid 4242), not ours"
+SHARED_TOO_FAR = (
+    "gpu1 has 1 with 20G of memory, held by run 31 (bob, 40 min so far); card 0 has 14G free, 20G are asked for"
+)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +169,12 @@ PYTHON = "in use by python (pid 4242), not ours"
             holding(box(card(0), card(1), card(2)), Need(31, 0, gpus=3)),
             "gpu",
             "gpu1 has 3, all 3 held by run 31 (bob, 40 min so far)",
+        ),
+        (
+            Need(1, 0, gpus=1, gpu_memory=20 * G),
+            holding(box(card(0), card(1, memory=8 * G)), Need(31, 0, gpus=1, gpu_memory=10 * G)),
+            "gpu",
+            SHARED_TOO_FAR,
         ),
         (Need(1, 0), box(drained=True), "away", "gpu1 is drained: its steps finish, nothing new starts"),
         (Need(1, 0, images=True), Place("local", 2), "never", "local runs no containers"),

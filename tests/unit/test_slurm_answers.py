@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mlpiped.backends.base import Exited, Job, Lost, NeverRan
+from mlpiped.backends.base import Exited, Job, Lost, NeverRan, NodesAway
 from mlpiped.backends.slurm import SlurmBackend, arrays, commands, verdict
 from mlpiped.backends.slurm.commands import Listed
 from mlpiped.backends.slurm.queue import Queue
@@ -145,10 +145,24 @@ def test_nodes_that_do_not_answer_are_not_up() -> None:
     assert commands.nodes(said) == commands.Nodes(up=4, down=5, gpus=15)
 
 
+def test_nodes_that_are_away_are_named_with_the_reason_that_somebody_gave() -> None:
+    said = (
+        "n[1-2,7]|drained|bad disk | see ticket\nn3|idle|none\nn4|down*|Not responding\nn5|mixed*|none\n"
+        "n6|draining|\x1b[31mred\nnonsense\nn8|allocated|kept\n"
+    )
+    assert commands.away(said) == (
+        NodesAway("n[1-2,7]", "drained", "bad disk | see ticket"),
+        NodesAway("n4", "down*", "Not responding"),
+        NodesAway("n5", "mixed*", ""),
+        NodesAway("n6", "draining", "?[31mred"),
+    )
+
+
 def test_what_a_full_queue_says_is_not_what_an_impossible_job_is_told() -> None:
     policy = "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, …)"
     full = f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{policy}"
     assert commands.is_full(full) and not commands.is_never(full)
+    assert commands.full_words(full) == "QOSMaxSubmitJobPerUserLimit"
     never = f"sbatch: error: QOSMaxCpuPerJobLimit\n{policy}"
     assert commands.is_never(never) and not commands.is_full(never)
     down = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
@@ -303,6 +317,34 @@ async def test_a_fault_of_ours_in_the_look_at_the_queue_keeps_nobody_waiting_and
             assert await queue.fresh() == {77: Listed(77, "t-1", "RUNNING", "None")}
     finally:
         await queue.close()
+
+
+def test_J1_however_long_the_controller_is_down_it_is_asked_again_within_a_minute() -> None:
+    queue = Queue("cluster", Answering(), 10.0, _nothing)
+    for queue._failures in (1, 2, 3, 60, 5000):
+        assert queue.delay() <= 60.0
+    queue._failures = 1
+    assert queue.delay() == 20.0
+
+
+@pytest.mark.anyio
+async def test_jobs_are_counted_by_slurm_s_word_while_somebody_waits_for_them() -> None:
+    runner = Answering()
+    runner.listing = f"{OURS}\n78|PENDING|mlp-t-2|Priority\n79|RUNNING|mlp-t-9|None"
+    queue = Queue("cluster", runner, 0.01, _nothing)
+    first, second = ("t-1", 77, "t-1", 0.0), ("t-2", 78, "t-2", 0.0)
+    with queue.watch(*first), queue.watch(*second), queue.watch(*second):
+        assert queue.states() == {"UNKNOWN": 2}
+        queue.start()
+        try:
+            with anyio.fail_after(30):
+                await queue.fresh()
+                while "UNKNOWN" in queue.states():
+                    await anyio.sleep(0)
+        finally:
+            await queue.close()
+        assert queue.states() == {"RUNNING": 1, "PENDING": 1}
+    assert queue.states() == {}
 
 
 @pytest.mark.anyio

@@ -19,7 +19,7 @@ import anyio.to_thread
 import structlog
 
 from mlpiped.backends import folder as folders
-from mlpiped.backends.base import Capacity, Card, Handle, Job, NeverRan, Outcome
+from mlpiped.backends.base import Capacity, Card, Cluster, Handle, Job, NeverRan, Outcome
 from mlpiped.backends.environments import Environments
 from mlpiped.backends.slurm import commands, submission, verdict
 from mlpiped.backends.slurm.arrays import Lists
@@ -43,6 +43,7 @@ T = TypeVar("T")
 log = structlog.get_logger("slurm")
 PATIENCE = 120.0  # seconds until what is not to be seen over a network's file system is not there
 NOT_SEEN = "its nodes have not been asked yet"
+NODES_NAMED = 3  # groups of nodes that are away for one reason
 FOLLOW = 0.2  # seconds between two looks at a log that is followed
 
 
@@ -311,17 +312,16 @@ class SlurmBackend:
         """In Slurm's own words: `Priority`, `Resources`; while the queue takes no more, those with which it refuses."""
         return self._controller.full if token in self._turns else self._queue.waiting(token)
 
-    def states(self) -> dict[str, int]:
-        """How many of the jobs with names of ours are in which of Slurm's states, as last listed."""
-        found: dict[str, int] = {}
-        for one in self._queue.listing.values():
-            found[one.state] = found.get(one.state, 0) + 1
-        return found
-
-    @property
-    def nodes(self) -> Nodes | None:
-        """Of its partition, as `health` last saw them."""
-        return self._nodes
+    def cluster(self) -> Cluster:
+        nodes, full = self._nodes, self._controller.full if self._turns else None
+        return Cluster(
+            partition=self.settings.partition,
+            up=None if nodes is None else nodes.up,
+            down=None if nodes is None else nodes.down,
+            away=() if nodes is None else nodes.away,
+            jobs=self._queue.states(),
+            full=full,
+        )
 
     # --- cancelled --------------------------------------------------------------------------------------------
     async def cancel(self, handle: Handle) -> None:
@@ -391,7 +391,8 @@ class SlurmBackend:
             return f"Slurm does not answer: {fault.message}"
         where = "" if self.settings.partition is None else f" of partition `{self.settings.partition}`"
         if nodes.up == 0:
-            return f"no node{where} is up: {nodes.down} down or drained"
+            why = "".join(f"; {some.nodes} {some.state}: {some.reason}" for some in nodes.away[:NODES_NAMED])
+            return f"no node{where} is up: {nodes.down} down or drained{why}"
 
         def look() -> str | None:
             if not os.access(self.jobs_dir, os.W_OK | os.X_OK):

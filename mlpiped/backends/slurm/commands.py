@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlpiped.backends.base import NodesAway
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -47,6 +49,7 @@ _ACCOUNTED = re.compile(
 _SUBMITTED = re.compile(r"([0-9]{1,10})(?:;[A-Za-z0-9_.-]+)?\n?")
 _CONFIG = re.compile(r"([A-Za-z]+) *= (.*)")
 _NODES = re.compile(r"([0-9]{1,9})\|([a-z_]+)([^|a-z_]?)\|([^|]*)")
+_REASONS = re.compile(r"([A-Za-z0-9_.,\[\]-]{1,4000})\|([a-z_]+)([^|a-z_]?)\|(.*)")
 _GPUS = re.compile(r"\bgpu(?::[A-Za-z0-9_.-]+)?:([0-9]{1,6})")
 _NOT_UP = ("down", "drain", "fail", "unk", "err", "maint", "reboot", "power", "futur", "perf", "inval", "block")
 _FULL = re.compile(
@@ -86,6 +89,7 @@ class Nodes:
     up: int
     down: int
     gpus: int  # of all of them
+    away: tuple[NodesAway, ...] = ()  # those that are down
 
 
 def command(*argv: str) -> list[str]:
@@ -138,6 +142,11 @@ def submitted(stdout: str) -> int | None:
 def is_full(stderr: str) -> bool:
     """Whether it was refused for there being too many jobs: it may be submitted when some have ended."""
     return _FULL.search(stderr) is not None
+
+
+def full_words(stderr: str) -> str:
+    """Which limit it was that `is_full` has seen: sbatch's last line does not say."""
+    return complaint(next(line for line in stderr.splitlines() if _FULL.search(line)))
 
 
 def is_never(stderr: str) -> bool:
@@ -292,9 +301,9 @@ def seconds(text: str) -> float:
     return float(found[0]) if found else 0.0
 
 
-def sinfo(partition: str | None) -> list[str]:
+def sinfo(partition: str | None, form: str = "%D|%T|%G") -> list[str]:
     where = [] if partition is None else [f"--partition={partition}"]
-    return command("sinfo", "--noheader", *where, "--format=%D|%T|%G")
+    return command("sinfo", "--noheader", *where, f"--format={form}")
 
 
 def nodes(stdout: str) -> Nodes:
@@ -305,9 +314,29 @@ def nodes(stdout: str) -> Nodes:
         if match is None:
             continue
         count = int(match[1])
-        if match[2].startswith(_NOT_UP) or match[3] == "*":
+        if _is_away(match[2], match[3]):
             down += count
         else:
             up += count
         gpus += count * sum(int(number) for number in _GPUS.findall(match[4]))
     return Nodes(up, down, gpus)
+
+
+def sinfo_away(partition: str | None) -> list[str]:
+    """A question of its own: a reason is free text, and what it holds must not change how many nodes there are."""
+    return sinfo(partition, "%N|%T|%E")
+
+
+def away(stdout: str) -> tuple[NodesAway, ...]:
+    """The nodes that are not up, those with the same reason together."""
+    matches = (_REASONS.fullmatch(line) for line in stdout.split("\n"))
+    return tuple(
+        NodesAway(match[1], match[2] + match[3], "" if match[4] == "none" else re.sub(r"[^ -~]", "?", match[4])[:300])
+        for match in matches
+        if match is not None and _is_away(match[2], match[3])
+    )
+
+
+def _is_away(state: str, flag: str) -> bool:
+    """`flag`: what Slurm adds to a state; "*": the node does not answer."""
+    return state.startswith(_NOT_UP) or flag == "*"

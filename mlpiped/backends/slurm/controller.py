@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -49,6 +49,7 @@ class Controller:
             raise InvalidJob(f"Slurm refuses the job: {words}")
         if not commands.is_full(stderr):
             raise BackendUnavailable(f"sbatch on `{self.name}` does not say that it took the job: {words}")
+        words = commands.full_words(stderr)
         if self.full is None:
             log.info("the queue takes no more jobs: they wait", compute=self.name, why=words)
         self.full = words
@@ -107,7 +108,10 @@ class Controller:
 
     async def nodes(self) -> Nodes:
         partition = self.compute.partition
-        return commands.nodes(await ask(self._runner, commands.sinfo(partition)))
+        found = commands.nodes(await ask(self._runner, commands.sinfo(partition)))
+        if not found.down:
+            return found
+        return replace(found, away=commands.away(await ask(self._runner, commands.sinfo_away(partition))))
 
     async def _done(self, argv: Sequence[str], fault: str) -> None:
         """It was done, or the job has ended."""

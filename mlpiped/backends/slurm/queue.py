@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger("slurm")
 QUIET_SHARE = 0.1  # of the time in which nothing has changed: so long it looks away
 LONGEST_LOOK_AWAY = 60.0  # seconds
+MOST_DOUBLINGS = 16  # of the pause after failures: a controller that is away for a weekend fails more often than that
 A_DAY = 86_400.0
+UNKNOWN = "UNKNOWN"  # not asked yet, or not known to Slurm
 NO_REASON = "Slurm has given no reason yet"
 MOST = 1000  # jobs that one sacct is asked for: a command line has an end
 
@@ -130,7 +133,8 @@ class Queue:
     def delay(self) -> float:
         """Seconds between the beginnings of two looks, as things are."""
         if self._failures:
-            return min(self.interval * 2.0**self._failures, max(self.interval, LONGEST_LOOK_AWAY))
+            pause = self.interval * 2.0 ** min(self._failures, MOST_DOUBLINGS)
+            return min(pause, max(self.interval, LONGEST_LOOK_AWAY))
         longest = LONGEST_LOOK_AWAY
         if self.config is not None and (age := commands.seconds(self.config["MinJobAge"])):
             longest = min(longest, age / 3)  # a job that has ended is shown for so long
@@ -145,6 +149,11 @@ class Queue:
             if watch.state in commands.WAITING:
                 return NO_REASON if watch.reason in ("", "None") else watch.reason
         return None
+
+    def states(self) -> dict[str, int]:
+        """Slurm's state -> how many of the jobs that somebody waits for were in it when last listed."""
+        told = {watch.token: watch.state for some in self._watches.values() for watch in some}
+        return dict(Counter(state or UNKNOWN for state in told.values()))
 
     # --- who answers ------------------------------------------------------------------------------------------
     async def _serve(self) -> None:

@@ -51,6 +51,7 @@ class Box:
     root: str = ""
     boot: str = ""
     python: str = ""  # path of its interpreter, or nothing
+    tar: bool = False
     contents: set[str] = field(default_factory=set)
     scripts: str = ""
 
@@ -198,6 +199,8 @@ class Agent(asyncssh.SSHClientSession[bytes]):
                 self._ready.set_result(None)
         elif name in ("root", "boot", "python"):
             setattr(self.box, name, value)
+        elif name == "tar":
+            self.box.tar = value != ""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
