@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlpiped.backends.base import Job, JobOutput, Part
 from mlpiped.errors import BackendUnavailable
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from mlpiped.errors import MlpipedError
     from mlpiped.facts import StepFacts
     from mlpiped.resolve import Plan
-    from mlpiped.spec import Arg, ResourceSpec, StepSpec
+    from mlpiped.spec import Arg, StepSpec
 
-LAUNCHER = re.compile(r"(?:srun|slurmstepd(?:-\S+)?): ")  # of a line that it says itself
+LAUNCHER = re.compile(r"(?:srun|slurmstepd(?:-\S+)?): ")  # a line of its own
 
 
 async def job_of(attempt: Attempt, facts: StepFacts) -> Job:
@@ -51,19 +51,18 @@ async def job_of(attempt: Attempt, facts: StepFacts) -> Job:
         python=step.environment.python,
         modules=step.environment.modules,
         image=None if facts.image is None else facts.image.run,
+        network=step.resources.network,
+        shm_size=step.resources.shm_size,
         contents=_contents(step, plan, facts, attempt.backend.name),
+        nodes=step.resources.nodes,
+        tasks=step.resources.tasks,
+        cpus=step.resources.cpus,
+        memory=step.resources.memory,
         gpus=attempt.cards,
-        **asked_of(step.resources),
+        gpu_memory=step.resources.gpu_memory,
         timeout=step.timeout,
         grace=step.grace,
     )
-
-
-def asked_of(resources: ResourceSpec) -> dict[str, Any]:
-    """What a `Job` says of the machine that it needs, but for its cards."""
-    r = resources
-    asked: dict[str, Any] = {"nodes": r.nodes, "tasks": r.tasks, "cpus": r.cpus, "memory": r.memory}
-    return {**asked, "gpu_memory": r.gpu_memory, "shm_size": r.shm_size, "network": r.network}
 
 
 def outputs_of(step: StepSpec) -> tuple[JobOutput, ...]:
@@ -124,21 +123,17 @@ def exit_words(outcome: Exited) -> str:
 
 
 async def last_words(backend: Backend, handle: Handle) -> str:
-    """`: <the last line of stderr>`, or nothing."""
+    """`: <the last line of stderr>`, or nothing. What starts several processes adds how each of them was ended: that is
+    not what the step has to say."""
     tail = b""
     try:
         async for chunk in backend.logs(handle, "stderr", -4096, False):
             tail = (tail + chunk)[-4096:]
     except BackendUnavailable:
         return ""
-    return said_last(tail.decode(errors="replace"))
-
-
-def said_last(stderr: str) -> str:
-    """`: <the last line of it>`, or nothing. What starts several processes adds how each was ended: that is not it."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    own = [line for line in lines if not LAUNCHER.match(line)]
-    return f": {(own or lines)[-1][:200]}" if lines else ""
+    lines = tail.decode(errors="replace").strip().splitlines()
+    own = [line for line in lines if line.strip() and not LAUNCHER.match(line)]
+    return f": {(own or lines)[-1].strip()[:200]}" if lines else ""
 
 
 def seconds(outcome: Exited) -> float | None:

@@ -43,7 +43,7 @@ _WORK_BELONGS = "a plugin only describes steps: work belongs in a step's script"
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The names that a config gives; None: not checked. `computes` includes pools; `images`: see `spec_images`,
+    """The names that a config gives; None: not checked. `computes` includes pools; `images`: see `spec_images`, and
     `clusters`: see `spec_check`."""
 
     datastores: Collection[str] | None = None
