@@ -38,6 +38,7 @@ class Need:
     owner: str = ""
     images: bool = False  # it has an image: it runs in containers only
     modules: bool = False  # it needs environment modules
+    sif: bool = False  # its image is a file
     data: Mapping[str, int] = field(default_factory=dict, compare=False)  # compute -> bytes that would have to travel
 
     @property
@@ -58,6 +59,7 @@ class Need:
             self.gpu_memory,
             self.images,
             self.modules,
+            self.sif,
         )
 
 
@@ -95,6 +97,7 @@ class Place:
     drained: bool = False
     images: bool = False
     modules: bool = False
+    sifs: bool = False
     cards: tuple[Card, ...] = ()
     no_cards: str | None = None  # why they cannot be used, in a sentence
     holders: dict[Spot, Need] = field(default_factory=dict)
@@ -104,7 +107,7 @@ class Place:
     def offers(self, capacity: Capacity) -> None:
         """What its backend says that it has, now."""
         self.slots, self.cpus, self.memory = capacity.slots, capacity.cpus, capacity.memory
-        self.images, self.modules = capacity.images, capacity.modules
+        self.images, self.modules, self.sifs = capacity.images, capacity.modules, capacity.sifs
         self.cards, self.no_cards = capacity.cards, capacity.no_cards
 
     # --- why not ----------------------------------------------------------------------------------------------
@@ -124,6 +127,8 @@ class Place:
         return self.unwell is not None or self.drained or self.used_slots >= self.slots
 
     def _never(self, need: Need) -> Refusal | None:
+        if need.sif and not self.sifs:
+            return Refusal("never", f"{self.name} runs no images that are files")
         if need.images != self.images:
             why = "runs containers only, and the step has no image" if self.images else "runs no containers"
             return Refusal("never", f"{self.name} {why}")
