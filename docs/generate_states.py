@@ -38,12 +38,14 @@ and the next run reuses it.
 STEP = """\
 A step of a run. From `waiting` it goes straight to `finished` when its result is reused, or when something before
 it did not succeed. The arrows back to `queued` are new attempts: after a failure with retries left, after a lost
-attempt, or after an input changed while it ran.
+attempt, or after an input changed while it ran. From `queued` straight to `running` goes a step that waited for an
+equal one of another run, which was cancelled: its attempt goes on for the step that waited.
 """
 
 ATTEMPT = """\
 One dispatch of a step, under one token. A token starts at most once. To run the step again there is a new attempt
-with a token of its own.
+with a token of its own. An attempt that others wait for outlives the cancelling of its step: it becomes the attempt
+of the first of them.
 """
 
 

@@ -1,7 +1,7 @@
 """Crash points: named places in the life of a step and a trigger where a test can end the process.
 
 Compiled in always, armed only by `MLPIPED_CRASH_AT=<name>[:<n>]`: the n-th time (default 1) that the process passes the
-point, it ends by SIGKILL. `POINTS` lists every name, so that a harness can visit them all.
+point, it ends by SIGKILL. `POINTS` and `SHARING` list every name, so that a harness can visit them all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ POINTS = (
     "after_commit",
     "in_commit",  # any transaction: all is written but COMMIT
     "committed",  # any transaction: it is durable, nobody has been told
+)
+SHARING = (  # only where the step that leads is cancelled: no load comes there by itself
+    "before_hand_over",  # an equal step waits for what its attempt makes, nothing is written
+    "in_hand_over",  # all is written but COMMIT
+    "after_hand_over",  # the attempt is that step's, which does not know yet
 )
 
 _armed, _, _count = os.environ.get("MLPIPED_CRASH_AT", "").partition(":")

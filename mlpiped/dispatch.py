@@ -18,8 +18,9 @@ from mlpiped.placement import Need, Place, candidates, refusals
 from mlpiped.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from mlpiped.ledger import AttemptRow
     from mlpiped.placement import Refusal, Spot
     from mlpiped.run import Execution
 
@@ -57,10 +58,15 @@ class Dispatch:
         self._since: dict[Spot, float] = {}  # of each lease
         self._ready: dict[Spot, str] = {}  # who waits and got ready, for which compute
         self._placing = False
+        self._expected: set[int] = set()  # runs that are taken up again: what they hold is not known yet
+        self._early: dict[Spot, tuple[Execution, int, Need, str | None]] = {}  # who asked before it is
 
     # --- what runs ask ----------------------------------------------------------------------------------------
     def request(self, execution: Execution, index: int, need: Need, share: str | None) -> None:
         spot = (execution.id, index)
+        if self._expected:
+            self._early[spot] = execution, index, need, share
+            return
         if share is not None:
             leader = self._leaders.setdefault(share, spot)
             if leader != spot:
@@ -74,28 +80,54 @@ class Dispatch:
     def withdraw(self, execution: Execution, index: int) -> None:
         self.waiting.remove(execution.id, index)
         self._ready.pop((execution.id, index), None)
+        self._early.pop((execution.id, index), None)
         key = self._follows.pop((execution.id, index), None)
         if key is not None:
             del self._followers[key][execution.id, index]
+        if any(first.spot == (execution.id, index) for first in self.waiting.kept.values()):
+            self.place()
 
-    def occupy(
-        self,
-        execution: Execution,
-        index: int,
-        need: Need,
-        compute: str,
-        share: str | None,
-        cards: Sequence[str] = (),
-        since: int | None = None,
-    ) -> None:
-        spot = (execution.id, index)
+    def occupy(self, need: Need, attempt: AttemptRow, share: str | None) -> None:
         if share is not None:
-            self._leaders[share] = spot
-            self._keys[spot] = share
-        if compute in self.places:
-            self.places[compute].take(need, cards)
-            at = self.now() if since is None else since
-            self.waiting.shares.begin(need.owner, need.slots, need.gpus, at / 1e6)
+            self._leaders[share] = need.spot
+            self._keys[need.spot] = share
+        if attempt.compute in self.places:
+            self.places[attempt.compute].take(need, attempt.cards)
+            since = attempt.submitted_at or attempt.intent_at
+            self.waiting.shares.begin(need.owner, need.slots, need.gpus, since / 1e6)
+
+    def expect(self, runs: Iterable[int]) -> None:
+        """These are taken up again: nothing is leased until each of them is `restored`."""
+        self._expected.update(runs)
+
+    def restored(self, run: int) -> None:
+        self._expected.discard(run)
+        if not self._expected:
+            early, self._early = self._early, {}
+            for asked in early.values():
+                self.request(*asked)
+
+    def followers(self, run: int, index: int) -> list[tuple[Execution, int]]:
+        key = self._keys.get((run, index), "")
+        return [
+            (self.executions[other], step) for other, step in self._followers.get(key, ()) if other in self.executions
+        ]
+
+    def hand_over(self, run: int, index: int, heir: Execution, step: int, cards: Sequence[str]) -> None:
+        old, new = (run, index), (heir.id, step)
+        key = self._keys.pop(old)
+        self._leaders[key], self._keys[new] = new, key
+        self._follows.pop(new, None)
+        self._followers[key].pop(new, None)
+        if old in self._since:
+            self._since[new] = self._since.pop(old)
+        for place in self.places.values():
+            late, need = old in place.late, place.give_back(run, index)
+            if need is not None:
+                now, inherited = self.now() / 1e6, replace(need, run=heir.id, index=step, owner=heir.row.owner)
+                place.take(inherited, cards, late=late)
+                self.waiting.shares.end(need.owner, need.slots, need.gpus, now)
+                self.waiting.shares.begin(inherited.owner, need.slots, need.gpus, now)
 
     def release(self, run: int, index: int) -> None:
         leased = self._since.pop((run, index), None)
@@ -141,6 +173,7 @@ class Dispatch:
         for index in [i for place in self.places.values() for r, i in place.holders if r == run]:
             self._free(run, index)
         self.waiting.remove_run(run)
+        self._early = {spot: asked for spot, asked in self._early.items() if spot[0] != run}
         for spot in [spot for spot in (*self._since, *self._ready) if spot[0] == run]:
             self._since.pop(spot, None)
             self._ready.pop(spot, None)
@@ -148,6 +181,7 @@ class Dispatch:
             del self._followers[self._follows.pop(spot)][spot]
         for spot in [spot for spot in self._keys if spot[0] == run]:
             self.settled(*spot)
+        self.restored(run)
         self.place()
 
     # --- what the scheduler does ------------------------------------------------------------------------------
@@ -207,13 +241,13 @@ class Dispatch:
         need = self.waiting.get(run, index)
         if need is None:
             return None
+        never = self.never(need)
+        if never is not None:
+            return never
         if self.paused is not None:
             return f"nothing is started: {self.paused}"
         if not self._room():
             return f"max_running_steps = {self.max_running} is reached"
-        never = self.never(need)
-        if never is not None:
-            return never
         reasons = refusals(need, list(self.places.values()))
         words = [reason.text(self._held_by(reason)) + self._ill_since(reason) for reason in reasons]
         words += self._kept_from(need)

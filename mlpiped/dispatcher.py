@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mlpiped.ledger import AttemptRow
     from mlpiped.placement import Need
     from mlpiped.run import Execution
 
@@ -19,17 +20,17 @@ class Dispatcher(Protocol):
 
     def withdraw(self, execution: Execution, index: int) -> None: ...
 
-    def occupy(
-        self,
-        execution: Execution,
-        index: int,
-        need: Need,
-        compute: str,
-        share: str | None,
-        cards: Sequence[str] = (),
-        since: int | None = None,
-    ) -> None:
-        """An adopted attempt holds a place, and these cards, already: since `since`, in microseconds."""
+    def occupy(self, need: Need, attempt: AttemptRow, share: str | None) -> None:
+        """An adopted attempt of the step of `need` holds its place, and its cards, already."""
+
+    def restored(self, run: int) -> None:
+        """What it holds is said, by `occupy`. Nobody has a place before all that was begun is known."""
+
+    def followers(self, run: int, index: int) -> Sequence[tuple[Execution, int]]:
+        """The steps that wait for what this one makes, in the order in which they came."""
+
+    def hand_over(self, run: int, index: int, heir: Execution, step: int, cards: Sequence[str]) -> None:
+        """Its attempt, with these cards, is that step's from now on: its place, and those who follow, too."""
 
     def release(self, run: int, index: int) -> None:
         """The process has ended: its place is free. Said twice, it is heard once."""

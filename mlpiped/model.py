@@ -74,7 +74,7 @@ class AttemptEnd(StrEnum):
 S = StepState
 STEP_MOVES: dict[StepState, frozenset[StepState]] = {
     S.WAITING: frozenset({S.QUEUED, S.FINISHED}),
-    S.QUEUED: frozenset({S.SUBMITTING, S.WAITING, S.FINISHED}),
+    S.QUEUED: frozenset({S.SUBMITTING, S.RUNNING, S.WAITING, S.FINISHED}),
     S.SUBMITTING: frozenset({S.RUNNING, S.QUEUED, S.COLLECTING, S.FINISHED}),
     S.RUNNING: frozenset({S.COLLECTING, S.QUEUED, S.FINISHED}),
     S.COLLECTING: frozenset({S.QUEUED, S.FINISHED}),

@@ -24,7 +24,7 @@ def need_of(graph: Graph, index: int, run: int, owner: str) -> Need:
         index,
         graph.spec.priority + step.priority,
         r.slots,
-        r.cpus,
+        r.cpus * r.tasks,
         r.memory,
         step.compute,
         gpus=r.gpus,
@@ -32,6 +32,8 @@ def need_of(graph: Graph, index: int, run: int, owner: str) -> Need:
         owner=owner,
         images=runs_in_container(step) and not is_sif(step),
         sif=is_sif(step),
+        nodes=r.nodes,
+        cluster=r.cluster,
         modules=bool(step.environment.modules),
     )
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
-from mlpiped.attempt import Attempt, Ended, publish
+from mlpiped.attempt import Attempt
 from mlpiped.errors import BackendUnavailable, MlpipedError, StaleReuse
 from mlpiped.facts import Facts
 from mlpiped.images import Lookups
@@ -24,6 +24,7 @@ from mlpiped.ledger import StepRow, moves
 from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome, StepState
 from mlpiped.needs import bytes_to_travel, need_of
 from mlpiped.resolve import Decision, Graph, Plan
+from mlpiped.results import publish
 from mlpiped.tries import Try
 
 if TYPE_CHECKING:
@@ -40,12 +41,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("run")
 
-LOST_LIMIT = 3
-"""So many times a step is run again because its machine failed it; a step with an effect never is."""
-
 AWAY_PAUSE = 10.0  # seconds until a machine that is away is asked again for what it keeps
-TAINTED_LIMIT = 3
-"""So many times a step is run again because an input changed under it."""
 
 _OUTCOMES = {
     "reuse": StepOutcome.REUSED,
@@ -83,6 +79,7 @@ class Execution:
         self.tries: dict[int, Try] = {}
         self.started_at = row.started_at
         self.cancelled = bool(row.options.get("cancelled"))
+        self.walking = anyio.Event()  # it has asked for all that it needs at first
         self.over = anyio.Event()
         self._recorded: set[int] = set()  # steps that have a row in the ledger
         self._again: list[int] = []
@@ -101,8 +98,10 @@ class Execution:
             self._tasks = tasks
             if restored:
                 await self._restore()
+                self.dispatcher.restored(self.id)
             while True:
                 await self._advance()
+                self.walking.set()
                 if not self.plan.more_to_do():
                     break
                 await self._wake.wait()
@@ -256,35 +255,23 @@ class Execution:
         t = self.tries[index]
         t.tokens += 1
         token = f"mlp-{self.id}-{index}-{t.tokens}-{secrets.token_hex(8)}"
-        self._begin(index, compute, token, t.tokens, None, cards)
+        self.prepare(index, compute, token, t.tokens, cards)
+        self.begin(index)
 
-    def _begin(
-        self, index: int, compute: str, token: str, n: int, adopted: AttemptRow | None, cards: Sequence[str] = ()
-    ) -> None:
-        assert self._tasks is not None
+    def prepare(self, index: int, compute: str, token: str, n: int, cards: Sequence[str]) -> None:
         t = self.tries[index]
         t.compute = compute
-        t.attempt = Attempt(
-            self.facts,
-            self.clock,
-            self.backends[compute],
-            self.row,
-            self.plan,
-            index,
-            token,
-            n,
-            t.number,
-            on_running=lambda: self._running(index),
-            on_exit=lambda: self.dispatcher.release(self.id, index),
-            on_unavailable=lambda why: self.dispatcher.unavailable(compute, why),
-            on_answer=lambda: self.dispatcher.answered(compute),
-            pressed=self.dispatcher.pressed,
-            cards=tuple(cards),
-        )
-        name = f"run {self.id} step {self.graph.steps[index].name}"
-        self._tasks.start_soon(self._try, index, t.attempt, adopted, name=name)
+        t.attempt = Attempt(self, index, self.backends[compute], token, n, tuple(cards))
 
-    def _running(self, index: int) -> None:
+    def begin(self, index: int, adopted: AttemptRow | None = None) -> None:
+        """The attempt that was prepared begins, or goes on from what the ledger knows of it."""
+        attempt = self.tries[index].attempt
+        assert self._tasks is not None and attempt is not None
+        name = f"run {self.id} step {self.graph.steps[index].name}"
+        self._tasks.start_soon(self._try, index, attempt, adopted, name=name)
+
+    def running(self, index: int) -> None:
+        """Its attempt has been started."""
         t = self.tries[index]
         if t.compute is not None:
             self.dispatcher.taken(t.compute)
@@ -301,7 +288,7 @@ class Execution:
             self.dispatcher.release(self.id, index)
         t = self.tries[index]
         t.attempt = None
-        ended, again, pause = self._verdict(index, t, ended)
+        ended, again, pause = t.verdict(self.graph.steps[index], ended, cancelled=self.cancelled)
         await attempt.record(ended, t.why, again=again is not None)
         if again is None:
             assert ended.outcome is not None
@@ -316,41 +303,6 @@ class Execution:
         t.not_before = t.since + int(pause * 1e6) if pause else None
         self.dispatcher.settled(self.id, index)
         await self._pause(index)
-
-    def _verdict(self, index: int, t: Try, ended: Ended) -> tuple[Ended, str | None, float]:
-        """What an attempt's end means for its step: (how it ended, why it is tried again or None, pause in seconds).
-
-        Failures of the code cost a retry; failures of the machine, and inputs that changed meanwhile, do not.
-        """
-        step = self.graph.steps[index]
-        stopped = Ended(StepOutcome.CANCELLED, "the run was cancelled", ended.end, ended.exit_code, usage=ended.usage)
-        if ended.outcome in (StepOutcome.SUCCEEDED, StepOutcome.CANCELLED):
-            return ended, None, 0.0
-        if self.cancelled:
-            return (ended if ended.outcome is StepOutcome.FAILED else stopped), None, 0.0
-        number = t.number
-        if ended.outcome in (StepOutcome.FAILED, StepOutcome.TIMED_OUT):
-            t.failures += 1
-            if ended.final or t.failures >= step.retry.attempts:
-                return ended, None, 0.0
-            pause = self._retry_pause(index, t)
-            return ended, f"attempt {number} of {step.retry.attempts} {ended.why}", pause
-        if ended.outcome is StepOutcome.LOST:
-            t.losses += 1
-            if t.losses > LOST_LIMIT or step.effect:
-                return ended, None, 0.0
-            return ended, f"attempt {number} was lost: {ended.why}", 0.0
-        if ended.end is AttemptEnd.TAINTED:
-            t.taints += 1
-            if t.taints > TAINTED_LIMIT:
-                why = f"its inputs kept changing while it ran: {ended.why}"
-                return Ended(StepOutcome.FAILED, why, ended.end, ended.exit_code, usage=ended.usage), None, 0.0
-        return ended, ended.why, 0.0
-
-    def _retry_pause(self, index: int, t: Try) -> float:
-        """Seconds between the last failure and the next attempt: exponential backoff."""
-        retry = self.graph.steps[index].retry
-        return min(retry.delay * retry.backoff ** (t.failures - 1), retry.max_delay)
 
     async def _pause(self, index: int) -> None:
         """Wait for the time of the step's next attempt, then decide it again: its inputs may be others by then."""
@@ -376,13 +328,19 @@ class Execution:
             t = self.tries.get(i)
             if t is not None and t.attempt is not None:
                 self.dispatcher.withdraw(self, i)
-                await t.attempt.cancel()
+                t.attempt.cancel()
             elif self.plan.outcome[i] is None:
                 if t is not None:
                     t.stop.set()
                 self.dispatcher.withdraw(self, i)
                 await self._settle([Decision(i, "cancel", "cancelled")])
         self._wake.set()
+
+    def cancel_attempts(self) -> None:
+        """What an earlier walk had no time for, of a run that is cancelled: its steps end in `_advance`."""
+        for t in self.tries.values():
+            if t.attempt is not None:
+                t.attempt.cancel()
 
     # --- restart ----------------------------------------------------------------------------------------------
     async def _restore(self) -> None:
@@ -402,12 +360,13 @@ class Execution:
                 continue
             t = self.tries[row.idx] = Try(row.state, self.clock.now(), row.why)
             for attempt in attempts.get(row.idx, ()):
-                self._count(t, attempt)
+                t.tokens = max(t.tokens, attempt.n)
+                t.count(attempt.end)
                 if attempt.end is None:
                     live.append(attempt)
                 elif attempt.end in (AttemptEnd.FAILED, AttemptEnd.TIMED_OUT) and attempt.ended_at is not None:
                     t.again = attempt.reason or ""
-                    t.not_before = attempt.ended_at + int(self._retry_pause(row.idx, t) * 1e6)
+                    t.not_before = attempt.ended_at + int(t.pause(self.graph.steps[row.idx].retry) * 1e6)
         self.plan.ready()  # handed out below, less those that run already
         running = {attempt.idx for attempt in live}
         for i in self._open_steps():
@@ -424,16 +383,6 @@ class Execution:
     def _open_steps(self) -> list[int]:
         return [i for i, end in enumerate(self.plan.outcome) if end is None and not self.plan.waits_for(i)]
 
-    def _count(self, t: Try, attempt: AttemptRow) -> None:
-        t.tokens = max(t.tokens, attempt.n)
-        match attempt.end:
-            case AttemptEnd.FAILED | AttemptEnd.TIMED_OUT:
-                t.failures += 1
-            case AttemptEnd.LOST:
-                t.losses += 1
-            case AttemptEnd.TAINTED:
-                t.taints += 1
-
     async def _adopt(self, live: Sequence[AttemptRow]) -> None:
         await self.facts.adopt(self.plan, {row.idx: row.key for row in live})
         for row in live:
@@ -444,7 +393,7 @@ class Execution:
                 self.tries[row.idx].compute = row.compute
                 continue
             share = row.key if self._shareable(row.idx) else None
-            need, since = self.need(row.idx), row.submitted_at or row.intent_at
-            self.dispatcher.occupy(self, row.idx, need, row.compute, share, row.cards, since)
+            self.dispatcher.occupy(self.need(row.idx), row, share)
             self.tries[row.idx].state = StepState.SUBMITTING
-            self._begin(row.idx, row.compute, row.token, row.n, row)
+            self.prepare(row.idx, row.compute, row.token, row.n, row.cards)
+            self.begin(row.idx, row)

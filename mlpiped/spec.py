@@ -162,6 +162,8 @@ class ResourceSpec(_Plain):
     shm_size: int | None = None  # bytes of a container's /dev/shm
     network: bool = False  # of a container: whether it reaches anything
     nodes: int = 1
+    tasks: int = 1  # processes on each node, `cpus` for each of them
+    cluster: bool = False  # only a cluster can start it
     slots: int = 1
     scratch: int | None = None  # bytes
 
@@ -325,7 +327,7 @@ def version_of(spec: PipelineSpec) -> str:
     return found.hexdigest()[:12]
 
 
-_ADDED: dict[str, Scalar] = {"shm_size": None, "network": False}
+_ADDED: dict[str, Scalar] = {"shm_size": None, "network": False, "tasks": 1, "cluster": False}
 """Resources that came later: with these values they leave the version of a pipeline what it was."""
 
 

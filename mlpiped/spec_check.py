@@ -56,9 +56,11 @@ def faults_of(
     computes: Collection[str] | None = None,
     check_cron: CheckCron | None = None,
     images: Images | None = None,
+    clusters: Collection[str] | None = None,
 ) -> list[Fault]:
-    """Every fault of `spec`, in the order of the file. What is None is not checked; `computes` includes pools."""
-    check = _Check(spec, datastores, computes, check_cron, images)
+    """Every fault of `spec`, in the order of the file. What is None is not checked; `computes` includes pools, and so
+    does `clusters`: those that start steps on several nodes."""
+    check = _Check(spec, datastores, computes, check_cron, images, clusters)
     check.pipeline()
     for step in spec.steps:
         check.step(step)
@@ -92,12 +94,14 @@ class _Check:
         computes: Collection[str] | None,
         check_cron: CheckCron | None,
         images: Images | None,
+        clusters: Collection[str] | None,
     ) -> None:
         self.spec = spec
         self.datastores = datastores
         self.computes = computes
         self.check_cron = check_cron
         self.images = images
+        self.clusters = clusters
         self.faults: list[Fault] = []
         self.declared = {parameter.name: parameter for parameter in spec.parameters}
         self.outputs = {step.name: {output.name for output in step.outputs} for step in spec.steps}
@@ -191,6 +195,7 @@ class _Check:
                 if name not in self.computes:
                     self._near("compute or pool", name, self.computes, where, "add it to the config: `[compute.NAME]`")
         self._container(step)
+        self._cluster(step)
         for what, seconds in (("timeout", step.timeout), ("grace", step.grace)):
             if seconds is not None and not 0 <= seconds < _FINITE[1]:
                 self.fault(where, f"{what} is not a duration: {seconds}")
@@ -204,6 +209,10 @@ class _Check:
         given = [name for name, value in bases.items() if value is not None]
         if len(given) > 1:
             self.fault(where, f"step `{step.name}` has {' and '.join(given)}: an environment is of one kind")
+        if is_sif(step) and resources.cluster:
+            self.fault(
+                where, f"step `{step.name}` is started by srun, and has an image that is a file: no srun is in it"
+            )
         if resources.gpu_memory is not None and not resources.gpus:
             self.fault(where, f"step `{step.name}` asks for memory of a card, and for no card", "add `gpus=1`")
         if self.images is None:
@@ -254,6 +263,24 @@ class _Check:
         rest = f"{names} {verb}{'s' if len(known) == 1 else ''} none" if known else f"no compute {verb}s any"
         self.fault(step.where, f"step `{step.name}` {what}, and {rest}", hint)
         return True
+
+    def _cluster(self, step: StepSpec) -> None:
+        resources, where = step.resources, step.where
+        if self.clusters is None or not resources.cluster:
+            return
+        if step.compute and not set(step.compute).isdisjoint(self.clusters):
+            return
+        asked = f"needs {resources.nodes} nodes" if resources.nodes > 1 else "is started by srun"
+        if step.compute:
+            names = " and ".join(f"`{name}`" for name in step.compute)
+            verb = "is no cluster" if len(step.compute) == 1 else "are no clusters"
+            self.fault(where, f"step `{step.name}` {asked}, and {names} {verb}", self._clusters())
+        elif not self.clusters:
+            self.fault(where, f"step `{step.name}` {asked}, and the config has no cluster", self._clusters())
+
+    def _clusters(self) -> str:
+        able = " or ".join(f"`{name}`" for name in sorted(self.clusters or ()))
+        return f"{able} can start it" if able else 'add a compute with `kind = "slurm"`'
 
     def _upstream(self, source: Upstream, where: Where) -> None:
         if source.step not in self.outputs:

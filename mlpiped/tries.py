@@ -1,15 +1,22 @@
-"""What a run knows of each of its steps that has to run."""
+"""What a run knows of each of its steps that has to run, and what the end of an attempt means for it."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from mlpiped.model import StepState
+from mlpiped.model import AttemptEnd, StepOutcome, StepState
 
 if TYPE_CHECKING:
-    from mlpiped.attempt import Attempt
+    from mlpiped.attempt import Attempt, Ended
+    from mlpiped.spec import RetrySpec, StepSpec
+
+LOST_LIMIT = 3
+"""So many times a step is run again because its machine failed it; a step with an effect never is."""
+
+TAINTED_LIMIT = 3
+"""So many times a step is run again because an input changed under it."""
 
 
 @dataclass(slots=True)
@@ -34,3 +41,45 @@ class Try:
     def number(self) -> int:
         """Of the next attempt, from 1."""
         return 1 + self.failures + self.losses + self.taints
+
+    def verdict(self, step: StepSpec, ended: Ended, *, cancelled: bool) -> tuple[Ended, str | None, float]:
+        """What an attempt's end means for its step: (how it ended, why it is tried again or None, pause in seconds).
+
+        Failures of the code cost a retry; failures of the machine, and inputs that changed meanwhile, do not.
+        """
+        if ended.outcome in (StepOutcome.SUCCEEDED, StepOutcome.CANCELLED):
+            return ended, None, 0.0
+        if cancelled:
+            stopped = replace(ended, outcome=StepOutcome.CANCELLED, why="the run was cancelled")
+            return (ended if ended.outcome is StepOutcome.FAILED else stopped), None, 0.0
+        number = self.number
+        if ended.outcome in (StepOutcome.FAILED, StepOutcome.TIMED_OUT):
+            self.failures += 1
+            if ended.final or self.failures >= step.retry.attempts:
+                return ended, None, 0.0
+            return ended, f"attempt {number} of {step.retry.attempts} {ended.why}", self.pause(step.retry)
+        if ended.outcome is StepOutcome.LOST:
+            self.losses += 1
+            if self.losses > LOST_LIMIT or step.effect:
+                return ended, None, 0.0
+            return ended, f"attempt {number} was lost: {ended.why}", 0.0
+        if ended.end is AttemptEnd.TAINTED:
+            self.taints += 1
+            if self.taints > TAINTED_LIMIT:
+                why = f"its inputs kept changing while it ran: {ended.why}"
+                return replace(ended, outcome=StepOutcome.FAILED, why=why), None, 0.0
+        return ended, ended.why, 0.0
+
+    def count(self, end: AttemptEnd | None) -> None:
+        """An attempt that ended before a restart, as `verdict` has counted it then."""
+        match end:
+            case AttemptEnd.FAILED | AttemptEnd.TIMED_OUT:
+                self.failures += 1
+            case AttemptEnd.LOST:
+                self.losses += 1
+            case AttemptEnd.TAINTED:
+                self.taints += 1
+
+    def pause(self, retry: RetrySpec) -> float:
+        """Seconds between the last failure and the next attempt: exponential backoff."""
+        return min(retry.delay * retry.backoff ** (self.failures - 1), retry.max_delay)

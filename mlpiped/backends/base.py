@@ -80,7 +80,9 @@ class Job:
     network: bool = False  # of a container: whether it reaches anything
     shm_size: int | None = None  # of a container: bytes of /dev/shm
     contents: Mapping[str, str] = field(default_factory=dict)  # input path -> digest: what is there needs no sending
-    cpus: float = 1
+    nodes: int = 1
+    tasks: int = 1  # processes on each node; it is the command that starts them
+    cpus: float = 1  # for each of them
     memory: int | None = None
     gpus: tuple[str, ...] = ()  # UUIDs of the leased cards
     gpu_memory: int | None = None  # bytes of each: the card is shared; None: it is the step's alone
@@ -165,6 +167,8 @@ class Capacity:
     modules: bool = False  # it loads environment modules
     sifs: bool = False  # it runs steps in images that are files, besides others
     no_cards: str | None = None  # why its cards cannot be used, in a sentence
+    cluster: bool = False  # it starts steps on several nodes at once
+    nodes: int | None = 1  # None: not known yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +271,15 @@ class Queues(Protocol):
 
     def cluster(self) -> Cluster:
         """As last seen. From memory."""
+        ...
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """What a backend offers beside `Backend` where metrics.jsonl is not here while its step runs."""
+
+    def measured(self, handle: Handle, offset: int) -> AsyncIterator[bytes]:
+        """What is in it by now, from `offset` on. Raises BackendUnavailable."""
         ...
 
 

@@ -310,6 +310,12 @@ def own_image(table: Mapping[str, Any]) -> str | None:
     return image if isinstance(image, str) else None
 
 
+def clusters_of(computes: Mapping[str, str], pools: Mapping[str, tuple[str, ...]]) -> frozenset[str]:
+    """The computes that start steps on several nodes, and the pools with such a one. `computes`: name -> kind."""
+    found = {name for name, kind in computes.items() if kind == "slurm"}
+    return frozenset(found | {pool for pool, members in pools.items() if found.intersection(members)})
+
+
 def images_of(
     computes: Mapping[str, str], pools: Mapping[str, tuple[str, ...]], images: Mapping[str, str]
 ) -> dict[str, frozenset[bool | str]]:

@@ -174,6 +174,7 @@ class Outline:
     datastores: frozenset[str]
     computes: frozenset[str]  # pools too
     images: Mapping[str, frozenset[bool | str]] = field(default_factory=dict)  # of each: `spec_images.Images`
+    clusters: frozenset[str] = frozenset()  # those of them that start steps on several nodes
 
 
 def outline(path: Path) -> Outline | None:
@@ -204,6 +205,7 @@ def outline(path: Path) -> Outline | None:
             datastores=frozenset(dict(_tables(raw, "datastores"))),
             computes=frozenset(kinds) | frozenset(pools),
             images=config_computes.images_of(kinds, members, images),
+            clusters=config_computes.clusters_of(kinds, members),
         )
     except RuntimeError:  # the home of nobody
         return None

@@ -169,6 +169,18 @@ RETURNING name;
 UPDATE steps SET state = 'running', started_at = coalesce(started_at, :now)
 WHERE run_id = :run_id AND idx = :idx AND {step -> running} RETURNING name;
 
+-- name: inherit_step
+-- A queued step goes on with the attempt of an equal one; only in a run whose turn it is.
+UPDATE steps SET state = 'running', key = :key, why = :why, attempts = attempts + 1, exit_code = NULL,
+    compute = (SELECT compute FROM attempts WHERE id = :id), started_at = coalesce(started_at, :now)
+WHERE run_id = :run_id AND idx = :idx AND {step -> running}
+    AND EXISTS (SELECT 1 FROM runs WHERE id = :run_id AND state = 'running')
+RETURNING name;
+
+-- name: uncount_attempt
+-- An attempt of the step is another's from now on.
+UPDATE steps SET attempts = attempts - 1 WHERE run_id = :run_id AND idx = :idx;
+
 -- name: collecting_step
 -- The step's process has ended well.
 UPDATE steps SET state = 'collecting', exit_code = :exit_code, started_at = coalesce(started_at, :now)
@@ -256,6 +268,11 @@ WHERE id = :id AND {attempt -> submitted} RETURNING id;
 -- name: renew_handle
 -- An adopted attempt's handle, given once more.
 UPDATE attempts SET handle = :handle WHERE id = :id AND state = 'submitted';
+
+-- name: hand_over
+-- A live attempt is another step's from now on.
+UPDATE attempts SET run_id = :run_id, idx = :idx, n = :n, exit_code = NULL, usage = NULL
+WHERE id = :id AND state = 'submitted';
 
 -- name: exited_attempt
 -- The process has ended; the attempt lives until its outputs are committed.

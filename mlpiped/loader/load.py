@@ -43,11 +43,13 @@ _WORK_BELONGS = "a plugin only describes steps: work belongs in a step's script"
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The names that a config gives; None: not checked. `computes` includes pools; `images`: see `spec_images`."""
+    """The names that a config gives; None: not checked. `computes` includes pools; `images`: see `spec_images`,
+    `clusters`: see `spec_check`."""
 
     datastores: Collection[str] | None = None
     computes: Collection[str] | None = None
     images: Images | None = None
+    clusters: Collection[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def checked(raw: LoadResult, known: Known, check_cron: CheckCron | None) -> Load
     good: list[PipelineSpec] = []
     faults = list(raw.faults)
     for spec in raw.pipelines:
-        found = faults_of(spec, known.datastores, known.computes, check_cron, known.images)
+        found = faults_of(spec, known.datastores, known.computes, check_cron, known.images, known.clusters)
         faults += found
         if not found:
             good.append(with_images(spec, known.images))

@@ -1,15 +1,12 @@
-"""The API on its real socket: routes, permissions, refusals, streams, audit."""
+"""The API on its real socket: routes, refusals, streams, audit."""
 
 from __future__ import annotations
 
-import dataclasses
 import grp
-import io
 import json
 import os
 import socket
 import stat
-import tarfile
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -17,25 +14,20 @@ from typing import Any
 import aiohttp
 import anyio
 import pytest
-from control_stage import Acts, Stage, spec, staged
+from control_stage import Acts, Stage, staged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlpiped.control import doctor_host, listening, log_files, requests
-from mlpiped.control.access import Access, Peer, look_up
-from mlpiped.control.doctor import has_wal_reset_bug
+from mlpiped.control import listening, log_files, requests
 from mlpiped.control.openapi import openapi_document
 from mlpiped.control.routes import ROUTES
 from mlpiped.control.server import CONNECTIONS_PER_USER, ControlServer
-from mlpiped.control.times import moment
-from mlpiped.errors import BadParameter, Conflict, Fault, MlpipedError, NotPermitted, UsageError
+from mlpiped.errors import Conflict, MlpipedError, UsageError
 from mlpiped.ledger import StepRow, moves
-from mlpiped.model import RunOutcome
-from mlpiped.protocol import path, quote, reference, typed_parameters
-from mlpiped.triggers.mounts import Mount
+from mlpiped.model import AttemptEnd, RunOutcome, StepOutcome, StepState
+from mlpiped.protocol import path, quote, reference
 
 pytestmark = pytest.mark.anyio
-NOBODY = Peer(65534, 65534, 1, "nobody", frozenset({"nogroup"}))
 
 
 # --- the socket -----------------------------------------------------------------------------------------------------
@@ -154,126 +146,6 @@ async def test_every_looking_route_answers_on_a_ledger_with_runs() -> None:
             if route.method == "GET" and route.media == "application/json":
                 answer = await stage.get(route.path.format(**names))
                 assert isinstance(answer, dict), route.path
-
-
-# --- who may --------------------------------------------------------------------------------------------------------
-MAY: list[tuple[str, Access, Peer, bool, bool]] = [
-    ("stranger", Access(None, (), 1), NOBODY, False, False),
-    ("root", Access(None, (), 1), Peer(0, 0, 1, "root"), True, True),
-    ("the daemon's user", Access(None, (), 65534), NOBODY, True, True),
-    ("member of the group", Access("nogroup", (), 1), NOBODY, True, False),
-    ("operator by name", Access(None, ("nobody",), 1), NOBODY, True, True),
-    ("operator by group", Access(None, ("@nogroup",), 1), NOBODY, True, True),
-    ("group of that name is not a user", Access(None, ("nogroup",), 1), NOBODY, False, False),
-    ("user of that name is not a group", Access(None, ("@nobody",), 1), NOBODY, False, False),
-    ("other group", Access("lab", ("@ops", "alice"), 1), NOBODY, False, False),
-]
-
-
-@pytest.mark.parametrize(("who", "access", "peer", "reads", "acts"), MAY, ids=[row[0] for row in MAY])
-async def test_who_may_read_and_act(who: str, access: Access, peer: Peer, reads: bool, acts: bool) -> None:
-    assert access.may_read(peer) is reads
-    assert access.may_act(peer) is acts
-
-
-async def test_owner_may_act_on_his_own_run_only() -> None:
-    access = Access("nogroup", (), 1)
-    access.own(NOBODY, "cancel", 3, "nobody")
-    for owner in ("alice", "", None):
-        with pytest.raises(NotPermitted, match="may not cancel run 3"):
-            access.own(NOBODY, "cancel", 3, owner)
-
-
-async def test_owner_of_the_plugin_file_may_start_its_pipeline(tmp_path: Path) -> None:
-    plugin = tmp_path / "digits.py"
-    plugin.touch()
-    access = Access("nogroup", (), 1)
-    with pytest.raises(NotPermitted, match="may not start `digits`"):
-        access.start(NOBODY, "digits", str(plugin))
-    os.chown(plugin, 65534, 65534) if os.getuid() == 0 else pytest.skip("needs root")
-    access.start(NOBODY, "digits", str(plugin))
-    with pytest.raises(NotPermitted):
-        access.start(NOBODY, "digits", str(tmp_path / "gone.py"))
-
-
-def test_user_without_a_name_is_looked_up_without_harm() -> None:
-    name, groups = look_up(4_000_000, 4_000_000)
-    assert name == "uid 4000000"
-    assert groups == frozenset()
-
-
-class Stranger(Access):
-    """What the kernel says is replaced: these tests cannot become another user in their own process."""
-
-    async def peer(self, sock: socket.socket) -> Peer:
-        return NOBODY
-
-
-async def test_stranger_gets_one_sentence_for_every_path_and_nothing_else() -> None:
-    async with staged() as stage:
-        run = await stage.whole()
-        stage.service.access = Stranger(None, (), 1)
-        for asked in ("/v1/status", f"/v1/runs/{run}", "/v1/nothing", "/metrics", "/v1/runs/999"):
-            status, answer = await stage.ask("GET", asked)
-            assert status == 403
-            assert answer["error"]["kind"] == "not_permitted"
-            assert answer["error"]["message"] == "`nobody` may not read from this daemon"
-
-
-async def test_reader_may_look_and_may_not_act_and_no_deed_is_done() -> None:
-    async with staged() as stage:
-        run = await stage.run()
-        stage.service.access = Stranger("nogroup", (), 1)
-        assert (await stage.ask("GET", "/v1/status"))[0] == 200
-        names = {"pipeline": "digits", "run": str(run), "compute": "local"}
-        bodies: dict[str, Any] = {"submit": {"file": "/x.py"}}
-        for route in ROUTES:
-            if route.verb is not None:
-                status, answer = await stage.ask("POST", route.path.format(**names), bodies.get(route.verb, {}))
-                assert (status, answer["error"]["kind"]) == (403, "not_permitted"), route.path
-        assert (await stage.ask("POST", "/v1/plan", {"file": "/x.py"}))[0] == 403
-        assert (await stage.ask("POST", "/v1/plan", {"pipeline": "digits"}))[0] == 200
-        assert [verb for verb, _ in stage.acts.asked] == ["plan"]
-        await stage.ledger.write(lambda c: None)
-        assert await stage.ledger.audit() == []
-
-
-async def test_reader_may_cancel_and_retry_his_own_run() -> None:
-    async with staged() as stage:
-        mine = await stage.run(owner="nobody")
-        stage.service.access = Stranger("nogroup", (), 1)
-        assert (await stage.ask("POST", f"/v1/runs/{mine}/cancel", {}))[0] == 200
-        assert stage.acts.asked == [("cancel", {"run": mine, "step": None, "who": "nobody"})]
-
-
-async def test_every_mutation_leaves_an_audit_row_with_who_and_what() -> None:
-    async with staged() as stage:
-        running, ended = await stage.run(), await stage.whole()
-        runs = {"cancel": running, "retry": ended}
-        bodies: dict[str, Any] = {"submit": {"file": "/x.py"}, "run": {"parameters": {"rate": 0.5}}}
-        for route in ROUTES:
-            if route.verb is not None:
-                names = {"pipeline": "digits", "run": str(runs.get(route.verb, 1)), "compute": "local"}
-                if route.media == "application/json":
-                    status, answer = await stage.ask("POST", route.path.format(**names), bodies.get(route.verb, {}))
-                    assert status == route.status, answer
-                else:
-                    assert await stage.download("POST", route.path.format(**names), {})
-        await stage.ledger.write(lambda c: None)
-        rows = await stage.ledger.audit()
-        assert {row.verb for row in rows} == {route.verb for route in ROUTES if route.verb}
-        assert {(row.uid, row.pid) for row in rows} == {(os.getuid(), os.getpid())}
-        started = next(row for row in rows if row.verb == "run")
-        assert started.args == {"pipeline": "digits", "parameters": {"rate": 0.5}}
-
-
-async def test_every_post_but_plan_is_a_mutation_with_a_permission() -> None:
-    for route in ROUTES:
-        if route.method == "POST" and route.path != "/v1/plan":
-            assert route.verb is not None, route.path
-            assert route.permit is not None, route.path
-        else:
-            assert route.verb is None, route.path
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -476,426 +348,6 @@ def test_what_is_quoted_for_a_path_comes_back_whole(text: str) -> None:
     assert "/" not in quote(text)
 
 
-# --- answers --------------------------------------------------------------------------------------------------------
-async def test_json_of_a_run_has_exactly_the_keys_of_the_contract() -> None:
-    async with staged() as stage:
-        run = await stage.whole()
-        answer = await stage.get(f"/v1/runs/{run}")
-    assert list(answer) == [
-        "id", "pipeline", "version", "experiment", "owner", "cause", "parameters", "tags", "state", "outcome",
-        "created_at", "started_at", "finished_at", "steps",
-    ]  # fmt: skip
-    assert list(answer["steps"][0]) == [
-        "name", "state", "outcome", "why", "compute", "attempts", "exit_code", "key", "reused_from", "started_at",
-        "finished_at",
-    ]  # fmt: skip
-    assert answer["cause"] == {"kind": "manual", "detail": "by alice"}
-    assert (answer["state"], answer["outcome"]) == ("finished", "succeeded")
-    assert [s["outcome"] for s in answer["steps"]] == ["succeeded", "succeeded", "skipped"]
-    assert answer["created_at"].endswith("Z")
-    assert len(answer["created_at"]) == len("2026-11-23T10:00:00.123Z")
-
-
-async def test_steps_without_a_row_are_waiting_and_those_of_a_cancelled_run_ended_with_it() -> None:
-    async with staged() as stage:
-        run = await stage.run()
-        await stage.begin(run, 0, "t")
-        steps = (await stage.get(f"/v1/runs/{run}"))["steps"]
-        assert [(s["name"], s["state"]) for s in steps] == [
-            ("prepare", "running"), ("train", "waiting"), ("report", "waiting")
-        ]  # fmt: skip
-        early = await stage.run(start=False)
-        await stage.ledger.write(moves.finish_run(early, RunOutcome.CANCELLED, stage.now))
-        steps = (await stage.get(f"/v1/runs/{early}"))["steps"]
-        assert {(s["state"], s["outcome"]) for s in steps} == {("finished", "cancelled")}
-
-
-async def test_latest_and_latest_of_a_pipeline_are_runs() -> None:
-    async with staged() as stage:
-        await stage.run()
-        other = await stage.run("other")
-        digits = await stage.run()
-        await stage.run("other")
-        assert (await stage.get("/v1/runs/latest"))["id"] == 4
-        assert (await stage.get("/v1/runs/digits:latest"))["id"] == digits
-        assert (await stage.get(f"/v1/runs/{other}"))["pipeline"] == "other"
-
-
-async def test_runs_are_filtered_by_everything_at_once() -> None:
-    async with staged() as stage:
-        good, bad = await stage.whole(), await stage.whole(outcome=RunOutcome.FAILED)
-        tagged = await stage.run(tags={"why": "paper", "n": "1"})
-
-        async def ids(query: str) -> list[int]:
-            return [run["id"] for run in (await stage.get(f"/v1/runs?{query}"))["runs"]]
-
-        assert await ids("") == [tagged, bad, good]
-        assert await ids("outcome=failed") == [bad]
-        assert await ids("state=running&pipeline=digits") == [tagged]
-        assert await ids("state=finished&limit=1") == [bad]
-        assert await ids("tag=why%3Dpaper&tag=n%3D1") == [tagged]
-        assert await ids("tag=why%3Dpaper&tag=n%3D2") == []
-        assert await ids("since=1h") == [tagged, bad, good]
-        assert await ids("since=2999-01-01") == []
-        assert "steps" not in (await stage.get("/v1/runs"))["runs"][0]
-        assert len((await stage.get("/v1/runs?steps=1"))["runs"][0]["steps"]) == 3
-
-
-async def test_status_names_the_failed_step_the_next_fire_and_what_is_broken() -> None:
-    async with staged() as stage:
-        run = await stage.whole(outcome=RunOutcome.FAILED)
-        stage.plugins.faults = [Fault("/plugins/bad.py", 7, "syntax error", "mend it")]
-        answer = await stage.get("/v1/status")
-        [failure] = answer["failures"]
-        assert (failure["id"], failure["step"], failure["exit_code"]) == (run, "train", 3)
-        assert answer["next"][0]["pipeline"] == "digits"
-        assert answer["broken"] == [
-            {"file": "/plugins/bad.py", "line": 7, "message": "syntax error", "hint": "mend it"}
-        ]
-        assert answer["pipelines"] == {"loaded": 1, "broken": 1, "paused": 0}
-        assert answer["active"][0]["started_at"].endswith("Z")
-
-
-async def test_schedules_have_those_that_wait_for_a_run_too() -> None:
-    async with staged() as stage:
-        kinds = {s["kind"]: s for s in (await stage.get("/v1/schedules"))["schedules"]}
-        assert set(kinds) == {"cron", "success"}
-        assert kinds["success"]["waits_for"] == "`other` to succeed"
-
-
-async def test_pause_shows_and_resume_takes_it_back() -> None:
-    async with staged() as stage:
-        assert await stage.ask("POST", "/v1/pipelines/digits/pause") == (200, {"pipeline": "digits", "paused": True})
-        assert (await stage.get("/v1/pipelines"))["pipelines"][0]["paused"] is True
-        await stage.ask("POST", "/v1/pipelines/digits/resume")
-        assert (await stage.get("/v1/pipelines"))["pipelines"][0]["paused"] is False
-
-
-async def test_same_idempotency_key_gives_the_same_run() -> None:
-    async with staged() as stage:
-        headers = {"Idempotency-Key": "order-7"}
-        first = await stage.ask("POST", "/v1/pipelines/digits/runs", {}, headers=headers)
-        second = await stage.ask("POST", "/v1/pipelines/digits/runs", {}, headers=headers)
-        assert first == (201, {"id": 1, "pipeline": "digits", "created": True})
-        assert second == (200, {"id": 1, "pipeline": "digits", "created": False})
-        status, _ = await stage.ask("POST", "/v1/pipelines/digits/runs", {}, headers={"Idempotency-Key": "x" * 300})
-        assert status == 400
-
-
-async def test_start_gives_typed_parameters_force_and_who() -> None:
-    async with staged() as stage:
-        body = {"parameters": {"rate": {"text": "0.5"}, "fast": {"text": "yes"}, "epochs": 4}, "force": ["train"],
-                "tags": {"a": "b"}, "target": "train"}  # fmt: skip
-        assert (await stage.ask("POST", "/v1/pipelines/digits/runs", body))[0] == 201
-        [(verb, words)] = stage.acts.asked
-        assert verb == "start"
-        assert words["parameters"] == {"rate": 0.5, "fast": True, "epochs": 4}
-        assert (words["force"], words["target"], words["tags"]) == (["train"], "train", {"a": "b"})
-        assert (words["kind"], words["who"]) == ("api", look_up(os.getuid(), os.getgid())[0])
-
-
-@pytest.mark.parametrize(
-    ("given", "made"),
-    [
-        ({"rate": 1}, {"rate": 1.0}),
-        ({"rate": {"text": "1e-3"}}, {"rate": 0.001}),
-        ({"rate": {"text": "nan"}}, None),
-        ({"rate": {"text": "inf"}}, None),
-        ({"rate": True}, None),
-        ({"epochs": {"text": "7"}}, {"epochs": 7}),
-        ({"epochs": {"text": "7.0"}}, None),
-        ({"epochs": 7.0}, None),
-        ({"fast": {"text": "TRUE"}}, {"fast": True}),
-        ({"fast": {"text": "maybe"}}, None),
-        ({"fast": "true"}, None),
-        ({"label": {"text": "7"}}, {"label": "7"}),
-        ({"label": 7}, None),
-        ({"label": None}, None),
-    ],
-)
-async def test_parameters_get_their_declared_type_or_a_fault(
-    given: dict[str, Any], made: dict[str, Any] | None
-) -> None:
-    declared = spec().parameters
-    if made is None:
-        with pytest.raises(BadParameter, match="parameter `"):
-            typed_parameters(given, declared)
-    else:
-        found = typed_parameters(given, declared)
-        assert found == made
-        assert typed_parameters(found, declared) == made
-        assert [type(value) for value in found.values()] == [type(value) for value in made.values()]
-
-
-async def test_why_is_past_for_what_ended_and_present_for_what_waits() -> None:
-    async with staged() as stage:
-        ended, going = await stage.whole(), await stage.run()
-        past = await stage.get(f"/v1/runs/{ended}/steps/train/why")
-        assert (past["why"], past["waiting"]) == ("never ran", None)
-        assert past["attempts"][0]["end"] == "committed"
-        assert past["parts"] == {"command": "x"}
-        present = await stage.get(f"/v1/runs/{going}/steps/train/why")
-        assert present["waiting"] == "waits for a slot on `local`: 2 slots, 2 in use"
-
-
-async def test_metrics_of_a_reused_step_are_those_of_the_attempt_that_made_it() -> None:
-    async with staged() as stage:
-        run = await stage.whole()
-        again = await stage.reused(run)
-        for asked, origin in ((run, None), (again, f"{run}/train")):
-            [prepare, train] = (await stage.get(f"/v1/runs/{asked}/metrics"))["steps"]
-            assert prepare["last"] == {"rows": 100}
-            assert train["last"] == {"accuracy": 0.97}
-            assert len(train["metrics"]) == 2
-            assert train["reused_from"] == origin
-
-
-async def test_output_comes_as_a_file_or_as_a_tar_that_unpacks_to_the_same() -> None:
-    async with staged() as stage:
-        run = await stage.reused(await stage.whole())
-        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(stage.socket))) as session:
-            async with session.get(f"http://x/v1/runs/{run}/outputs/prepare/clean") as answer:
-                assert await answer.read() == b"a,b\n1,2\n"
-                assert answer.headers["X-Digest"] == "b3:clean"
-            async with session.get(f"http://x/v1/runs/{run}/outputs/train/model") as answer:
-                data = await answer.read()
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            assert sorted(tar.getnames()) == ["deep", "deep/run.sh", "weights.bin"]
-            assert tar.extractfile("weights.bin").read() == bytes(range(256)) * 10  # type: ignore[union-attr]
-            assert tar.getmember("deep/run.sh").mode & 0o111
-
-
-async def test_output_whose_bytes_are_gone_is_a_sentence_with_what_to_do() -> None:
-    async with staged() as stage:
-        run = await stage.whole()
-        (stage.folder / "artifacts" / "aa" / "clean.csv").unlink()
-        status, answer = await stage.ask("GET", f"/v1/runs/{run}/outputs/prepare/clean")
-        assert status == 409
-        assert "gone from the store" in answer["error"]["message"]
-        assert answer["error"]["hint"] == "`mlpipectl run digits --force prepare` makes it again"
-
-
-async def test_symlink_in_place_of_an_artifact_is_never_followed() -> None:
-    async with staged() as stage:
-        run = await stage.whole()
-        artifact = stage.folder / "artifacts" / "aa" / "clean.csv"
-        artifact.unlink()
-        artifact.symlink_to("/etc/passwd")
-        assert (await stage.ask("GET", f"/v1/runs/{run}/outputs/prepare/clean"))[0] == 409
-
-
-async def test_prometheus_text_names_runs_slots_and_commits() -> None:
-    async with staged() as stage:
-        await stage.run()
-        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(stage.socket))) as session:
-            async with session.get("http://x/metrics") as answer:
-                text = await answer.text()
-        for line in ('mlpiped_runs{state="running"} 1', 'mlpiped_slots{compute="local"} 2', "mlpiped_pipelines 1"):
-            assert line in text.splitlines()
-        assert text.endswith("\n")
-
-
-async def test_doctor_finds_a_broken_plugin_a_lost_datastore_and_a_socket_open_to_all() -> None:
-    async with staged() as stage:
-        assert (await stage.get("/v1/doctor"))["level"] != "fail"
-        stage.plugins.faults = [Fault("/plugins/bad.py", 7, "syntax error")]
-        stage.service.about = stage.service.about.__class__(
-            "1", 1, 0, stage.folder, stage.socket, datastores={"lab": stage.folder / "gone"}, sqlite=(3, 40, 1)
-        )
-        stage.socket.chmod(0o666)
-        answer = await stage.get("/v1/doctor")
-        found = {check["name"]: check for check in answer["checks"] if check["level"] != "ok"}
-        assert {"plugins", "datastores", "sqlite", "socket"} <= set(found)
-        assert all(check["hint"] for check in found.values())
-        assert answer["level"] == "fail"
-
-
-async def test_doctor_looks_at_the_state_folder_the_clock_and_the_tools() -> None:
-    async with staged() as stage:
-        stage.folder.chmod(0o770)
-        (stage.folder / "ballast").unlink()
-        stage.service.about = dataclasses.replace(stage.service.about, python="/none/python")
-        later = stage.now + 3_600_000_000
-        await stage.ledger.write(moves.set_paused("digits", True, "alice", later))
-        stage.service.orphans = orphans
-        answer = await stage.get("/v1/doctor")
-        found = {(check["name"], check["level"]): check for check in answer["checks"] if check["level"] != "ok"}
-        assert "others may write" in found["state", "fail"]["message"]
-        assert "chmod go-w" in found["state", "fail"]["hint"]
-        assert "kept back" in found["state", "warn"]["message"]
-        assert "60 min behind" in found["clock", "warn"]["message"]
-        assert "/none/python" in found["tools", "fail"]["message"]
-        assert "mlp-1" in found["processes", "warn"]["message"] and "kill 7 8" in found["processes", "warn"]["hint"]
-        assert all(check["hint"] for check in found.values())
-
-
-async def orphans() -> dict[str, list[int]]:
-    return {"mlp-1": [7, 8]}
-
-
-async def test_doctor_tells_each_compute_by_what_it_says_now() -> None:
-    async with staged() as stage:
-        one = next(iter(stage.acts.compute()))
-        card = {"uuid": "GPU-1", "index": 0, "name": "A", "memory": 1, "foreign": None, "holders": []}
-        stage.acts.compute = lambda: [  # type: ignore[method-assign]
-            {**one, "name": "gpu1", "kind": "ssh", "cards": [card, card], "drained": True},
-            {**one, "name": "gpu2", "kind": "ssh", "cards": [], "cards_trouble": "nvidia-smi is not there"},
-            {**one, "name": "box", "kind": "docker", "cards": []},
-        ]
-
-        async def healths() -> dict[str, str | None]:
-            return {"gpu1": None, "gpu2": None, "box": "the engine does not answer"}
-
-        stage.service.healths = healths
-        found = [
-            (c["level"], c["message"]) for c in (await stage.get("/v1/doctor"))["checks"] if c["name"] == "compute"
-        ]
-        assert found == [
-            ("ok", "`gpu1` (ssh): 2 slots, 2 cards, drained"),
-            ("ok", "`gpu2` (ssh): 2 slots"),
-            ("warn", "the cards of `gpu2`: nvidia-smi is not there"),
-            ("fail", "`box`: the engine does not answer"),
-        ]
-
-
-async def test_doctor_says_which_datastore_is_not_seen_by_inotify(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_host.mounts, "mount_of", lambda path: Mount(b"/", "nfs4"))
-    async with staged() as stage:
-        about = dataclasses.replace(stage.service.about, datastores={"lab": stage.folder}, watch={"lab": "inotify"})
-        stage.service.about = about
-        found = await doctor_host.datastores(stage.service)
-        assert [(f.level, "nfs4" in f.message, f.hint and "poll" in f.hint) for f in found] == [("warn", True, True)]
-        stage.service.about = dataclasses.replace(about, watch={"lab": "auto"})
-        assert [f.level for f in await doctor_host.datastores(stage.service)] == ["ok"]
-        assert [f.level for f in await doctor_host.state(stage.service)] == ["warn"]  # it is on a network too
-
-
-async def test_doctor_reads_the_ledger_and_says_how_to_bring_a_damaged_one_back() -> None:
-    async with staged() as stage:
-
-        async def faults() -> list[str]:
-            return ["row 7 missing from index runs_open"]
-
-        stage.service.ledger_faults = faults
-        found = {check["name"]: check for check in (await stage.get("/v1/doctor"))["checks"]}
-        assert (found["ledger"]["level"], "row 7" in found["ledger"]["message"]) == ("fail", True)
-        assert "mlpiped restore FILE" in found["ledger"]["hint"]
-        stage.service.ledger_faults = stage.ledger.faults  # the real look, at a ledger whose index lies
-        await stage.run()
-        assert "ledger" not in await _ails(stage)
-        await stage.ledger.checkpoint()
-        with open(stage.ledger.path, "r+b") as file:  # a page of the disk that reads as zeros
-            file.seek(await _page_of(stage, "runs_by_outcome"))
-            file.write(bytes(4096))
-        assert "is damaged" in (await _ails(stage))["ledger"]["message"]
-
-
-async def _page_of(stage: Any, index: str) -> int:
-    """Where an index begins in the ledger's file."""
-    sql = "SELECT rootpage FROM sqlite_schema WHERE name = ?"
-    ((page,),) = await stage.ledger._db.call(lambda c: c.execute(sql, (index,)).fetchall())
-    ((size,),) = await stage.ledger._db.call(lambda c: c.execute("PRAGMA page_size").fetchall())
-    return int((page - 1) * size)
-
-
-async def _ails(stage: Any) -> dict[str, Any]:
-    """What of `doctor` is not well, by name; each says what to do."""
-    found = {each["name"]: each for each in (await stage.get("/v1/doctor"))["checks"] if each["level"] != "ok"}
-    assert all(each["hint"] for each in found.values()), found
-    return found
-
-
-@pytest.mark.parametrize(("free", "inodes", "level"), [(0.05, 0.9, "warn"), (0.01, 0.9, "fail"), (0.9, 0.01, "fail")])
-async def test_doctor_says_that_a_disk_is_nearly_full(
-    monkeypatch: pytest.MonkeyPatch, free: float, inodes: float, level: str
-) -> None:
-    use = os.statvfs_result((4096, 4096, 1000, 1000, int(1000 * free), 1000, 1000, int(1000 * inodes), 0, 255))
-    monkeypatch.setattr(doctor_host.os, "statvfs", lambda path: use)
-    async with staged() as stage:
-        found = await _ails(stage)
-        assert found["disk"]["level"] == level
-        assert "gc --plan" in found["disk"]["hint"] or "free space" in found["disk"]["hint"]
-
-
-async def test_doctor_says_that_the_ledgers_disk_is_full() -> None:
-    async with staged() as stage:
-        stage.ledger._writer.full = True
-        found = await _ails(stage)
-        assert (found["ledger"]["level"], found["ledger"]["hint"]) == ("fail", "free space on that disk")
-
-
-async def test_doctor_says_which_limit_of_inotify_is_low_and_how_to_raise_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_host, "WATCHES_WARN", 1 << 40)
-    async with staged() as stage:
-        found = await _ails(stage)
-        assert found["inotify"]["message"].startswith("max_user_watches is ")
-        assert found["inotify"]["hint"].startswith(f"`sysctl fs.inotify.max_user_watches={4 << 40}`")
-
-
-async def test_doctor_says_which_compute_is_not_well_and_that_a_clock_was_never_set() -> None:
-    async with staged() as stage:
-        compute = [
-            {
-                "name": "local",
-                "kind": "local",
-                "slots": 1,
-                "cards": [],
-                "cards_trouble": None,
-                "drained": False,
-                "health": "its folder is read-only",
-            }
-        ]
-        stage.service.actions.compute = lambda: compute  # type: ignore[method-assign]
-        stage.service.clock = _Stopped()
-        found = await _ails(stage)
-        assert found["compute"]["message"] == "`local`: its folder is read-only"
-        assert found["clock"]["message"] == "says 1970-01-01" and "timedatectl" in found["clock"]["hint"]
-
-
-class _Stopped:
-    def now(self) -> int:
-        return 0
-
-    def monotonic(self) -> float:
-        return 0.0
-
-
-async def test_doctor_says_what_it_could_not_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(service: Any) -> list[Any]:
-        raise OSError("no such thing")
-
-    async def hangs(service: Any) -> list[Any]:
-        await anyio.sleep_forever()
-        raise AssertionError
-
-    monkeypatch.setattr(doctor_host, "inotify", broken)
-    monkeypatch.setattr(doctor_host, "tools", hangs)
-    monkeypatch.setattr("mlpiped.control.doctor.CHECK_TIME", 0.2)
-    async with staged() as stage:
-        found = {each["name"]: each for each in (await stage.get("/v1/doctor"))["checks"] if each["level"] == "fail"}
-        assert "could not be looked at: no such thing" in found["inotify"]["message"]
-        assert found["tools"]["message"] == "gave no answer in time"
-        assert found["inotify"]["hint"] and found["tools"]["hint"]
-
-
-@pytest.mark.parametrize(
-    ("version", "bad"),
-    [((3, 40, 1), True), ((3, 44, 5), True), ((3, 44, 6), False), ((3, 45, 0), True), ((3, 50, 7), False),
-     ((3, 51, 2), True), ((3, 51, 3), False), ((3, 53, 4), False)],
-)  # fmt: skip
-async def test_sqlite_versions_with_the_wal_reset_bug(version: tuple[int, ...], bad: bool) -> None:
-    assert has_wal_reset_bug(version) is bad
-
-
-async def test_moments_are_read_as_people_write_them() -> None:
-    now = 1_800_000_000_000_000
-    assert moment("1h", now) == now - 3_600_000_000
-    assert moment("2027-01-15T08:00:00Z", now) == now
-    assert moment("2027-01-15T09:00:00+01:00", now) == now
-    with pytest.raises(UsageError):
-        moment("soon", now)
-
-
 # --- streams --------------------------------------------------------------------------------------------------------
 class Sse:
     """Server-sent events as they come."""
@@ -1013,7 +465,7 @@ async def test_logs_show_the_newest_attempt_or_the_one_asked_for() -> None:
         await stage.begin(run, 0, "first")
         stage.job("first", stdout=b"one\n")
         await stage.ledger.write(
-            moves.attempt_ended("first", moves.AttemptEnd.FAILED, moves.StepState.QUEUED, "x", 1, "x", None, stage.now)
+            moves.attempt_ended("first", AttemptEnd.FAILED, StepState.QUEUED, "x", 1, "x", None, stage.now)
         )
         await stage.begin(run, 0, "second", n=2)
         stage.job("second", stdout=b"two\n")
@@ -1062,7 +514,7 @@ async def test_wait_answers_at_the_end_of_the_run_and_at_the_end_of_the_time() -
             rows = [StepRow(0, "prepare")]
             await stage.ledger.write(moves.add_steps(run, rows, stage.now))
             await stage.ledger.write(
-                moves.finish_step(run, 0, moves.StepOutcome.CANCELLED, "x", stage.now),
+                moves.finish_step(run, 0, StepOutcome.CANCELLED, "x", stage.now),
                 moves.finish_run(run, RunOutcome.CANCELLED, stage.now),
             )
         assert answers[0]["outcome"] == "cancelled"

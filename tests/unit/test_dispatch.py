@@ -12,6 +12,8 @@ import pytest
 
 from mlpiped.backends.base import Card
 from mlpiped.dispatch import AHEAD, BRISK, Dispatch
+from mlpiped.ledger import AttemptRow
+from mlpiped.model import AttemptState
 from mlpiped.placement import Need, Place
 
 
@@ -140,8 +142,10 @@ def test_what_a_forgotten_run_held_waited_for_or_led_is_free(lab: Lab) -> None:
 
 
 def test_an_adopted_attempt_holds_its_place_and_its_key(lab: Lab) -> None:
-    one, two = lab.run(1), lab.run(2)
-    lab.dispatch.occupy(cast(Any, one), 0, Need(1, 0), "local", "key")
+    two = lab.run(2)
+    nothing = None, None, None, None
+    live = AttemptRow("mlp-1-0-1-a", 1, 0, 1, "local", "key", AttemptState.SUBMITTED, None, {}, *nothing, 1, 1, None)
+    lab.dispatch.occupy(Need(1, 0), live, "key")
     lab.ask(two, 0, "key")
     lab.ask(two, 1)
     lab.ask(two, 2)
@@ -256,6 +260,27 @@ def test_who_is_behind_a_step_that_needs_much_is_told_for_whom_the_place_is_kept
     assert lab.dispatch.why_waiting(3, 0) == (
         "waits for a place: gpu1 is kept for run 2 (alice), which waits for 2 GPUs there"
     )
+
+
+def test_a_place_is_no_longer_kept_for_a_step_that_is_withdrawn() -> None:
+    lab = gpu_lab()
+    bob, alice, eve = owned(lab, 1, "bob", 5), owned(lab, 2, "alice", 0), owned(lab, 3, "eve", 0)
+    lab.ask(bob, 0, computes=(), gpus=1)
+    lab.ask(alice, 0, computes=(), gpus=2)
+    lab.ask(eve, 0, computes=(), gpus=1)
+    lab.dispatch.withdraw(cast(Any, alice), 0)
+    assert eve.granted_to == [(0, "gpu1")]
+
+
+def test_who_can_never_have_a_place_is_told_so_whatever_else_keeps_it_out() -> None:
+    lab = Lab(slots=1, most=1)
+    one = lab.run(1)
+    lab.ask(one, 0)
+    lab.ask(one, 1, slots=50)
+    never = "can never have a place: local has 1 slot in all, 50 are asked for"
+    assert lab.dispatch.why_waiting(1, 1) == never
+    lab.dispatch.paused = "the disk that holds the ledger is full"
+    assert lab.dispatch.why_waiting(1, 1) == never
 
 
 def test_who_can_never_have_a_card_is_told_of_every_compute_that_it_may_use() -> None:

@@ -24,7 +24,8 @@ from mlpiped.kept import Kept, digest_for, is_home
 from mlpiped.ledger import moves
 from mlpiped.model import OutputFact
 from mlpiped.needs import bytes_to_travel
-from mlpiped.retention.keeper import STRAY_AGE, Keeper
+from mlpiped.retention.artifacts import STRAY_AGE
+from mlpiped.retention.keeper import Keeper
 from mlpiped.spec import PipelineSpec, Upstream, version_of
 
 if TYPE_CHECKING:

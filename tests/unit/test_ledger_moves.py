@@ -392,3 +392,62 @@ async def test_names_that_are_not_utf8_are_kept_in_sentences_and_json(tmp_path: 
         step = await ledger.step(run_id, "prepare")
         assert step is not None and step.why == r"input b\udcff.csv is new"
         assert await ledger.parts("k") == '{"in":"\\udcff"}'
+
+
+async def shared(ledger: Ledger, *, submitted: bool = True) -> tuple[int, int]:
+    """A run whose step 0 has an attempt, and one whose step 1 is queued for the same key."""
+    first, second = await running(ledger), await running(ledger)
+    await ledger.write(
+        moves.queue_step(first, 0, "b3:k", "never ran", NOW),
+        moves.queue_step(second, 1, "b3:k", "never ran", NOW),
+        moves.intent(first, 0, "t1", 1, "gpu1", "b3:k", "{}", NOW),
+    )
+    if submitted:
+        await ledger.write(moves.handle("t1", '{"v":1}', NOW))
+    return first, second
+
+
+def handing_over(run_id: int, idx: int = 1, n: int = 1) -> Any:
+    return moves.hand_over("t1", '{"v":1}', run_id, idx, n, NOW + 1, why="goes on", left="cancelled")
+
+
+@pytest.mark.parametrize("submitted", [True, False])
+async def test_a_live_attempt_is_handed_over_to_an_equal_step_whole(tmp_path: Path, submitted: bool) -> None:
+    async with opened(tmp_path) as ledger:
+        first, second = await shared(ledger, submitted=submitted)
+        await ledger.write(handing_over(second))
+        left, heir = (await ledger.steps(first))[0], (await ledger.steps(second))[1]
+        assert (left.state, left.outcome, left.why, left.attempts) == (
+            StepState.FINISHED, StepOutcome.CANCELLED, "cancelled", 0,
+        )  # fmt: skip
+        assert (heir.state, heir.why, heir.attempts, heir.compute) == (StepState.RUNNING, "goes on", 1, "gpu1")
+        assert await ledger.attempts(first, 0) == []
+        [attempt] = await ledger.attempts(second, 1)
+        assert (attempt.token, attempt.state, attempt.handle) == ("t1", AttemptState.SUBMITTED, {"v": 1})
+        assert await ledger.write(moves.commit_result("t1", "b3:k", [made()], 9, NOW + 2, True)) == [True]
+        assert [step.outcome for step in await ledger.steps(second)] == [None, StepOutcome.SUCCEEDED]
+        kinds = [(row.run_id, row.kind) for row in await ledger.events()]
+        told = kinds.index((first, "attempt.handed_over"))
+        assert kinds[told + 1 : told + 3] == [(first, "step.finished"), (second, "step.running")]
+
+
+@pytest.mark.parametrize("why_not", ["ended", "has one", "not queued", "run not running"])
+async def test_an_attempt_is_handed_over_to_a_step_that_waits_for_it_or_not_at_all(
+    tmp_path: Path, why_not: str
+) -> None:
+    async with opened(tmp_path) as ledger:
+        first, second = await shared(ledger)
+        if why_not == "ended":
+            await ledger.write(ended())
+        elif why_not == "has one":
+            await ledger.write(moves.intent(second, 1, "t2", 1, "gpu1", "b3:k", "{}", NOW))
+        elif why_not == "not queued":
+            await ledger.write(moves.finish_step(second, 1, StepOutcome.CANCELLED, "cancelled", NOW))
+        else:
+            [second] = await ledger.write(opening(event()))
+            await ledger.write(moves.add_steps(second, [StepRow(1, "a", StepState.QUEUED, key="b3:k")], NOW))
+        before = [await ledger.steps(run) for run in (first, second)]
+        with pytest.raises(IllegalMove):
+            await ledger.write(handing_over(second, n=2))
+        assert [await ledger.steps(run) for run in (first, second)] == before
+        assert len(await ledger.attempts(first, 0)) == 1

@@ -25,8 +25,9 @@ from mlpiped.ledger import Ledger, StepRow, moves
 from mlpiped.model import AttemptEnd, Cause, CauseKind, Event, RunOutcome, StepOutcome, StepState
 from mlpiped.placement import Place
 from mlpiped.resolve import Graph
-from mlpiped.run import LOST_LIMIT, TAINTED_LIMIT, Execution
+from mlpiped.run import Execution
 from mlpiped.spec import PipelineSpec, canonical, version_of
+from mlpiped.tries import LOST_LIMIT, TAINTED_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

@@ -332,7 +332,8 @@ async def test_jobs_are_counted_by_slurm_s_word_while_somebody_waits_for_them() 
     runner = Answering()
     runner.listing = f"{OURS}\n78|PENDING|mlp-t-2|Priority\n79|RUNNING|mlp-t-9|None"
     queue = Queue("cluster", runner, 0.01, _nothing)
-    with queue.watch("t-1", 77, "t-1", 0.0), queue.watch("t-2", 78, "t-2", 0.0), queue.watch("t-2", 78, "t-2", 0.0):
+    first, second = ("t-1", 77, "t-1", 0.0), ("t-2", 78, "t-2", 0.0)
+    with queue.watch(*first), queue.watch(*second), queue.watch(*second):
         assert queue.states() == {"UNKNOWN": 2}
         queue.start()
         try:

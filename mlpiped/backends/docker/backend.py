@@ -28,7 +28,7 @@ import anyio
 
 from mlpiped.backends import folder as folders
 from mlpiped.backends import streams
-from mlpiped.backends.base import Capacity, Exited, Handle, Image, Job, NeverRan, Outcome
+from mlpiped.backends.base import Capacity, Exited, Handle, Image, Job, Lost, NeverRan, Outcome
 from mlpiped.backends.docker import container as containers
 from mlpiped.backends.docker import jobs, script
 from mlpiped.backends.docker.engine import Engine, Facts, Refused
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 10.0  # seconds that an engine may be away before whoever waits is told
 AWAY = 0.5  # seconds between two questions to it meanwhile
+GOING = 1.0  # seconds in which a container is gone that somebody removes, once it has ended
 LATE = 2.0  # seconds that a container is given to end its step by itself, before the daemon does
 LOOK_AGAIN = 1.0  # seconds between two looks at whether a step whose log is followed has ended
 LITTLE_SPACE = 64 << 20
@@ -228,9 +229,20 @@ class DockerBackend:
         if found is not None and not handle.get("shell", True):
             await self._bring_all(found, folder)
         outcome = await self._do("end the job", lambda: self._folders.end(handle, folder, state))
-        if found is not None and isinstance(outcome, Exited):
+        if found is not None and isinstance(outcome, Lost) and await self._goes(found["Id"]):
+            outcome = await self._do("end the job", lambda: self._folders.end(handle, folder, None))
+        elif found is not None and isinstance(outcome, Exited):
             self._remover.add(found["Id"])
         return outcome, state or {}
+
+    async def _goes(self, container: str) -> bool:
+        """Whether somebody removes it: `docker rm --force` first ends it."""
+        until = time.monotonic() + GOING
+        while time.monotonic() < until:
+            if await self._engine.look(container) is None:
+                return True
+            await anyio.sleep(GOING / 10)
+        return False
 
     async def _bring_all(self, found: Facts, folder: str) -> None:
         """Of an image without a shell: all that it printed, and whether its command could be started."""

@@ -50,7 +50,7 @@ def configuration(
             "CapDrop": ["ALL"],
             "SecurityOpt": ["no-new-privileges"],
             "PidsLimit": PROCESSES,
-            "NanoCpus": int(job.cpus * 1e9),
+            "NanoCpus": int(job.cpus * job.tasks * 1e9),
             "OomScoreAdj": OOM_SCORE,
             "RestartPolicy": {"Name": "no"},
             "AutoRemove": False,

@@ -103,8 +103,10 @@ class SlurmBackend:
         count = self._nodes.gpus if self._nodes is not None else 0
         cards = tuple(Card(f"{self.name}:{index}", index, "gpu", 0) for index in range(count))
         slots = min(self.settings.slots, self.settings.max_jobs or self.settings.slots)
-        unseen = None if self._nodes is not None else NOT_SEEN
-        return Capacity(slots, cards=cards, modules=True, sifs=bool(self.settings.apptainer), no_cards=unseen)
+        nodes = None if self._nodes is None else self._nodes.up + self._nodes.down
+        trouble = None if self._nodes is not None else NOT_SEEN
+        sifs = bool(self.settings.apptainer)
+        return Capacity(slots, cards=cards, no_cards=trouble, cluster=True, nodes=nodes, modules=True, sifs=sifs)
 
     async def image(self, reference: str | None, dockerfile: str | None) -> Image:
         return await self._sifs.image(reference)
@@ -147,7 +149,7 @@ class SlurmBackend:
         """The folder, complete; the script that is to be submitted."""
         if job.code is not None and not os.path.isdir(job.code):
             raise BackendUnavailable(f"the code snapshot is missing: {job.code}")
-        env = {**base, **folders.variables(folder, job)}
+        env = {**base, "SRUN_CPUS_PER_TASK": str(commands.cpus_of(job)), **folders.variables(folder, job)}
         for name in ("PATH", "PYTHONPATH"):  # the step's own come first; the environment's stay reachable
             if name in job.env:
                 env[name] = f"{job.env[name]}:{base[name]}"

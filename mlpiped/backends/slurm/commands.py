@@ -114,9 +114,10 @@ def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str, *, token:
         "--open-mode=append",
         f"--output={folder}/slurm.out",
         f"--chdir={folder}",
-        "--nodes=1",
-        "--ntasks=1",
-        f"--cpus-per-task={max(1, math.ceil(job.cpus))}",
+        f"--nodes={job.nodes}",
+        f"--ntasks={job.nodes * job.tasks}",
+        f"--ntasks-per-node={job.tasks}",
+        f"--cpus-per-task={cpus_of(job)}",
     ]
     for name in ("partition", "account", "qos"):
         value = getattr(compute, name)
@@ -167,6 +168,11 @@ def complaint(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     words = re.sub(r"^[a-z_]+: (?:error: |fatal: )?", "", lines[-1]) if lines else "it said nothing"
     return re.sub(r"[^ -~]", "?", words)[:300]
+
+
+def cpus_of(job: Job) -> int:
+    """For each of its processes."""
+    return max(1, math.ceil(job.cpus))
 
 
 def as_array(argv: Sequence[str], array: str, jobs_dir: str, count: int) -> list[str]:
