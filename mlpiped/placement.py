@@ -40,6 +40,7 @@ class Need:
     nodes: int = 1
     cluster: bool = False  # only a cluster can start it
     modules: bool = False  # it needs environment modules
+    sif: bool = False  # its image is a file
     data: Mapping[str, int] = field(default_factory=dict, compare=False)  # compute -> bytes that would have to travel
 
     @property
@@ -62,6 +63,7 @@ class Need:
             self.nodes,
             self.cluster,
             self.modules,
+            self.sif,
         )
 
 
@@ -101,6 +103,7 @@ class Place:
     nodes: int | None = 1
     cluster: bool = False
     modules: bool = False
+    sifs: bool = False
     cards: tuple[Card, ...] = ()
     no_cards: str | None = None  # why they cannot be used, in a sentence
     holders: dict[Spot, Need] = field(default_factory=dict)
@@ -110,7 +113,7 @@ class Place:
     def offers(self, capacity: Capacity) -> None:
         """What its backend says that it has, now."""
         self.slots, self.cpus, self.memory = capacity.slots, capacity.cpus, capacity.memory
-        self.images, self.modules = capacity.images, capacity.modules
+        self.images, self.modules, self.sifs = capacity.images, capacity.modules, capacity.sifs
         self.cards, self.no_cards = capacity.cards, capacity.no_cards
         self.cluster, self.nodes = capacity.cluster, capacity.nodes
 
@@ -140,6 +143,8 @@ class Place:
         return self.unwell is not None or self.drained or self.used_slots >= self.slots
 
     def _never(self, need: Need) -> Refusal | None:
+        if need.sif and not self.sifs:
+            return Refusal("never", f"{self.name} runs no images that are files")
         if need.images != self.images:
             why = "runs containers only, and the step has no image" if self.images else "runs no containers"
             return Refusal("never", f"{self.name} {why}")

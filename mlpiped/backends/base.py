@@ -165,6 +165,7 @@ class Capacity:
     cards: tuple[Card, ...] = ()
     images: bool = False  # it runs steps in containers, and those only (`spec_images`: who has one)
     modules: bool = False  # it loads environment modules
+    sifs: bool = False  # it runs steps in images that are files, besides others
     no_cards: str | None = None  # why its cards cannot be used, in a sentence
     cluster: bool = False  # it starts steps on several nodes at once
     nodes: int | None = 1  # None: not known yet
@@ -174,12 +175,13 @@ class Capacity:
 class Image:
     """A container's image: `identity` enters the step's key, `run` is what an engine starts."""
 
-    identity: str  # "sha256:…" of an image named by tag; of a Dockerfile "b3:…" over its text and its base images
-    run: str  # "sha256:…"
+    identity: str  # "sha256:…" of an image named by tag; of a Dockerfile "b3:…" over its text and its base images, of a
+    # file over its content
+    run: str  # "sha256:…"; of a file its stamp and path
 
 
 class Images(Protocol):
-    """What a backend with `Capacity.images` offers beside `Backend`."""
+    """What a backend with `Capacity.images` or `Capacity.sifs` offers beside `Backend`."""
 
     async def image(self, reference: str | None, dockerfile: str | None) -> Image:
         """The image of that tag, pulled when it is not there; or the one that the Dockerfile's text makes, built once.

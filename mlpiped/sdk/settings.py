@@ -92,10 +92,11 @@ class Retry:
 class Environment:
     """What a step's code finds around it: packages (`requirements=`, a file beside the plugin), Python, variables.
 
-    With `image=` ("name:tag") or `dockerfile=` (a file beside the plugin, without a build context) the step runs in a
-    container, which brings its own Python and packages. `modules=` are loaded before the step, in this order, on a
-    compute that has environment modules (Slurm). Built once per content and cached; a part of the step's
-    identity. Files are read when the plugin is loaded; what a tag means is asked before each run.
+    With `image=` ("name:tag", or a `.sif` file that a cluster runs by Apptainer) or `dockerfile=` (a file beside the
+    plugin, without a build context) the step runs in a container, which brings its own Python and packages. `modules=`
+    are loaded before the step, in this order, on a compute that has environment modules (Slurm). Built once per content
+    and cached; a part of the step's identity. Files are read when the plugin is loaded; what a tag means and what an
+    image file holds is asked before each run.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ def _image(image: object, where: place.Place) -> str:
         raise DefinitionError(
             f"not the name of an image: {values.shown(form)}", where, 'write it like "name:tag" or "name@sha256:…"'
         )
-    return form
+    return place.absolute(form, where) if form.endswith(".sif") else form
 
 
 def _version(python: object, where: place.Place) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FEW, MANY = 20, 5000
 INTERVAL = 10.0  # seconds: the default
+LOOKS = 2  # at the queue, after which nothing is new
 SPAN = 100.0  # seconds in which nothing happens
 MOST_CPU = 1.0  # percent of a core
 BODY = """
@@ -55,8 +56,10 @@ def _watched(cluster: slurm_rig.Cluster, folder: Path, count: int) -> tuple[int,
         api, began = Api(daemon.socket), time.monotonic()
         daemon.run("waiting")
         until(lambda: _told(api) == {"PENDING": count}, f"{count} jobs in the queue", 900, pause=1.0)
-        submitted, before = time.monotonic() - began, (len(lines(asked)), cpu.seconds())
+        submitted, seen = time.monotonic() - began, len(lines(asked))
+        until(lambda: len(lines(asked)) >= seen + LOOKS, "each has been told what it waits for", 300, pause=1.0)
         api.close()
+        before = len(lines(asked)), cpu.seconds()
         time.sleep(SPAN)
         return len(lines(asked)) - before[0], cpu.seconds() - before[1], submitted
     finally:

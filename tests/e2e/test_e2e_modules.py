@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import step, steps, until
+from harness import SDK, step, steps, until
 from lab import packages, slurm_rig
 from lab.slurm_desk import Desk
 from lab.slurm_modules import PACKAGES, modulefiles
@@ -55,8 +55,7 @@ def test_a_module_that_does_not_exist_fails_the_step_at_once_with_the_tool_s_wor
     assert "cannot load modules nosuch/1: " in why and "Unable to locate a modulefile for 'nosuch/1'" in why
 
 
-def test_on_a_compute_without_modules_it_is_not_placed_and_why_says_so(desk: Desk) -> None:
-    install(desk, ["cuda/12"], compute="local")
-    run = desk.daemon.run("modules")
-    until(lambda: "local loads no environment modules" in desk.why(run), "the reason for which it waits")
-    assert steps(desk.daemon.show(run)) == {"step": "queued"}
+def test_a_step_that_needs_modules_and_could_never_have_them_is_named_when_its_plugin_is_loaded(desk: Desk) -> None:
+    desk.daemon.plugin("modules", SDK + BODY.replace("MODULES", repr(["cuda/12"])).replace("COMPUTE", "local"))
+    (fault,) = until(desk.daemon.broken, "the plugin is read")
+    assert fault["message"] == "step `step` needs environment modules, and `local` loads none"

@@ -19,9 +19,10 @@ import anyio.to_thread
 import structlog
 
 from mlpiped.backends import folder as folders
-from mlpiped.backends.base import Capacity, Card, Cluster, Handle, Job, NeverRan, Outcome
+from mlpiped.backends.base import Capacity, Card, Cluster, Handle, Image, Job, NeverRan, Outcome
 from mlpiped.backends.environments import Environments
 from mlpiped.backends.slurm import commands, submission, surroundings, verdict
+from mlpiped.backends.slurm.apptainer import Sifs
 from mlpiped.backends.slurm.arrays import Lists
 from mlpiped.backends.slurm.commands import Ref
 from mlpiped.backends.slurm.controller import Controller
@@ -77,6 +78,7 @@ class SlurmBackend:
         self._lists = Lists(self.root)
         self._counter = Counter(self._controller, self._queue, self._lists, f"mlpiped:{instance}", self._do)
         self._tools: str | None = None
+        self._sifs = Sifs()
         self._nodes: Nodes | None = None
         self._turns: dict[str, anyio.Lock] = {}
         self._sentenced: set[Ref] = set()  # held jobs that were taken out of the queue
@@ -103,7 +105,14 @@ class SlurmBackend:
         slots = min(self.settings.slots, self.settings.max_jobs or self.settings.slots)
         nodes = None if self._nodes is None else self._nodes.up + self._nodes.down
         trouble = None if self._nodes is not None else NOT_SEEN
-        return Capacity(slots=slots, cards=cards, no_cards=trouble, cluster=True, nodes=nodes, modules=True)
+        sifs = bool(self.settings.apptainer)
+        return Capacity(slots, cards=cards, no_cards=trouble, cluster=True, nodes=nodes, modules=True, sifs=sifs)
+
+    async def image(self, reference: str | None, dockerfile: str | None) -> Image:
+        return await self._sifs.image(reference)
+
+    def bringing(self, reference: str | None, dockerfile: str | None) -> str | None:
+        return None
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return 0
@@ -146,8 +155,7 @@ class SlurmBackend:
                 env[name] = f"{job.env[name]}:{base[name]}"
         order = folders.order(job.argv(folders.output_paths(folder, job)), env, job)
         assert self._tools is not None
-        order["argv"] = surroundings.before(job, folder, self._tools, self.settings) + order["argv"]
-        order["env"] = surroundings.without_loaded(order["env"]) if job.modules else order["env"]
+        order = surroundings.around(order, job, folder, self._tools, self.settings)
         order["inherit"] = list(submission.INHERITED)
         folders.build(folder, job, json.dumps(order))
         link = self._home / job.token

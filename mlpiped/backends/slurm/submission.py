@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FENCED = folders.FENCED
 WRAPPER = Path(__file__).with_name("wrapper.sh")
-TOOLS = (Path(supervisor.__file__), Path(memory_group.__file__), surroundings.SCRIPT)
+TOOLS = (Path(supervisor.__file__), Path(memory_group.__file__), *surroundings.SCRIPTS)
 INHERITED = ("SLURM_", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 
 
