@@ -20,9 +20,9 @@ from mlpiped.backends.base import Backend, Exited, Job, Part
 from mlpiped.backends.docker import DockerBackend
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.backends.local import LocalBackend
-from mlpiped.backends.slurm import SlurmBackend
+from mlpiped.backends.slurm import LoginRunner, SlurmBackend
 from mlpiped.backends.slurm.runner import HostRunner
-from mlpiped.backends.ssh import SshBackend
+from mlpiped.backends.ssh import LoginShell, SshBackend
 from mlpiped.config.computes import DockerCompute, SlurmCompute, SshCompute
 
 if TYPE_CHECKING:
@@ -165,7 +165,28 @@ class SlurmBench(Bench):
         return SlurmBackend("cluster", self.place, settings, instance="0" * 32, runner=runner, patience=5.0)
 
 
-BENCHES = {"local": LocalBench, "fake": FakeBench, "docker": DockerBench, "ssh": SshBench, "slurm": SlurmBench}
+class SlurmViaBench(Bench):
+    """The same behind a real sshd: the daemon's own machine runs none of Slurm's commands."""
+
+    needs = "slurm_login"
+    marks = (pytest.mark.lab,)
+
+    def make(self) -> SlurmBackend:
+        settings = SlurmCompute(kind="slurm", slots=2, poll_interval="200ms", via="login", work_dir=self.place)
+        link = self.machine.backend(self.place).link
+        self.stack.push_async_callback(link.close)
+        runner = LoginRunner(LoginShell(link))
+        return SlurmBackend("cluster", self.place, settings, instance="0" * 32, runner=runner, patience=5.0)
+
+
+BENCHES = {
+    "local": LocalBench,
+    "fake": FakeBench,
+    "docker": DockerBench,
+    "ssh": SshBench,
+    "slurm": SlurmBench,
+    "slurm-via": SlurmViaBench,
+}
 EVERY = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items()]
 EXECUTING = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items() if bench.executes]
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from lab.slurm_login import LoginNode
+
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
 CHAIN = """
 made, counted = PipelineData("made"), PipelineData("counted")
@@ -76,6 +78,34 @@ def test_a_killed_daemon_finds_its_job_in_the_cluster_again_and_it_runs_once(des
     desk.go.touch()
     assert steps(daemon.end(run)) == {"step": "succeeded"}
     assert len(lines(desk.effects)) == len(desk.jobs()) == 1
+
+
+def test_a_cluster_behind_an_ssh_compute_is_worked_with_over_a_kill_of_the_daemon(
+    slurm_login: LoginNode, tmp_path: Path
+) -> None:
+    desk = Desk(slurm_login.cluster, f'via = "login"\nwork_dir = "{tmp_path}/shared"')
+    try:
+        daemon = desk.daemon
+        daemon.config.write_text(daemon.config.read_text() + slurm_login.config("login"))
+        del daemon.env["SLURM_CONF"]  # no command of Slurm's would work here
+        daemon.state.mkdir(mode=0o700)
+        (daemon.state / "known_hosts").write_text(slurm_login.box.known())
+        daemon.start()
+        daemon.install("chain", CHAIN)
+        found = daemon.go("chain")
+        assert steps(found) == {"make": "succeeded", "count": "succeeded"}
+        assert daemon.ctl("get", f"{found['id']}/counted", "-").stdout.strip() == "2"
+        assert "made by mlp-" in daemon.ctl("logs", f"{found['id']}/make").stdout
+        run = desk.waits("cluster")
+        until(lambda: lines(desk.effects), "the step has begun")
+        daemon.kill9()
+        daemon.start()
+        until(lambda: "runs on cluster" in desk.why(run), "it runs on")
+        desk.go.touch()
+        assert steps(daemon.end(run)) == {"step": "succeeded"}
+        assert len(lines(desk.effects)) == 1 and len(desk.jobs()) == 3
+    finally:
+        desk.close()
 
 
 def test_what_waits_in_slurm_s_queue_says_slurm_s_reason_also_to_the_next_daemon(desk: Desk) -> None:

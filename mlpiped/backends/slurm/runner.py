@@ -19,10 +19,27 @@ LONGEST = 64 << 20  # bytes of an answer
 SCRUBBED_PREFIXES = ("SBATCH_", "SQUEUE_", "SCANCEL_", "SACCT_", "SINFO_", "SLURM_")  # settings of the commands, and
 KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER"})  # what a daemon that itself runs in a job has around it
 
+CLEANED = """\
+cd /
+for name in $(env | sed -n 's/^\\([A-Z][A-Z0-9_]*\\)=.*/\\1/p'); do
+    case $name in KEPT) ;; SCRUBBED) unset "$name" ;; esac
+done
+exec "$@"
+""".replace("KEPT", "|".join(sorted(KEPT))).replace("SCRUBBED", "|".join(f"{one}*" for one in SCRUBBED_PREFIXES))
+
 
 class Runner(Protocol):
     async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
-        """(exit status, stdout, stderr). Raises OSError (TimeoutError too) when there is no answer. Safe to cancel."""
+        """(exit status, stdout, stderr). Raises OSError (TimeoutError too), or BackendUnavailable, when there is no
+        answer. Safe to cancel."""
+        ...
+
+
+class Shell(Protocol):
+    """Where commands are run on another machine."""
+
+    async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, bytes, bytes]:
+        """Raises OSError or BackendUnavailable when there is no answer."""
         ...
 
 
@@ -42,13 +59,25 @@ class HostRunner:
                 list(argv), input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False, cwd="/",
                 env=self._env, start_new_session=True,
             )  # fmt: skip
-        if len(done.stdout) > LONGEST:
-            raise OSError(f"the answer of `{argv[0]}` is longer than {LONGEST >> 20} MiB")
-        return done.returncode, _text(done.stdout), _text(done.stderr)
+        return _answer(argv, done.returncode, done.stdout, done.stderr)
 
 
-def _text(answer: bytes) -> str:
-    return answer.decode("utf-8", "replace")
+class LoginRunner:
+    """On a login node, with the environment that a login has there, cleaned as the host's is."""
+
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+
+    async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
+        with anyio.fail_after(PATIENCE):
+            code, stdout, stderr = await self._shell.run(["sh", "-c", CLEANED, "sh", *argv], stdin)
+        return _answer(argv, code, stdout, stderr)
+
+
+def _answer(argv: Sequence[str], code: int, stdout: bytes, stderr: bytes) -> tuple[int, str, str]:
+    if len(stdout) > LONGEST:
+        raise OSError(f"the answer of `{argv[0]}` is longer than {LONGEST >> 20} MiB")
+    return code, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace")
 
 
 async def ask(runner: Runner, argv: Sequence[str], stdin: bytes = b"") -> str:
