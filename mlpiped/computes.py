@@ -14,6 +14,7 @@ from mlpiped.config.computes import DockerCompute, SlurmCompute, SshCompute
 from mlpiped.errors import MlpipedError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from mlpiped.backends.base import Backend
@@ -91,9 +92,25 @@ def backends_of(settings: Settings) -> dict[str, Backend]:
             )
     for name, compute in settings.compute.items():
         if isinstance(compute, SlurmCompute):
-            slurm, runner = import_module("mlpiped.backends.slurm"), None
-            if compute.via != "local":
-                ssh = import_module("mlpiped.backends.ssh")
-                runner = slurm.LoginRunner(ssh.LoginShell(found[compute.via].link))  # type: ignore[attr-defined]
-            found[name] = slurm.SlurmBackend(name, state, compute, instance=instance, runner=runner, python=python)
+            found[name] = _cluster(name, compute, settings, found, python)
     return {name: found[name] for name in settings.compute}
+
+
+def _cluster(
+    name: str, compute: SlurmCompute, settings: Settings, others: Mapping[str, Backend], python: str
+) -> Backend:
+    state, instance = settings.daemon.state_dir, instance_of(settings.daemon.state_dir)
+    slurm, runner = import_module("mlpiped.backends.slurm"), None
+    if compute.via != "local":
+        ssh = import_module("mlpiped.backends.ssh")
+        link = others[compute.via].link  # type: ignore[attr-defined]
+        runner = slurm.LoginRunner(ssh.LoginShell(link))
+        if not compute.shared:
+            datastores = {each: store.path for each, store in settings.datastores.items()}
+            stage = ssh.Stage(link, compute.work_dir, instance, datastores)
+            staged: Backend = slurm.StagedSlurmBackend(
+                name, state, compute, instance=instance, runner=runner, stage=stage
+            )
+            return staged
+    shared: Backend = slurm.SlurmBackend(name, state, compute, instance=instance, runner=runner, python=python)
+    return shared

@@ -215,6 +215,7 @@ class SlurmCompute(Section):
     via: Text = "local"  # who runs Slurm's commands: this host, or the ssh compute of that name
     poll_interval: Seconds = 10.0
     work_dir: AbsolutePath | None = None  # None: the state folder
+    shared: Flag = True  # whether this machine sees `work_dir` too
     options: tuple[SlurmOption, ...] = ()
     apptainer: Apptainer = False  # whether the nodes have it; or what it is called there
     modules_init: AbsolutePath | None = None  # on the nodes: what defines `module` in a shell; None: the usual places
@@ -243,6 +244,8 @@ def check(raw: Mapping[str, Any], base: Path, state_dir: Path, socket: Path, fau
             _check_mounts(name, table, {"the state folder": state_dir, "the control socket": socket}, faults)
         if kind == "slurm" and isinstance(via := table.get("via", "local"), str) and via != "local":
             _check_via(name, via, raw["compute"], faults)
+        if kind == "slurm" and table.get("shared") is False:
+            _check_staged(name, table, faults)
         if kind == "ssh" and isinstance(mounts := table.get("mounts"), dict):
             known = faults.names_written("datastores")
             for datastore in mounts:
@@ -264,7 +267,22 @@ def _check_via(name: str, via: str, computes: Mapping[str, Any], faults: FaultLi
         faults.add(path, message, f"known: {', '.join(f'`{each}`' for each in ('local', *boxes))}")
     elif "work_dir" not in table:
         message = f"`[compute.{name}]` needs `work_dir` beside `via`"
-        faults.add(path, message, "name a folder that this machine, the login node and the nodes see at the same path")
+        seen = (
+            "the login node and the nodes see"
+            if table.get("shared") is False
+            else "this machine, the login node and the nodes see"
+        )
+        faults.add(path, message, f"name a folder that {seen} at the same path")
+
+
+def _check_staged(name: str, table: Mapping[str, Any], faults: FaultList) -> None:
+    path = ("compute", name, "shared")
+    if table.get("via", "local") == "local":
+        message = f"`[compute.{name}]` has `shared = false` and no `via`: what runs sbatch here must see the files"
+        faults.add(path, message, "name the compute of the login node: `via`")
+    elif table.get("apptainer"):
+        message = f"`[compute.{name}]` has `apptainer` beside `shared = false`: images are not brought there yet"
+        faults.add(path, message, "use `modules=` or `requirements=`, or a `work_dir` that this machine sees")
 
 
 def _check_mounts(name: str, table: Mapping[str, Any], ours: Mapping[str, Path], faults: FaultList) -> None:

@@ -20,9 +20,9 @@ from mlpiped.backends.base import Backend, Exited, Job, Part
 from mlpiped.backends.docker import DockerBackend
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.backends.local import LocalBackend
-from mlpiped.backends.slurm import LoginRunner, SlurmBackend
+from mlpiped.backends.slurm import LoginRunner, SlurmBackend, StagedSlurmBackend
 from mlpiped.backends.slurm.runner import HostRunner
-from mlpiped.backends.ssh import LoginShell, SshBackend
+from mlpiped.backends.ssh import LoginShell, SshBackend, Stage
 from mlpiped.config.computes import DockerCompute, SlurmCompute, SshCompute
 
 if TYPE_CHECKING:
@@ -179,6 +179,29 @@ class SlurmViaBench(Bench):
         return SlurmBackend("cluster", self.place, settings, instance="0" * 32, runner=runner, patience=5.0)
 
 
+class SlurmStagedBench(Bench):
+    """A cluster whose files are not to be seen from here."""
+
+    needs = "slurm_apart"
+    marks = (pytest.mark.lab,)
+
+    def __init__(self, place: Path, stack: AsyncExitStack, machine: Any = None) -> None:
+        super().__init__(place, stack, machine)
+        self.instance = secrets.token_hex(16)
+
+    def make(self) -> StagedSlurmBackend:
+        work_dir = self.machine.work_dir
+        settings = SlurmCompute(
+            kind="slurm", slots=2, poll_interval="200ms", via="login", work_dir=work_dir, shared=False
+        )
+        link = self.machine.login.backend(self.place, mounts={"data": "/data"}).link
+        self.stack.push_async_callback(link.close)
+        return StagedSlurmBackend(
+            "cluster", self.place, settings, instance=self.instance, runner=LoginRunner(LoginShell(link)),
+            stage=Stage(link, work_dir, self.instance, {"data": Path("/data")}), patience=5.0,
+        )  # fmt: skip
+
+
 BENCHES = {
     "local": LocalBench,
     "fake": FakeBench,
@@ -186,6 +209,7 @@ BENCHES = {
     "ssh": SshBench,
     "slurm": SlurmBench,
     "slurm-via": SlurmViaBench,
+    "slurm-staged": SlurmStagedBench,
 }
 EVERY = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items()]
 EXECUTING = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items() if bench.executes]

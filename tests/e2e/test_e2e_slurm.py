@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from lab.slurm_apart import Apart
     from lab.slurm_login import LoginNode
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
@@ -104,6 +105,34 @@ def test_a_cluster_behind_an_ssh_compute_is_worked_with_over_a_kill_of_the_daemo
         desk.go.touch()
         assert steps(daemon.end(run)) == {"step": "succeeded"}
         assert len(lines(desk.effects)) == 1 and len(desk.jobs()) == 3
+    finally:
+        desk.close()
+
+
+def test_a_cluster_that_shares_no_files_is_worked_with_over_a_kill_of_the_daemon(slurm_apart: Apart) -> None:
+    work_dir = slurm_apart.work_dir
+    desk = Desk(slurm_apart.cluster, f'via = "login"\nwork_dir = "{work_dir}"\nshared = false')
+    try:
+        daemon = desk.daemon
+        daemon.config.write_text(daemon.config.read_text() + slurm_apart.login.config("login"))
+        del daemon.env["SLURM_CONF"]
+        daemon.state.mkdir(mode=0o700)
+        (daemon.state / "known_hosts").write_text(slurm_apart.login.box.known())
+        daemon.start()
+        daemon.install("chain", CHAIN)
+        found = daemon.go("chain")
+        assert steps(found) == {"make": "succeeded", "count": "succeeded"}
+        assert daemon.ctl("get", f"{found['id']}/counted", "-").stdout.strip() == "2"
+        assert "made by mlp-" in daemon.ctl("logs", f"{found['id']}/make").stdout
+        run = desk.waits("cluster")
+        until(lambda: lines(desk.effects), "the step has begun")
+        daemon.kill9()
+        daemon.start()
+        until(lambda: "runs on cluster" in desk.why(run), "it runs on")
+        desk.go.touch()
+        assert steps(daemon.end(run)) == {"step": "succeeded"}
+        assert len(lines(desk.effects)) == 1 and len(desk.jobs()) == 3
+        assert slurm_apart.seen_here() == []
     finally:
         desk.close()
 

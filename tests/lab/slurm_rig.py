@@ -26,7 +26,7 @@ import pytest
 from . import packages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 ACCOUNTING = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
@@ -116,7 +116,7 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError("no free ports")
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """However the tests end, no server outlives them."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -131,12 +131,14 @@ class Cluster:
         node_timeout: int = 300,
         preempt: str = "OFF",
         more: str = "",
+        within: Sequence[str] = (),
     ) -> None:
         """`preempt`: what becomes of a job of partition `main` when one of `urgent` wants its place. `more`: lines for
-        slurm.conf."""
+        slurm.conf. `within`: words before the command of each server."""
         self.folder = Path(tempfile.mkdtemp(prefix="mlpd-slurm-"))
         self.folder.chmod(0o755)
         self.accounting = accounting
+        self.within = list(within)
         self.servers: dict[str, subprocess.Popen[bytes]] = {}
         self._commands: dict[str, list[str]] = {}
         self.ctld, self.first, self.last, self.dbd, self.sql = free_ports(5)
@@ -241,8 +243,8 @@ class Cluster:
         self._commands[name] = command = command or self._commands[name]
         with open(self.folder / f"{name}.out", "ab") as out:
             self.servers[name] = subprocess.Popen(
-                command, env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True, preexec_fn=_die_with_parent,
+                [*self.within, *command], env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out,
+                stderr=out, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:

@@ -67,7 +67,7 @@ class Box:
 
     def __init__(
         self, folder: Path, key: Path, number: int = 1, *, max_sessions: int = 10, path: Sequence[Path | str] = (),
-        force: str = "", **environment: str,
+        force: str = "", within: Sequence[str] = (), **environment: str,
     ) -> None:  # fmt: skip
         self.folder = folder
         folder.mkdir(parents=True)
@@ -86,6 +86,8 @@ class Box:
         self.max_sessions = max_sessions
         self.force = force
         """What is executed in the place of a command, which it has in $SSH_ORIGINAL_COMMAND."""
+        self.within = list(within)
+        """Words before the server's command."""
         self.process: subprocess.Popen[bytes] | None = None
         shutil.copy(f"{key}.pub", folder / "authorized_keys")
         self.new_host_key()
@@ -114,7 +116,7 @@ class Box:
         )  # fmt: skip
         log = (self.folder / "log").open("ab")
         self.process = subprocess.Popen(
-            [SSHD, "-D", "-e", "-f", config], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            [*self.within, SSHD, "-D", "-e", "-f", config], stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
         log.close()
         until = time.monotonic() + STARTS

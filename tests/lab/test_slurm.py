@@ -23,7 +23,7 @@ from slurm_backends import BOTH, WAIT, Desk, accounted, cluster, desk, plain
 from slurm_submitter import effect
 
 from mlpiped.backends.base import Exited, Lost, NeverRan
-from mlpiped.backends.slurm import submission
+from mlpiped.backends.slurm import submission, tools
 from mlpiped.errors import InvalidJob
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _sbatch(desk: Desk, token: str, *more: str) -> list[str]:
 
 
 def _script(desk: Desk, token: str) -> str:
-    return submission.script(str(desk.place / "jobs" / token), submission.install(desk.place), sys.executable).decode()
+    return tools.script(str(desk.place / "jobs" / token), tools.install(desk.place), sys.executable).decode()
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ async def test_a_step_runs_in_its_image_and_sees_its_inputs_and_its_folder_and_n
 
 
 async def test_the_step_s_variables_reach_it_as_they_are_and_the_machine_s_do_not(site: Site) -> None:
-    base = site.backend._environments._base
+    base = site.backend._files._environments._base
     base.update(OF_THE_DAEMON="x", APPTAINER_BIND="/root", SINGULARITYENV_OF_THE_DAEMON="x")
     odd = "a 'b' $(id) `id` \"c\", d\ne"
     quoted = " ".join(f'"${name}"' for name in ("ODD", "OF_THE_DAEMON", "SLURM_JOB_NAME", "MLPIPED_TOKEN"))

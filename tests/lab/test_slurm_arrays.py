@@ -276,7 +276,7 @@ async def test_J2_elements_that_were_fenced_are_taken_out_one_by_one_and_the_oth
         try:
             await desk.until(lambda: runner.arrays == [6], "it is under way")
             for job in jobs[1:3]:  # as a daemon does that asks the folder alone
-                await anyio.to_thread.run_sync(backend._fence, str(desk.place / "jobs" / job.token))
+                await backend._files.fence(job.token)
         finally:
             desk.cluster.kill("slurmctld", signal.SIGCONT)
     assert [isinstance(one, BackendUnavailable) for one in found] == [False, True, True, False, False, False]
@@ -292,7 +292,7 @@ async def test_J2_a_late_array_of_fenced_tokens_is_taken_out_of_the_queue(desk: 
     jobs = [desk.effect() for _ in range(4)]
     await together(backend, jobs)
     for job in jobs[:3]:
-        await anyio.to_thread.run_sync(backend._fence, str(desk.place / "jobs" / job.token))
+        await backend._files.fence(job.token)
     runner.lose = None
     kept = await backend.fence(jobs[3].token)
     assert not isinstance(kept, NeverRan)

@@ -112,16 +112,16 @@ async def test_a_node_where_modules_cannot_be_loaded_never_lets_the_step_pass_fo
 async def test_without_a_word_of_the_config_the_site_s_modules_are_found_where_they_usually_are(
     site: Site,
 ) -> None:
-    site.backend.settings = SlurmCompute(kind="slurm", poll_interval="200ms")
+    site.backend._files.compute = SlurmCompute(kind="slurm", poll_interval="200ms")
     files = os.fspath(site.init.parent / "modulefiles")
     outcome, said = await site.run("of-the-module", "cuda/12")
     assert outcome.final and "Unable to locate a modulefile for 'cuda/12'" in said  # found, and it knows none of ours
-    site.backend._environments._base["MODULEPATH"] = files
+    site.backend._files._environments._base["MODULEPATH"] = files
     outcome, said = await site.run("of-the-module", "cuda/12")
     assert outcome.code == 0 and said == "brought by the module\n"
 
 
 async def test_what_the_daemon_has_loaded_is_not_taken_for_loaded_on_the_node(site: Site) -> None:
-    site.backend._environments._base.update(LOADEDMODULES="cuda/12", _LMFILES_="/nowhere/cuda/12")
+    site.backend._files._environments._base.update(LOADEDMODULES="cuda/12", _LMFILES_="/nowhere/cuda/12")
     outcome, said = await site.run("echo $CUDA_HOME", "cuda/12")
     assert outcome.code == 0 and said == "/opt/cuda-12\n"

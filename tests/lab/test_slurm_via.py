@@ -113,6 +113,8 @@ async def test_what_a_command_is_given_and_says_comes_whole_and_nothing_of_the_s
     assert (code, stdout == given, len(stderr)) == (7, True, 3_000_000)
     code, stdout, _ = await desk.shell.run(["cat"])
     assert (code, stdout) == (0, b"")
+    code, stdout, _ = await desk.shell.run(["echo", "unread"], given)
+    assert (code, stdout) == (0, b"unread\n")
 
 
 async def test_J2_a_connection_cut_while_sbatch_ran_leaves_one_execution(desk: Desk) -> None:

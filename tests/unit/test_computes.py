@@ -125,6 +125,15 @@ def test_a_cluster_that_is_reached_through_a_box_uses_the_connection_of_that_box
     assert runner._shell.link is built["gpu1"].link  # type: ignore[attr-defined]
 
 
+def test_a_cluster_that_shares_no_files_is_staged_through_that_box(tmp_path: Path) -> None:
+    found = settings(tmp_path, 'via = "gpu1"\nwork_dir = "/only/there"\nshared = false')
+    built = computes.backends_of(found)
+    stage: Any = built["cluster"]._stage  # type: ignore[attr-defined]
+    assert stage.root == f"/only/there/{computes.instance_of(tmp_path / 'state')}"
+    assert stage._keeper.link is built["gpu1"].link  # type: ignore[attr-defined]
+    assert not built["cluster"].logs_here
+
+
 def test_a_daemon_with_local_computes_alone_loads_no_library_of_the_others(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; import mlpiped.daemon; from mlpiped import computes;"

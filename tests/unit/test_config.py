@@ -132,7 +132,7 @@ def test_computes_of_every_kind_are_read_with_their_defaults(tmp_path: Path) -> 
         | {"max_sessions": 8, "keepalive": 15.0, "unreachable_timeout": 86_400.0, "python": "python3"},
         "s": {"kind": "slurm", "slots": 1000, "max_jobs": None, "partition": None, "account": None, "qos": None}
         | {"time": None, "via": "local", "poll_interval": 10.0, "work_dir": None, "options": ()}
-        | {"apptainer": False, "modules_init": None},
+        | {"apptainer": False, "modules_init": None, "shared": True},
         "l": room | {"kind": "local", "slots": cpus, "gpus": "auto"},
     }
 
@@ -201,6 +201,7 @@ work_dir = "shared"
 options = ["--constraint=a100", "--exclusive"]
 apptainer = "/opt/bin/apptainer"
 modules_init = "/etc/profile.d/lmod.sh"
+shared = true
 """
     )
     found = config.load(write(tmp_path, text)).compute["s"]
@@ -360,6 +361,15 @@ SINGLE = [
         3,
         "needs `work_dir` beside `via`",
         "this machine, the login node and the nodes",
+    ),
+    (SLURM + 'shared = false\nwork_dir = "/w"', 3, "`shared = false` and no `via`", "the compute of the login node"),
+    (
+        SLURM
+        + 'shared = false\nwork_dir = "/w"\napptainer = true\nvia = "l"\n'
+        + SSH.replace("compute.g", "compute.l"),
+        3,
+        "`apptainer` beside `shared = false`",
+        "`modules=`",
     ),
     (SLURM + 'apptainer = "a b"', 3, "must be true, or one command", None),
     (SLURM + 'partition = "a b"', 3, "is not a name that Slurm knows", None),

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from mlpiped.backends.base import Exited, Job, Lost, NeverRan, NodesAway
 from mlpiped.backends.slurm import SlurmBackend, arrays, commands, verdict
 from mlpiped.backends.slurm.commands import Listed
+from mlpiped.backends.slurm.files import SharedFiles
 from mlpiped.backends.slurm.queue import Queue
 from mlpiped.backends.slurm.submission import Look
 from mlpiped.config.computes import SlurmCompute
@@ -103,22 +104,27 @@ def test_J2_the_script_of_an_array_finds_each_element_s_own_folder(tmp_path: Pat
     assert not (jobs / "t-0" / "slurm.out").exists()
 
 
-def test_which_element_is_whose_is_known_to_the_next_daemon_and_forgotten_with_the_folders(tmp_path: Path) -> None:
-    array = arrays.Lists(tmp_path).write(["t-0", "t-1"])
-    lists = arrays.Lists(tmp_path)
-    assert [lists.token(f"{array}/{n}") for n in range(3)] == ["t-0", "t-1", None]
-    assert lists.token("t-9") == "t-9" and lists.token("0123456789abcdef/0") is None
-    listing = commands.listed(f"5_0|PENDING|mlpa-{array}|None\n5_1|CANCELLED|mlpa-{array}|None\n6|PENDING|mlp-t-1|None")
-    assert {token: [one.job for one in some] for token, some in lists.by_token(listing).items()} == {
-        "t-0": ["5_0"], "t-1": [6],
-    }  # fmt: skip
+@pytest.mark.anyio
+async def test_which_element_is_whose_is_known_to_the_next_daemon_and_forgotten_with_the_folders(
+    tmp_path: Path,
+) -> None:
+    def files() -> SharedFiles:
+        return SharedFiles("cluster", tmp_path, SlurmCompute(kind="slurm"), "python3")
+
+    array = await files().write_array(["t-0", "t-1"])
+    lists, mine, other = arrays.Lists(files()), f"mlpa-{array}", "mlpa-0123456789abcdef"
+    said = f"5_0|PENDING|{mine}|None\n5_1|CANCELLED|{mine}|None\n5_2|PENDING|{mine}|None\n6|PENDING|mlp-t-1|None\n"
+    listing = commands.listed(f"{said}7_0|PENDING|{other}|None\n")
+    assert await lists.tokens(listing.values()) == {"5_0": "t-0", "5_1": "t-1", 6: "t-1"}
+    alive = await lists.by_token(listing)
+    assert {token: [one.job for one in some] for token, some in alive.items()} == {"t-0": ["5_0"], "t-1": [6]}
     place = tmp_path / "slurm" / "arrays" / array
     os.utime(place, (0, 0))
     (tmp_path / "jobs" / "t-1").mkdir(parents=True)
-    lists.sweep(str(tmp_path / "jobs"))
+    await files().start()
     assert place.exists()
     (tmp_path / "jobs" / "t-1").rmdir()
-    lists.sweep(str(tmp_path / "jobs"))
+    await files().start()
     assert not place.exists()
 
 
@@ -199,7 +205,6 @@ def test_resources_become_options() -> None:
         ("options", ["-p", "x"], "is not an option of sbatch"),
         ("partition", "a b", "is not a name that Slurm knows"),
         ("partition", "--wrap", "is not a name that Slurm knows"),
-        ("via", "login", 'can only be "local" yet'),
     ],
 )
 def test_J6_a_config_cannot_make_arrays_or_other_commands(key: str, value: object, words: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import anyio
 import structlog
@@ -17,25 +17,18 @@ from mlpiped.backends.slurm import arrays, commands, submission
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from typing import Protocol
+    from collections.abc import Iterator, Sequence
 
     from mlpiped.backends.base import Handle, Job
     from mlpiped.backends.slurm.commands import Ref
     from mlpiped.backends.slurm.controller import Controller
+    from mlpiped.backends.slurm.files import Files
     from mlpiped.backends.slurm.queue import Queue
-
-    T = TypeVar("T")
-
-    class Do(Protocol):
-        async def __call__(self, what: str, function: Callable[[], T]) -> T: ...
-
 
 log = structlog.get_logger("slurm")
 NEXT = 0.05  # seconds that those who are ready wait for the next one who is on the way
 PATIENT = 1.0  # seconds that they wait in all
 LEAST_PAUSE = 1.0  # seconds between two tries to submit to a full queue
-SYNCED_AT_ONCE = 4  # shares of an array whose records are made durable at the same time: each waits for the disk
 
 
 @dataclass(eq=False, slots=True)
@@ -66,12 +59,11 @@ class _Line:
 
 
 class Counter:
-    def __init__(self, controller: Controller, queue: Queue, lists: arrays.Lists, comment: str, do: Do) -> None:
+    def __init__(self, controller: Controller, queue: Queue, files: Files, comment: str) -> None:
         self._controller = controller
         self._queue = queue
-        self._lists = lists
+        self._files = files
         self._comment = comment
-        self._do = do
         self._lines: dict[tuple[str, ...], _Line] = {}
 
     @contextmanager
@@ -148,7 +140,7 @@ class Counter:
         if len(batch) == 1:
             return await self._controller.offer(argv, first.script), None
         tokens = [entry.job.token for entry in batch]
-        array = await self._do("list an array's jobs", lambda: self._lists.write(tokens))
+        array = await self._files.write_array(tokens)
         argv = commands.as_array(argv, array, first.folder.rpartition("/")[0], len(batch))
         return await self._controller.offer(argv, arrays.script(first.script, first.folder, tokens)), array
 
@@ -157,14 +149,14 @@ class Counter:
         """Make these submissions the ones that count, and release them; or take them back, where another or the fence
         does. Each entry has its handle or its fault then. Raises BackendUnavailable."""
         records = [submission.submitted(ref, e.job.grace, array) for e, ref in zip(batch, refs, strict=True)]
-        standing = await self._record(batch, records)
+        standing = await self._files.settle([entry.job.token for entry in batch], records)
         ours: list[tuple[Entry, Ref]] = []
         lost: list[tuple[Entry, Ref]] = []
         for entry, ref, record in zip(batch, refs, standing, strict=True):
             if record.get("fenced"):
                 entry.fault = BackendUnavailable(f"token `{entry.job.token}` was fenced and cannot start")
             else:
-                entry.handle = submission.handle_of(entry.folder, record)
+                entry.handle = submission.handle_of(entry.job.token, record)
             (ours if record.get("job") == ref else lost).append((entry, ref))
         for entry, ref in lost:
             name = submission.name_of({"job": ref, "token": entry.job.token, "array": array})
@@ -175,24 +167,8 @@ class Counter:
         if ours:
             whole = array is not None and not lost
             await self._controller.release([commands.array_of(refs[0])] if whole else [ref for _, ref in ours])
-            folders = [entry.folder for entry, _ in ours]
-            await self._do("record the jobs", lambda: _mark_released(folders))
+            await self._files.released([entry.job.token for entry, _ in ours])
             self._queue.expect()
-
-    async def _record(self, batch: Sequence[Entry], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        found: dict[int, dict[str, Any]] = {}
-
-        async def share(first: int) -> None:
-            def settle() -> None:
-                for index in range(first, len(batch), SYNCED_AT_ONCE):
-                    found[index] = submission.settle(batch[index].folder, records[index])
-
-            await self._do("record the jobs", settle)
-
-        async with anyio.create_task_group() as group:
-            for first in range(min(SYNCED_AT_ONCE, len(batch))):
-                group.start_soon(share, first)
-        return [found[index] for index in range(len(batch))]
 
 
 class Place:
@@ -228,8 +204,3 @@ class Place:
 def _fail(batch: Sequence[Entry], fault: BackendUnavailable | InvalidJob) -> None:
     for entry in batch:
         entry.fault, entry.handle = type(fault)(fault.message), None
-
-
-def _mark_released(folders: Sequence[str]) -> None:
-    for folder in folders:
-        submission.mark(folder, "released", durable=False)

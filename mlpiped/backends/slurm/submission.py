@@ -1,4 +1,4 @@
-"""What a job's folder holds beside the format of `base.py`, and the script that Slurm runs. All of it blocks.
+"""What a job's folder holds beside the format of `base.py`. All of it blocks.
 
 slurm.json       which of two came first, submission or fence: {"v": 1, "job": 77, "submitted": s, "grace": s}, or
                  {"v": 1, "fenced": true}; of an element {"v": 1, "job": "77_4", "array": "…", …}. It appears complete,
@@ -7,24 +7,21 @@ slurm.json       which of two came first, submission or fence: {"v": 1, "job": 7
 slurm.released   … and was released: one that is held after that is held by a person
 slurm.cancel     we have been asked to cancel it: what Slurm then calls CANCELLED was not done by somebody else
 slurm.out        what the script itself has to say: nothing, when all is well
+
+Standard library only, here and in all that it imports: it runs on login nodes too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
-import shlex
-import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpiped.backends import folder as folders
-from mlpiped.backends import memory_group, supervisor
-from mlpiped.backends.slurm import surroundings
+from mlpiped.backends import supervisor
 from mlpiped.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -32,21 +29,19 @@ if TYPE_CHECKING:
     from mlpiped.backends.slurm.commands import Ref
 
 FENCED = folders.FENCED
-WRAPPER = Path(__file__).with_name("wrapper.sh")
-TOOLS = (Path(supervisor.__file__), Path(memory_group.__file__), *surroundings.SCRIPTS)
-INHERITED = ("SLURM_", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
     """What a job's folder says. `held`: its supervisor lives, as far as locks of this file system tell."""
 
-    witness: Exited | None
-    claimed: bool
-    fenced: bool
-    cancelled: bool
-    held: bool
-    complaint: str
+    witness: Exited | None = None
+    claimed: bool = False
+    fenced: bool = False
+    cancelled: bool = False
+    released: bool = False
+    held: bool = False
+    complaint: str = ""
 
 
 def settle(folder: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -83,8 +78,8 @@ def record_of(folder: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def handle_of(folder: str, record: dict[str, Any]) -> Handle:
-    return {**record, "token": os.path.basename(folder)}
+def handle_of(token: str, record: dict[str, Any]) -> Handle:
+    return {**record, "token": token}
 
 
 def submitted(job: Ref, grace: float, array: str | None = None) -> dict[str, Any]:
@@ -128,36 +123,5 @@ def look(folder: str) -> Look:
     words = ""
     if said is None:
         words = folders.read_stream(folder, "slurm.out", 0).decode("utf-8", "replace").strip()
-    return Look(said, claimed, fenced, marked(folder, "cancel"), held, words.splitlines()[-1][:300] if words else "")
-
-
-# --- the script
-
-
-def install(root: Path) -> str:
-    """Copies of the supervisor's files, where every node sees them; the folder's name says what they hold, so that a
-    job that waits for days runs with the ones that it was submitted with."""
-    texts = [path.read_bytes() for path in TOOLS]
-    digest = hashlib.blake2b(b"\0".join(texts), digest_size=8).hexdigest()
-    home = root / "slurm" / digest
-    if not home.is_dir():
-        draft = root / "slurm" / f".{digest}.{secrets.token_hex(6)}"
-        draft.mkdir(parents=True)
-        for path, text in zip(TOOLS, texts, strict=True):
-            (draft / path.name).write_bytes(text)
-        try:
-            draft.rename(home)
-        except OSError:
-            shutil.rmtree(draft, ignore_errors=True)
-            if not home.is_dir():
-                raise
-    return str(home)
-
-
-def script(folder: str, tools: str, python: str) -> bytes:
-    """The token is in the script itself: nothing in the environment can make it another's."""
-    text = WRAPPER.read_text(encoding="ascii")
-    filled = {"TOKEN": os.path.basename(folder), "TOOLS": tools, "FOLDER": folder, "PYTHON": python}
-    for name, value in filled.items():
-        text = text.replace(f"@{name}@", value if name == "TOKEN" else shlex.quote(value))
-    return os.fsencode(text)
+    complaint = words.splitlines()[-1][:300] if words else ""
+    return Look(said, claimed, fenced, marked(folder, "cancel"), marked(folder, "released"), held, complaint)

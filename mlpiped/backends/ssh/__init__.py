@@ -2,5 +2,6 @@
 
 from mlpiped.backends.ssh.backend import SshBackend
 from mlpiped.backends.ssh.login import LoginShell
+from mlpiped.backends.ssh.stage import Stage
 
-__all__ = ["LoginShell", "SshBackend"]
+__all__ = ["LoginShell", "SshBackend", "Stage"]

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -22,6 +20,7 @@ from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Capacity, Exited, Handle, Job, Lost, NeverRan, Outcome
 from mlpiped.backends.ssh.carrier import Carrier
 from mlpiped.backends.ssh.gpus import BoxCards
+from mlpiped.backends.ssh.homecoming import Homecoming
 from mlpiped.backends.ssh.keeper import End, Keeper
 from mlpiped.backends.ssh.kept import KeptThere
 from mlpiped.backends.ssh.link import Link
@@ -32,11 +31,10 @@ from mlpiped.backends.ssh.tails import Tails
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AsyncExitStack
 
     from mlpiped.backends.base import JobOutput, KeptOutput
-    from mlpiped.backends.ssh.progress import Moving
     from mlpiped.config.computes import SshCompute
 
 T = TypeVar("T")
@@ -62,6 +60,7 @@ class SshBackend:
         self._staging = Staging(self.keeper, self.carrier, datastores, settings.mounts)
         self._returning = Returning(self.carrier)
         self._kept = KeptThere(self.keeper, self.carrier, self._returning)
+        self._homecoming = Homecoming(self.keeper, self._returning, self._staging.progress)
         self._tails = Tails(self.keeper)
         self._homes: dict[str, anyio.Lock] = {}
         self._cards = BoxCards(self.keeper, settings.gpus, instance, state_dir.absolute() / "gpus" / name)
@@ -193,7 +192,9 @@ class SshBackend:
         async with self._homes.setdefault(token, anyio.Lock()):
             try:
                 if end.files:
-                    await self._bring(token, "its log", folder, [name for name in SMALL_FILES if name in end.files])
+                    await self._homecoming.bring(
+                        token, "its log", folder, [name for name in SMALL_FILES if name in end.files]
+                    )
                 await self._here("keep how it ended", lambda: _testify(folder, end.outcome))
             finally:
                 self._homes.pop(token, None)
@@ -203,26 +204,8 @@ class SshBackend:
         folder = Path(folders.at(self.jobs_dir, token))
         await self.wait(handle)
         if not await self._here("look for its outputs", (folder / "out").exists):
-            await self._bring(token, "its outputs", folder, ["out"])
+            await self._homecoming.bring(token, "its outputs", folder, ["out"])
         return folder
-
-    async def _bring(self, token: str, what: str, folder: Path, names: Sequence[str]) -> None:
-        """Each of `names` that is there appears in `folder` by a rename, once all have come whole."""
-        agent = await self.keeper.agent()
-        progress, place, words = self._staging.progress, f"{token}/home", f"brings {what} home from {self.name}"
-        command = agent.box.script("tree.sh", "get", agent.box.root, token)
-        part = folder / f".{names[0]}.part"
-
-        @contextmanager
-        def moves() -> Iterator[Moving]:
-            with progress.wait(token, place), progress.move(place, words) as moving:
-                yield moving
-
-        try:
-            async with self._returning.brought(command, names, part, moves):
-                await self._here("keep what it made", lambda: _settle(part, folder))
-        except OSError as fault:
-            raise BackendUnavailable(f"cannot keep what the step made: {fault.strerror}: {fault.filename}") from fault
 
     # --- what stays there ---------------------------------------------------------------------------------------
     async def keep(self, handle: Handle, outputs: Sequence[JobOutput]) -> list[KeptOutput]:
@@ -295,14 +278,6 @@ def _size(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
-
-
-def _settle(draft: Path, folder: Path) -> None:
-    for entry in draft.iterdir():
-        target = folder / entry.name
-        if entry.is_dir() and target.exists():
-            shutil.rmtree(target)
-        entry.rename(target)
 
 
 def _kept(folder: Path, end: End) -> bool:

@@ -196,6 +196,10 @@ class Link:
                 raise
             return process
 
+    def lasts(self) -> None:
+        """One session more will be there all the time."""
+        self._channels.total_tokens = max(1, int(self._channels.total_tokens) - 1)
+
     def remote(self, command: Sequence[str]) -> str:
         """For the login shell there, whichever it is."""
         return quoted(*command, first=MARK if self.greets else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import asyncssh
@@ -30,9 +31,10 @@ class LoginShell:
             try:
                 process = await self.link.process(connection, ["sh", "-c", BEGIN, "sh", *argv])
                 try:
-                    if stdin:
-                        process.stdin.write(stdin)
-                    process.stdin.write_eof()
+                    with suppress(BrokenPipeError):  # it ends without having read all: what it says counts
+                        if stdin:
+                            process.stdin.write(stdin)
+                        process.stdin.write_eof()
                     said, stderr = await process.communicate()
                 finally:
                     process.channel.abort()

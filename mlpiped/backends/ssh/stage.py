@@ -1,0 +1,63 @@
+"""The work folder of a cluster that this machine does not see, as its login node shows it: what jobs need is brought
+there by content, and what they have made comes home.
+
+Another work folder than the box's own steps have, on the same connection.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlpiped.backends.ssh.carrier import Carrier
+from mlpiped.backends.ssh.homecoming import Homecoming
+from mlpiped.backends.ssh.keeper import Keeper
+from mlpiped.backends.ssh.returning import Returning
+from mlpiped.backends.ssh.staging import Staging
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from mlpiped.backends.base import Job
+    from mlpiped.backends.ssh.link import Link
+    from mlpiped.backends.ssh.orders import Place
+
+
+class Stage:
+    def __init__(self, link: Link, work_dir: Path, instance: str, datastores: Mapping[str, Path]) -> None:
+        """`work_dir`: on the cluster."""
+        link.lasts()
+        self.root = f"{work_dir}/{instance}"
+        self._keeper = Keeper(link, str(work_dir), instance, link.settings.python)
+        carrier = Carrier(link)
+        self._staging = Staging(self._keeper, carrier, datastores, link.settings.mounts)
+        self._homecoming = Homecoming(self._keeper, Returning(carrier), self._staging.progress)
+
+    async def python(self) -> str:
+        """The login node's interpreter; "" without one. Raises BackendUnavailable."""
+        return (await self._keeper.agent()).box.python
+
+    async def place(self, job: Job) -> Place:
+        """Bring what is missing. Raises InvalidJob, BackendUnavailable."""
+        return await self._staging.place(job, {})
+
+    def forget(self) -> None:
+        """Something is not there that we believed there."""
+        self._staging.forget()
+
+    async def bring(self, token: str, what: str, folder: Path, names: Sequence[str]) -> None:
+        """`names` in the job's folder, into this one. Raises BackendUnavailable."""
+        await self._homecoming.bring(token, what, folder, names, below="jobs/")
+
+    async def discard(self, token: str) -> None:
+        """What was brought for this job alone."""
+        (await self._keeper.agent()).tell("discard", "all", token)
+
+    def missing(self, contents: Mapping[str, int]) -> int:
+        return self._staging.missing(contents)
+
+    def doing(self, token: str) -> str | None:
+        return self._staging.progress.of(token)
+
+    async def close(self) -> None:
+        self._keeper.close()
