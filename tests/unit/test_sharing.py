@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-TRIALS = int(os.environ.get("MLPIPED_SHARING_TRIALS", "60"))
+TRIALS = int(os.environ.get("MLPIPED_SHARING_TRIALS", "24"))
 PEOPLE = {"p": ("alice", 0), "q": ("bob", 5), "r": ("carol", -5)}
 """Pipeline -> who runs it, and its priority. All have one step of the same key."""
 
