@@ -10,6 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from mlpiped.sdk.data import DataReference, Datastore, PipelineData, PipelineParameter
     from mlpiped.sdk.errors import DefinitionError
+    from mlpiped.sdk.mpi import MpiStep
     from mlpiped.sdk.pipeline import Pipeline
     from mlpiped.sdk.run import Run
     from mlpiped.sdk.settings import Environment, Resources, Retry
@@ -27,6 +28,7 @@ __all__ = [
     "DefinitionError",
     "Environment",
     "Every",
+    "MpiStep",
     "OnArrival",
     "OnSuccess",
     "Pipeline",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HOME = {
     "DefinitionError": "errors",
+    "MpiStep": "mpi",
     "Pipeline": "pipeline",
     "Run": "run",
     **dict.fromkeys(("Datastore", "DataReference", "PipelineData", "PipelineParameter"), "data"),

@@ -10,7 +10,7 @@ from mlpiped.errors import ConfigError, PluginError, UsageError
 from mlpiped.scheduler import parameters_for
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from mlpiped.loader import LoadResult, Registry
     from mlpiped.protocol import ActiveJson, ComputeJson
@@ -27,14 +27,12 @@ class Actions:
         registry: Registry,
         load_file: Callable[[Path], Awaitable[LoadResult]],
         reread: Callable[[], str],
-        kinds: Mapping[str, str],
         drain: Callable[[str, bool, str], Awaitable[None]],
     ) -> None:
         self.scheduler = scheduler
         self.registry = registry
         self.load_file = load_file
         self.reread = reread
-        self.kinds = kinds
         self.start = scheduler.start
         self.cancel = scheduler.cancel
         self.retry = scheduler.retry
@@ -102,4 +100,4 @@ class Actions:
         return inquiry.active(self.scheduler.dispatch)
 
     def compute(self) -> Sequence[ComputeJson]:
-        return inquiry.compute(self.scheduler.dispatch, self.kinds)
+        return inquiry.compute(self.scheduler.dispatch, self.scheduler.backends)

@@ -218,7 +218,7 @@ class Attempt:
                 pass
         usage = {"cpu": outcome.cpu, "max_rss": outcome.max_rss, "seconds": seconds(outcome)}
         if outcome.error is not None:
-            return Ended(StepOutcome.FAILED, outcome.error, AttemptEnd.FAILED, outcome.code, usage=usage)
+            return Ended(StepOutcome.FAILED, outcome.error, AttemptEnd.FAILED, outcome.code, (), outcome.final, usage)
         if outcome.timed_out:
             limit = self.step.timeout  # None: the queue's own time limit
             why = "reached the time limit of its compute" if limit is None else f"timed out after {limit:g} s"

@@ -30,7 +30,7 @@ from mlpiped.clock import SystemClock
 from mlpiped.code import CodeReader
 from mlpiped.computes import backends_of
 from mlpiped.config import settings as config
-from mlpiped.config.computes import images_of
+from mlpiped.config.computes import clusters_of, images_of, own_image
 from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
@@ -215,7 +215,6 @@ class Daemon:
             self.registry,
             self._load,
             self._reread,
-            {name: backend.kind for name, backend in self.backends.items()},
             self.hosts.drain,
         )
         self.service = Service(
@@ -343,8 +342,15 @@ class Daemon:
     def _known(self) -> Known:
         settings = self.settings
         kinds = {name: each.kind for name, each in settings.compute.items()}
+        images = {
+            name: image
+            for name, each in settings.compute.items()
+            if (image := own_image(each.model_dump())) is not None
+        }
         names = {*settings.compute, *settings.pools}
-        return Known(set(settings.datastores), names, images_of(kinds, settings.pools))
+        pools = settings.pools
+        steps = images_of(kinds, pools, images), clusters_of(kinds, pools)
+        return Known(set(settings.datastores), names, *steps)
 
     async def _load(self, path: Path) -> LoadResult:
         return await load_file(path, known=self._known(), check_cron=cron.check)

@@ -84,6 +84,8 @@ class Dispatch:
         key = self._follows.pop((execution.id, index), None)
         if key is not None:
             del self._followers[key][execution.id, index]
+        if any(first.spot == (execution.id, index) for first in self.waiting.kept.values()):
+            self.place()
 
     def occupy(self, need: Need, attempt: AttemptRow, share: str | None) -> None:
         if share is not None:
@@ -239,13 +241,13 @@ class Dispatch:
         need = self.waiting.get(run, index)
         if need is None:
             return None
+        never = self.never(need)
+        if never is not None:
+            return never
         if self.paused is not None:
             return f"nothing is started: {self.paused}"
         if not self._room():
             return f"max_running_steps = {self.max_running} is reached"
-        never = self.never(need)
-        if never is not None:
-            return never
         reasons = refusals(need, list(self.places.values()))
         words = [reason.text(self._held_by(reason)) + self._ill_since(reason) for reason in reasons]
         words += self._kept_from(need)

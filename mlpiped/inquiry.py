@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 
+from mlpiped.backends.base import Queues
 from mlpiped.errors import BackendUnavailable
 from mlpiped.facts import Facts
 from mlpiped.images import wanted_by
@@ -18,11 +19,11 @@ from mlpiped.spec import version_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from mlpiped.backends.base import Images
+    from mlpiped.backends.base import Backend, Images
     from mlpiped.dispatch import Dispatch
     from mlpiped.facts import World
     from mlpiped.placement import Need, Spot
-    from mlpiped.protocol import ActiveJson, ComputeJson, DoingJson, HolderJson
+    from mlpiped.protocol import ActiveJson, ClusterJson, ComputeJson, DoingJson, HolderJson
     from mlpiped.resolve import Decision
     from mlpiped.run import Execution
     from mlpiped.scheduler import Scheduler
@@ -186,12 +187,12 @@ def active(dispatch: Dispatch) -> list[ActiveJson]:
     return found
 
 
-def compute(dispatch: Dispatch, kinds: Mapping[str, str]) -> list[ComputeJson]:
+def compute(dispatch: Dispatch, backends: Mapping[str, Backend]) -> list[ComputeJson]:
     """Each compute with what is taken and by whom."""
     return [
         {
             "name": place.name,
-            "kind": kinds.get(place.name, "local"),
+            "kind": backends[place.name].kind,
             "slots": place.slots,
             "used": place.used_slots,
             "memory": place.memory,
@@ -212,9 +213,24 @@ def compute(dispatch: Dispatch, kinds: Mapping[str, str]) -> list[ComputeJson]:
                 for card in place.cards
             ],
             "cards_trouble": place.no_cards,
+            "cluster": _cluster(backends[place.name]),
         }
         for place in dispatch.places.values()
     ]
+
+
+def _cluster(backend: Backend) -> ClusterJson | None:
+    if not isinstance(backend, Queues):
+        return None
+    seen = backend.cluster()
+    return {
+        "partition": seen.partition,
+        "nodes_up": seen.up,
+        "nodes_down": seen.down,
+        "away": [{"nodes": some.nodes, "state": some.state, "reason": some.reason} for some in seen.away],
+        "jobs": dict(seen.jobs),
+        "full": seen.full,
+    }
 
 
 def _holders(dispatch: Dispatch, spots: Iterable[Spot]) -> list[HolderJson]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from mlpiped.facts import StepFacts
     from mlpiped.resolve import Plan
     from mlpiped.spec import Arg, StepSpec
+
+LAUNCHER = re.compile(r"(?:srun|slurmstepd(?:-\S+)?): ")  # a line of its own
 
 
 async def job_of(attempt: Attempt, facts: StepFacts) -> Job:
@@ -46,10 +49,13 @@ async def job_of(attempt: Attempt, facts: StepFacts) -> Job:
         code=code,
         requirements=step.environment.requirements,
         python=step.environment.python,
+        modules=step.environment.modules,
         image=None if facts.image is None else facts.image.run,
         network=step.resources.network,
         shm_size=step.resources.shm_size,
         contents=_contents(step, plan, facts, attempt.backend.name),
+        nodes=step.resources.nodes,
+        tasks=step.resources.tasks,
         cpus=step.resources.cpus,
         memory=step.resources.memory,
         gpus=attempt.cards,
@@ -117,7 +123,8 @@ def exit_words(outcome: Exited) -> str:
 
 
 async def last_words(backend: Backend, handle: Handle) -> str:
-    """`: <the last line of stderr>`, or nothing."""
+    """`: <the last line of stderr>`, or nothing. What starts several processes adds how each of them was ended: that is
+    not what the step has to say."""
     tail = b""
     try:
         async for chunk in backend.logs(handle, "stderr", -4096, False):
@@ -125,7 +132,8 @@ async def last_words(backend: Backend, handle: Handle) -> str:
     except BackendUnavailable:
         return ""
     lines = tail.decode(errors="replace").strip().splitlines()
-    return f": {lines[-1].strip()[:200]}" if lines else ""
+    own = [line for line in lines if line.strip() and not LAUNCHER.match(line)]
+    return f": {(own or lines)[-1].strip()[:200]}" if lines else ""
 
 
 def seconds(outcome: Exited) -> float | None:

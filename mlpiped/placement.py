@@ -37,6 +37,10 @@ class Need:
     gpu_memory: int | None = None  # bytes of each card: it may be shared; None: the cards are the step's alone
     owner: str = ""
     images: bool = False  # it has an image: it runs in containers only
+    nodes: int = 1
+    cluster: bool = False  # only a cluster can start it
+    modules: bool = False  # it needs environment modules
+    sif: bool = False  # its image is a file
     data: Mapping[str, int] = field(default_factory=dict, compare=False)  # compute -> bytes that would have to travel
 
     @property
@@ -48,7 +52,19 @@ class Need:
 
     def shape(self) -> tuple[object, ...]:
         """Two needs of one shape fit where either does."""
-        return (self.slots, self.cpus, self.memory, self.computes, self.gpus, self.gpu_memory, self.images)
+        return (
+            self.slots,
+            self.cpus,
+            self.memory,
+            self.computes,
+            self.gpus,
+            self.gpu_memory,
+            self.images,
+            self.nodes,
+            self.cluster,
+            self.modules,
+            self.sif,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +100,10 @@ class Place:
     unwell_since: int | None = None  # µs
     drained: bool = False
     images: bool = False
+    nodes: int | None = 1
+    cluster: bool = False
+    modules: bool = False
+    sifs: bool = False
     cards: tuple[Card, ...] = ()
     no_cards: str | None = None  # why they cannot be used, in a sentence
     holders: dict[Spot, Need] = field(default_factory=dict)
@@ -93,12 +113,23 @@ class Place:
     def offers(self, capacity: Capacity) -> None:
         """What its backend says that it has, now."""
         self.slots, self.cpus, self.memory = capacity.slots, capacity.cpus, capacity.memory
-        self.images, self.cards, self.no_cards = capacity.images, capacity.cards, capacity.no_cards
+        self.images, self.modules, self.sifs = capacity.images, capacity.modules, capacity.sifs
+        self.cards, self.no_cards = capacity.cards, capacity.no_cards
+        self.cluster, self.nodes = capacity.cluster, capacity.nodes
 
     # --- why not ----------------------------------------------------------------------------------------------
     def refusal(self, need: Need) -> Refusal | None:
         """Why `need` cannot have a place here now, or None."""
-        return self._never(need) or self._away() or self._full(need) or self._no_card(need)
+        return next(iter(self.refusals(need)), None)
+
+    def refusals(self, need: Need) -> list[Refusal]:
+        """All that keeps `need` out now, so that it fits as soon as all of it is gone. What lasts for ever, or keeps
+        everybody out, stands for the rest."""
+        first = self._never(need) or self._away()
+        if first is not None:
+            return [first]
+        no_card = self._no_card(need)
+        return self._full(need) if no_card is None else [*self._full(need), no_card]
 
     def could_ever(self, need: Need) -> bool:
         """Whether `need` fits when nothing else is here."""
@@ -112,11 +143,20 @@ class Place:
         return self.unwell is not None or self.drained or self.used_slots >= self.slots
 
     def _never(self, need: Need) -> Refusal | None:
+        if need.sif and not self.sifs:
+            return Refusal("never", f"{self.name} runs no images that are files")
         if need.images != self.images:
             why = "runs containers only, and the step has no image" if self.images else "runs no containers"
             return Refusal("never", f"{self.name} {why}")
+        if need.cluster and not self.cluster:
+            asked = f"{need.nodes} nodes are asked for" if need.nodes > 1 else "the step is started by srun"
+            return Refusal("never", f"{self.name} is no cluster, and {asked}")
+        if self.nodes is not None and need.nodes > self.nodes:
+            return Refusal("never", f"{self.name} has {_nodes(self.nodes)} in all, {need.nodes} are asked for")
+        if need.modules and not self.modules:
+            return Refusal("never", f"{self.name} loads no environment modules")
         if need.slots > self.slots:
-            return Refusal("never", f"{self.name} has {self.slots} slots in all, {need.slots} are asked for")
+            return Refusal("never", f"{self.name} has {_slots(self.slots)} in all, {need.slots} are asked for")
         if self.memory is not None and (need.memory or 0) > self.memory:
             asked = _bytes(need.memory or 0)
             return Refusal("never", f"{self.name} has {_bytes(self.memory)} of memory in all, {asked} are asked for")
@@ -139,31 +179,41 @@ class Place:
             return Refusal("away", f"{self.name}: {self.unwell}", since=self.unwell_since)
         return None
 
-    def _full(self, need: Need) -> Refusal | None:
-        what = None
+    def _full(self, need: Need) -> list[Refusal]:
+        found = []
         if self.used_slots + need.slots > self.slots:
-            what = f"{self.slots} {'slot' if self.slots == 1 else 'slots'}, {self.used_slots} in use"
-        elif self.cpus is not None and self.used_cpus + need.cpus > self.cpus:
-            what = f"{self.cpus - self.used_cpus:g} CPUs free, {need.cpus:g} are asked for"
-        elif self.memory is not None and self.used_memory + (need.memory or 0) > self.memory:
-            free = _bytes(self.memory - self.used_memory)
+            asked = f", {need.slots} are asked for" if need.slots > 1 else ""
+            what = f"{_slots(self.slots)}, {self.used_slots} in use{asked}"
+            found.append((what, [spot for spot, held in self.holders.items() if held.slots]))
+        if self.cpus is not None and self.used_cpus + need.cpus > self.cpus:
+            found.append(
+                (f"{max(0, self.cpus - self.used_cpus):g} CPUs free, {need.cpus:g} are asked for", [*self.holders])
+            )
+        if self.memory is not None and self.used_memory + (need.memory or 0) > self.memory:
+            free = _bytes(max(0, self.memory - self.used_memory))
             what = f"{free} of memory free, {_bytes(need.memory or 0)} are asked for"
-        return Refusal("full", f"{self.name} has {what}", tuple(self.holders)) if what else None
+            found.append((what, [spot for spot, held in self.holders.items() if held.memory]))
+        return [Refusal("full", f"{self.name} has {what}", tuple(spots)) for what, spots in found]
 
     def _no_card(self, need: Need) -> Refusal | None:
         if not need.gpus or len(self.pick(need)) == need.gpus:
             return None
         if not self.cards or self.no_cards is not None:
             return Refusal("away", f"{self.name}: {self.no_cards or 'its GPUs have not been seen'}")
-        foreign = [f"card {card.index} is {card.foreign}" for card in self.cards if card.foreign is not None]
-        taken = [card.uuid for card in self.cards if card.foreign is None and self.leased.get(card.uuid)]
+        large = [card for card in self.cards if card.memory >= (need.gpu_memory or 0)]
+        foreign = [f"card {card.index} is {card.foreign}" for card in large if card.foreign is not None]
+        taken = [card for card in large if self._left(card, need) is not None]
         if not taken:
             return Refusal("gpu", f"{self.name}: {'; '.join(foreign)}")
-        spots = tuple(dict.fromkeys(spot for uuid in taken for spot in self.leased[uuid]))
-        some, total = len(taken), len(self.cards)
+        spots = tuple(dict.fromkeys(spot for card in taken for spot in self.leased[card.uuid]))
+        some, total = len(taken), len(large)
         how = "" if total == 1 else " both" if some == total == 2 else f" all {some}" if some == total else f" {some}"
-        tail = "".join(f"; {each}" for each in foreign)
-        return Refusal("gpu", f"{self.name} has {total},{how} held", spots, " by ", tail)
+        which = f" with {_bytes(need.gpu_memory or 0)} of memory" if total < len(self.cards) else ""
+        left = [(card, free) for card in taken if (free := self._left(card, need))]
+        shared = [f"card {card.index} has {_bytes(free)} free, {_bytes(need.gpu_memory or 0)} are asked for"
+                  for card, free in left]  # fmt: skip
+        tail = "".join(f"; {each}" for each in (*shared, *foreign))
+        return Refusal("gpu", f"{self.name} has {total}{which},{how} held", spots, " by ", tail)
 
     # --- cards ------------------------------------------------------------------------------------------------
     def pick(self, need: Need) -> tuple[str, ...]:
@@ -172,14 +222,25 @@ class Place:
             return ()
         found = []
         for position, card in enumerate(self._usable(need)):
-            on = self.leased.get(card.uuid)
-            if not on:
+            if not self.leased.get(card.uuid):
                 found.append((1, 0, position, card.uuid))
-            elif need.gpu_memory is not None and None not in on.values():
-                free = card.memory - sum(bytes_ or 0 for bytes_ in on.values())
-                if free >= need.gpu_memory:
-                    found.append((0, free, position, card.uuid))
+            elif self._left(card, need) is None:
+                found.append((0, self._free(card), position, card.uuid))
         return tuple(uuid for *_, uuid in sorted(found)[: need.gpus])
+
+    def _left(self, card: Card, need: Need) -> int | None:
+        """Of a card that keeps `need` off, the bytes that others could share; None: it can have it."""
+        on = self.leased.get(card.uuid)
+        if not on:
+            return None
+        if need.gpu_memory is None or None in on.values():
+            return 0
+        free = self._free(card)
+        return None if free >= need.gpu_memory else free
+
+    def _free(self, card: Card) -> int:
+        """Bytes that no step of ours has reserved on a card that is shared."""
+        return card.memory - sum(bytes_ or 0 for bytes_ in self.leased[card.uuid].values())
 
     def _usable(self, need: Need) -> list[Card]:
         """Those that nobody else is on, and large enough."""
@@ -257,14 +318,22 @@ def refusals(need: Need, places: Sequence[Place]) -> list[Refusal]:
     if not found:
         names = " or ".join(f"`{name}`" for name in need.computes)
         return [Refusal("never", f"no compute named {names} in the config")]
-    reasons = [reason for place in found if (reason := place.refusal(need)) is not None]
+    reasons = [reason for place in found for reason in place.refusals(need)]
     if any(place.could_ever(need) for place in found):
         reasons = [reason for reason in reasons if reason.kind != "never"]
     return reasons
 
 
+def _slots(n: int) -> str:
+    return "1 slot" if n == 1 else f"{n} slots"
+
+
 def _gpus(n: int) -> str:
     return "no GPU" if n == 0 else "1 GPU" if n == 1 else f"{n} GPUs"
+
+
+def _nodes(n: int) -> str:
+    return "1 node" if n == 1 else f"{n} nodes"
 
 
 def _in_all(n: int, asked: int) -> str:

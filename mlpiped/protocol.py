@@ -108,6 +108,25 @@ class CardJson(TypedDict):
     holders: list[HolderJson]
 
 
+class NodesAwayJson(TypedDict):
+    """`nodes` as the cluster writes them: `n[1-2]`. `reason` is what whoever took them away said."""
+
+    nodes: str
+    state: str
+    reason: str
+
+
+class ClusterJson(TypedDict):
+    """`jobs`: the queue's own word for a state -> how many of ours. `full`: its words while it takes no more."""
+
+    partition: str | None
+    nodes_up: int | None
+    nodes_down: int | None
+    away: list[NodesAwayJson]
+    jobs: dict[str, int]
+    full: str | None
+
+
 class ComputeJson(TypedDict):
     name: str
     kind: str
@@ -121,6 +140,7 @@ class ComputeJson(TypedDict):
     drained: bool
     cards: list[CardJson]
     cards_trouble: str | None
+    cluster: ClusterJson | None
 
 
 def path(*segments: object, **query: object) -> str:

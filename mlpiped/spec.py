@@ -162,6 +162,8 @@ class ResourceSpec(_Plain):
     shm_size: int | None = None  # bytes of a container's /dev/shm
     network: bool = False  # of a container: whether it reaches anything
     nodes: int = 1
+    tasks: int = 1  # processes on each node, `cpus` for each of them
+    cluster: bool = False  # only a cluster can start it
     slots: int = 1
     scratch: int | None = None  # bytes
 
@@ -298,6 +300,15 @@ def runs_in_container(step: StepSpec) -> bool:
     return step.environment.image is not None or step.environment.dockerfile is not None
 
 
+SIF, MODULES = "*.sif", "module load"
+"""What a compute may offer besides containers, in `spec_images.Images`: images that are files, environment modules."""
+
+
+def is_sif(step: StepSpec) -> bool:
+    """Whether its image is a file, as Apptainer runs them."""
+    return (step.environment.image or "").endswith(".sif")
+
+
 def canonical(value: _Plain | dict[str, Any] | list[Any]) -> str:
     """Compact JSON with sorted keys: the form that is hashed."""
     plain = value.model_dump() if isinstance(value, _Plain) else value
@@ -316,7 +327,7 @@ def version_of(spec: PipelineSpec) -> str:
     return found.hexdigest()[:12]
 
 
-_ADDED: dict[str, Scalar] = {"shm_size": None, "network": False}
+_ADDED: dict[str, Scalar] = {"shm_size": None, "network": False, "tasks": 1, "cluster": False}
 """Resources that came later: with these values they leave the version of a pipeline what it was."""
 
 

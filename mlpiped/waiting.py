@@ -39,6 +39,7 @@ class Waiting:
         self.kept: dict[str, Need] = {}  # place -> who it is kept for, as of the last look
         self._queues: dict[_Key, list[tuple[tuple[int, int, int], int, Need]]] = {}
         self._here: dict[Spot, Need] = {}
+        self._slotless: set[Spot] = set()  # of those here: they fit where no slot is free
         self._numbers = count()
         self._added = False
 
@@ -47,11 +48,14 @@ class Waiting:
 
     def add(self, need: Need) -> None:
         self._here[need.spot] = need
+        if not need.slots:
+            self._slotless.add(need.spot)
         queue = self._queues.setdefault((need.owner, need.shape()), [])
         heappush(queue, (need.rank(), next(self._numbers), need))
         self._added = True
 
     def remove(self, run: int, index: int) -> bool:
+        self._slotless.discard((run, index))
         return self._here.pop((run, index), None) is not None  # its entry in a queue means nothing from now on
 
     def remove_run(self, run: int) -> None:
@@ -86,7 +90,7 @@ class Waiting:
             yield from self._look(places, now)
 
     def _look(self, places: Sequence[Place], now: float) -> Iterator[tuple[Need, Place, tuple[str, ...]]]:
-        if self._here and all(place.full() for place in places):
+        if self._all_full(places):
             return
         before, self.kept = self.kept, {}
         heads, alone = self._heads(now)
@@ -105,15 +109,18 @@ class Waiting:
                 self._keep(need, places, before)
                 continue
             heappop(self._queues[key])
-            del self._here[need.spot]
+            self.remove(*need.spot)
             cards = place.take(need, late=place.name in self.kept)
             self.shares.begin(need.owner, need.slots, need.gpus, now)
             following = self._head(key)
             if following is not None:
                 heappush(heads, (self._rank(following, now, alone), n, key))
             yield need, place, cards
-            if all(place.full() for place in places):
+            if self._all_full(places):
                 break
+
+    def _all_full(self, places: Sequence[Place]) -> bool:
+        return not self._slotless and all(place.full() for place in places)
 
     def _heads(self, now: float) -> tuple[list[tuple[_Rank, int, _Key]], bool]:
         """A heap of the first of each queue, and whether one owner has them all."""

@@ -27,8 +27,8 @@ T = TypeVar("T")
 BIN = Path(sys.executable).parent
 SDK = """\
 from mlpiped import (
-    CommandStep, Cron, DataReference, Datastore, DataTransferStep, Environment, Every, OnArrival, OnSuccess, Pipeline,
-    PipelineData, PipelineParameter, PythonScriptStep, Resources, Retry,
+    CommandStep, Cron, DataReference, Datastore, DataTransferStep, Environment, Every, MpiStep, OnArrival, OnSuccess,
+    Pipeline, PipelineData, PipelineParameter, PythonScriptStep, Resources, Retry,
 )
 
 lab = Datastore("lab")

@@ -11,37 +11,35 @@ import signal
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import anyio
-import anyio.to_thread
 import structlog
 
 from mlpiped.backends import folder as folders
-from mlpiped.backends import processes
+from mlpiped.backends import processes, streams
 from mlpiped.backends.base import Capacity, Handle, Job, Lost, NeverRan, Outcome
 from mlpiped.backends.environments import Environments
 from mlpiped.backends.host_cards import HostCards
 from mlpiped.backends.launcher import MESSAGE, Launcher
+from mlpiped.backends.leases import Leases
 from mlpiped.backends.memory_group import MemoryGroup
 from mlpiped.backends.supervisor import boot_id
+from mlpiped.backends.threads import Threads
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from contextlib import AsyncExitStack
 
     from mlpiped.backends.launcher import Call
 
-T = TypeVar("T")
 log = structlog.get_logger("local")
 LOOK_AGAIN = 1.0  # seconds: hints may be lost, the folder is not
 QUIET, NOT_LATER = 0.5, 5.0  # seconds: what is discarded is removed when nothing more comes for so long, at the latest
 MANY_PATHS = 256  # a command with more is put together in a thread
 NO_ANSWER = 30.0  # seconds without a claim until a submit gives up
-FOLLOW = 0.1  # seconds between two looks at a log that is followed
 FILES = 65536  # the daemon waits with one descriptor a job
 LITTLE_SPACE = 64 << 20
 
@@ -73,7 +71,8 @@ class LocalBackend:
         self._boot = boot_id()
         self._base: dict[str, str] | None = None  # of a job that wants no environment of its own
         self._remover = _Remover(name)
-        self._threads = anyio.CapacityLimiter(4)
+        self._do = Threads(name)
+        self._leases = Leases(self._cards, self._do)
 
     async def start(self, stack: AsyncExitStack) -> None:
         stack.push_async_callback(self._launcher.close)
@@ -104,14 +103,8 @@ class LocalBackend:
         return None
 
     async def submit(self, job: Job) -> Handle:
-        if not job.gpus:
+        async with self._leases.of(job):
             return await self._submit(job)
-        await self._do("lease the cards", lambda: self._cards.take(job))
-        try:
-            return await self._submit(job)
-        except InvalidJob:
-            await self._give_back(job.token)
-            raise
 
     async def _submit(self, job: Job) -> Handle:
         folder = folders.at(self._jobs, job.token)
@@ -187,12 +180,8 @@ class LocalBackend:
 
     async def wait(self, handle: Handle) -> Outcome:
         outcome = await self._ended(handle)
-        await self._give_back(handle["token"])
+        await self._leases.give_back(handle["token"])
         return outcome
-
-    async def _give_back(self, token: str) -> None:
-        if self._cards.leased(token):
-            await self._do("give back the cards", lambda: self._cards.give(token))
 
     async def _ended(self, handle: Handle) -> Outcome:
         folder = self._folder(handle)
@@ -298,30 +287,19 @@ class LocalBackend:
         folder = folders.at(self._jobs, token)
         found = await self._do("fence the job", lambda: folders.fence(folder))
         if isinstance(found, NeverRan):
-            await self._give_back(token)
+            await self._leases.give_back(token)
         return found
 
     async def logs(
         self, handle: Handle, stream: Literal["stdout", "stderr"], offset: int, follow: bool
     ) -> AsyncIterator[bytes]:
         folder = self._folder(handle)
-        offset = await self._do("read the log", partial(folders.from_start, folder, stream, offset))
 
-        def look(offset: int) -> tuple[bool, bytes]:
-            over = (
-                not follow or folders.over(folder) or not os.path.exists(folder)
-            )  # before reading: nothing comes after it
-            return over, folders.read_stream(folder, stream, offset)
+        def ended() -> bool:
+            return not follow or folders.over(folder) or not os.path.exists(folder)
 
-        while True:
-            over, chunk = await self._do("read the log", lambda offset=offset: look(offset))  # type: ignore[misc]
-            if chunk:
-                offset += len(chunk)
-                yield chunk
-            elif over:
-                return
-            else:
-                await anyio.sleep(FOLLOW)
+        async for chunk in streams.read(self._do, folder, stream, offset, lambda: self._do("look at the job", ended)):
+            yield chunk
 
     async def fetch(self, handle: Handle, into: Path) -> Path:
         return Path(self._folder(handle))
@@ -350,14 +328,6 @@ class LocalBackend:
         if handle.get("v") != 1 or not isinstance(handle.get("token"), str):
             raise InvalidJob(f"no handle of a local job: {handle!r:.200}")
         return folders.at(self._jobs, handle["token"])
-
-    async def _do(self, what: str, function: Callable[[], T]) -> T:
-        """In a thread; no foreign exception gets out."""
-        try:
-            return await anyio.to_thread.run_sync(function, limiter=self._threads)
-        except OSError as error:
-            place = f": {error.filename}" if error.filename else ""
-            raise BackendUnavailable(f"cannot {what} on `{self.name}`: {error.strerror}{place}") from error
 
 
 class _Remover:

@@ -145,7 +145,7 @@ def _installed(outline: Outline, findings: Findings) -> list[str]:
 
 async def _check_plugins(plugins: list[str], outline: Outline | None, strict: bool, findings: Findings) -> None:
     results: list[LoadResult | None] = [None] * len(plugins)
-    known = Known(outline.datastores, outline.computes, outline.images) if outline else None
+    known = Known(outline.datastores, outline.computes, outline.images, outline.clusters) if outline else None
     trusted = Trust(strict=strict, authors=_service(outline)) if strict else Trust()
     roots = [str(folder) for folder in outline.plugins] if outline and strict else []
     limiter = anyio.CapacityLimiter(AT_ONCE)

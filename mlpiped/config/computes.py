@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from mlpiped.config.fields import AbsolutePath, Amount, Bytes, Count, Seconds, Section, Text, filled
+from mlpiped.spec import MODULES, SIF
 
 if TYPE_CHECKING:
     from mlpiped.config.faults import FaultList
@@ -100,10 +101,24 @@ def _remote_mount(text: str) -> str:
     return text
 
 
+def _image(text: str) -> str:
+    if filled(text).startswith("-") or any(c.isspace() for c in text):
+        raise ValueError('is not the name of an image\nwrite it as `docker pull` takes it: "python:3.11-slim"')
+    return text
+
+
 def _command(text: str) -> str:
     if filled(text).startswith("-") or any(c.isspace() for c in text):
         raise ValueError('is not one command\nwrite "python3", or the absolute path of a Python on that machine')
     return text
+
+
+def _apptainer(value: object) -> object:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or not value or value.startswith("-") or any(c.isspace() for c in value):
+        raise ValueError('must be true, or one command\nwrite true, or its path on the nodes: "/opt/bin/apptainer"')
+    return value
 
 
 def _slurm_name(text: str) -> str:
@@ -131,6 +146,7 @@ Gpus = Annotated[Literal["auto"] | int, BeforeValidator(_gpus)]
 EngineUrl = Annotated[Text, AfterValidator(_engine)]
 Mount = Annotated[str, AfterValidator(_mount)]
 ContainerUser = Annotated[Text, AfterValidator(_container_user)]
+ImageName = Annotated[str, AfterValidator(_image)]
 Host = Annotated[str, AfterValidator(_host)]
 Flag = Annotated[bool, Field(strict=True)]
 Login = Annotated[Text, AfterValidator(_login)]
@@ -140,6 +156,7 @@ RemoteMount = Annotated[str, AfterValidator(_remote_mount)]
 SlurmName = Annotated[str, AfterValidator(_slurm_name)]
 SlurmVia = Annotated[str, AfterValidator(_slurm_via)]
 SlurmOption = Annotated[str, AfterValidator(_slurm_option)]
+Apptainer = Annotated[bool | str, BeforeValidator(_apptainer)]
 RemoteCommand = Annotated[str, AfterValidator(_command)]
 
 
@@ -164,6 +181,7 @@ class DockerCompute(Section):
     gpus: Gpus = 0
     allow_mounts: tuple[Mount, ...] = ()  # "/data", "/data:rw": in every container, at the same path
     user: ContainerUser | None = None  # None: the daemon's own
+    image: ImageName | None = None  # of steps that name none; None: those do not run here
     pull: Literal["missing", "never"] = "missing"
 
 
@@ -204,6 +222,8 @@ class SlurmCompute(Section):
     poll_interval: Seconds = 10.0
     work_dir: AbsolutePath | None = None  # None: the state folder
     options: tuple[SlurmOption, ...] = ()
+    apptainer: Apptainer = False  # whether the nodes have it; or what it is called there
+    modules_init: AbsolutePath | None = None  # on the nodes: what defines `module` in a shell; None: the usual places
 
 
 KINDS: dict[str, type[Section]] = {
@@ -282,12 +302,32 @@ def _there(path: Path) -> bool:
     return True
 
 
-def images_of(computes: Mapping[str, str], pools: Mapping[str, tuple[str, ...]]) -> dict[str, frozenset[bool]]:
-    """Name of a compute or pool -> whether those in it run images: both, where a pool has both.
+def own_image(table: Mapping[str, Any]) -> str | None:
+    """What a compute's table, as written or as read, adds to what its kind offers: see `images_of`."""
+    if table.get("kind") == "slurm":
+        return SIF if table.get("apptainer") else None
+    image = table.get("image") if table.get("kind") == "docker" else None
+    return image if isinstance(image, str) else None
 
-    `computes` maps a name to its kind.
+
+def clusters_of(computes: Mapping[str, str], pools: Mapping[str, tuple[str, ...]]) -> frozenset[str]:
+    """The computes that start steps on several nodes, and the pools with such a one. `computes`: name -> kind."""
+    found = {name for name, kind in computes.items() if kind == "slurm"}
+    return frozenset(found | {pool for pool, members in pools.items() if found.intersection(members)})
+
+
+def images_of(
+    computes: Mapping[str, str], pools: Mapping[str, tuple[str, ...]], images: Mapping[str, str]
+) -> dict[str, frozenset[bool | str]]:
+    """What `spec_images.Images` says of each compute and pool.
+
+    `computes` maps a name to its kind, `images` to its `image`, or to SIF.
     """
-    found = {name: frozenset({kind == "docker"}) for name, kind in computes.items()}
+    found: dict[str, frozenset[bool | str]] = {name: frozenset({kind == "docker"}) for name, kind in computes.items()}
+    for name in (name for name, kind in computes.items() if kind == "slurm"):
+        found[name] |= {MODULES}
+    for name, image in images.items():
+        found[name] |= {image}
     for pool, members in pools.items():
         found[pool] = frozenset(one for member in members for one in found.get(member, ()))
     return found

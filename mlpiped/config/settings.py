@@ -173,7 +173,8 @@ class Outline:
     state_dir: Path
     datastores: frozenset[str]
     computes: frozenset[str]  # pools too
-    images: Mapping[str, frozenset[bool]] = field(default_factory=dict)  # of each: whether its computes run images
+    images: Mapping[str, frozenset[bool | str]] = field(default_factory=dict)  # of each: `spec_images.Images`
+    clusters: frozenset[str] = frozenset()  # those of them that start steps on several nodes
 
 
 def outline(path: Path) -> Outline | None:
@@ -188,6 +189,11 @@ def outline(path: Path) -> Outline | None:
     folders = [p for p in plugins if isinstance(p, str)] if isinstance(plugins, list) else []
     state_dir = written.get("state_dir")
     kinds = {name: str(table.get("kind")) for name, table in _tables(raw, "compute")} or {"local": "local"}
+    images = {
+        name: image
+        for name, table in _tables(raw, "compute")
+        if (image := config_computes.own_image(table)) is not None
+    }
     pools = raw["pools"] if isinstance(raw.get("pools"), dict) else {}
     members = {
         n: tuple(m for m in found if isinstance(m, str)) for n, found in pools.items() if isinstance(found, list)
@@ -198,7 +204,8 @@ def outline(path: Path) -> Outline | None:
             state_dir=config_find.below(path.parent, state_dir) if isinstance(state_dir, str) else STATE_DIR,
             datastores=frozenset(dict(_tables(raw, "datastores"))),
             computes=frozenset(kinds) | frozenset(pools),
-            images=config_computes.images_of(kinds, members),
+            images=config_computes.images_of(kinds, members, images),
+            clusters=config_computes.clusters_of(kinds, members),
         )
     except RuntimeError:  # the home of nobody
         return None

@@ -438,6 +438,10 @@ WHERE a.state <> 'ended' OR a.ended_at > :since;
 -- When the oldest attempt that lives began.
 SELECT min(intent_at) FROM attempts INDEXED BY attempts_live WHERE state <> 'ended';
 
+-- name: oldest_run
+-- When the oldest run that has not finished was made.
+SELECT min(created_at) FROM runs INDEXED BY runs_by_outcome WHERE outcome IS NULL;
+
 -- name: artifact_bytes
 -- Room that `artifacts` take. Reads all outputs.
 SELECT coalesce(sum(size), 0) FROM (

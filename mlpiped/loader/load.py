@@ -22,11 +22,13 @@ from mlpiped.loader import trust
 from mlpiped.loader.process import Ended, Limits, run_child
 from mlpiped.spec import PipelineSpec
 from mlpiped.spec_check import faults_of
+from mlpiped.spec_images import with_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from mlpiped.spec_check import CheckCron, Images
+    from mlpiped.spec_check import CheckCron
+    from mlpiped.spec_images import Images
 
 ABSENT = ""
 """The digest of what is not there."""
@@ -41,11 +43,13 @@ _WORK_BELONGS = "a plugin only describes steps: work belongs in a step's script"
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The names that a config gives; None: not checked. `computes` includes pools; `images`: see `spec_check`."""
+    """The names that a config gives; None: not checked. `computes` includes pools; `images`: see `spec_images`, and
+    `clusters`: see `spec_check`."""
 
     datastores: Collection[str] | None = None
     computes: Collection[str] | None = None
     images: Images | None = None
+    clusters: Collection[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +108,14 @@ def _absolute(path: str | os.PathLike[str]) -> str:
 
 
 def checked(raw: LoadResult, known: Known, check_cron: CheckCron | None) -> LoadResult:
-    """`raw`, its pipelines parted into those without a fault and the faults of the others."""
+    """`raw`, its pipelines parted into those without a fault, as they run here, and the faults of the others."""
     good: list[PipelineSpec] = []
     faults = list(raw.faults)
     for spec in raw.pipelines:
-        found = faults_of(spec, known.datastores, known.computes, check_cron, known.images)
+        found = faults_of(spec, known.datastores, known.computes, check_cron, known.images, known.clusters)
         faults += found
         if not found:
-            good.append(spec)
+            good.append(with_images(spec, known.images))
     return replace(raw, pipelines=tuple(good), faults=tuple(faults))
 
 

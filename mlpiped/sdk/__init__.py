@@ -7,6 +7,7 @@ data       Datastore, DataReference, PipelineData, PipelineParameter, and their 
 settings   Resources, Retry, Environment
 shell      data inside a shell command, handed over so that no value is ever parsed by the shell
 steps      PythonScriptStep, CommandStep, DataTransferStep
+mpi        MpiStep
 triggers   Cron, Every, OnArrival, OnSuccess
 pipeline   Pipeline
 lowering   Pipeline -> plain data for `mlpiped.spec.PipelineSpec`

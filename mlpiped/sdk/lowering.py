@@ -207,7 +207,7 @@ class _StepLowering:
             "parameters": sorted({self.graph.use(one) for one in step.params}),
             "after": [earlier.name for earlier in step.after],
             "compute": step.compute,
-            "resources": step.resources.plain() if step.resources is not None else {},
+            "resources": {**(step.resources.plain() if step.resources is not None else {}), **step.shape()},
             "retry": step.retry.plain() if step.retry is not None else {},
             "timeout": step.timeout,
             "grace": step.grace,
@@ -222,8 +222,7 @@ class _StepLowering:
     def _command(self) -> tuple[bool, list[Plain]]:
         step = self.step
         if step.shell is None:
-            start = ["python", str(step.script)] if step.script is not None else []
-            return False, [_text(one) for one in start] + [self._argument(one) for one in step.arguments]
+            return False, [_text(one) for one in step.start()] + [self._argument(one) for one in step.arguments]
         pieces = self._split(step.shell)
         try:
             command, handed = hand_over(pieces)

@@ -120,6 +120,14 @@ class Step:
     arguments: list[Argument]
     where: place.Place
 
+    def start(self) -> list[str]:
+        """What the command begins with, before `arguments`."""
+        return [] if self.script is None else ["python", self.script]
+
+    def shape(self) -> dict[str, object]:
+        """What the step needs of a compute besides `resources`."""
+        return {}
+
     def run_after(self, step: Step) -> None:
         """Wait for `step`, without data from it."""
         if not isinstance(step, Step):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import BIN, Daemon, lines, steps, until
-from lab import packages, slurm_rig
+from harness import lines, steps, until
+from lab import slurm_rig
+from lab.slurm_desk import Desk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,49 +21,6 @@ make = CommandStep(f"echo made by $SLURM_JOB_NAME; printf 'a\\nb\\n' > {made}", 
 count = CommandStep(f"wc -l < {made} > {counted}", name="count", outputs=[counted], compute_target="cluster")
 pipeline = Pipeline("chain", steps=[make, count])
 """
-WAITS = """
-step = CommandStep("echo $MLPIPED_TOKEN >> EFFECTS; until test -e GO; do sleep 0.05; done", name="step",
-                   compute_target="COMPUTE")
-pipeline = Pipeline("waits", steps=[step])
-"""
-
-
-class Desk:
-    """A daemon beside a cluster. Its compute `first` has only the cluster's first node."""
-
-    def __init__(self, cluster: slurm_rig.Cluster, more: str = "") -> None:
-        self.cluster = cluster
-        self.before = set(cluster.jobs())
-        words = f'kind = "slurm"\npartition = "main"\npoll_interval = "200ms"\n{more}\n'
-        extra = f'[compute.cluster]\n{words}[compute.first]\n{words}options = ["--nodelist=n1"]\n'
-        env = {**cluster.env, "PATH": f"{BIN}:{packages.PATH}"}
-        self.daemon = Daemon(extra=extra, env={name: env[name] for name in ("SLURM_CONF", "LC_ALL", "PATH")})
-        self.effects, self.go = self.daemon.root / "effects", self.daemon.root / "go"
-
-    def waits(self, compute: str) -> int:
-        """A run whose step is in that compute's hands until `go` is there."""
-        body = WAITS.replace("EFFECTS", str(self.effects)).replace("GO", str(self.go)).replace("COMPUTE", compute)
-        self.daemon.install("waits", body)
-        return self.daemon.run("waits")
-
-    def why(self, run: int) -> str:
-        return self.daemon.ctl("why", f"{run}/step").stdout
-
-    def jobs(self) -> list[str]:
-        """States of the jobs that were submitted since."""
-        return [state for job, (state, _) in sorted(self.cluster.jobs().items()) if job not in self.before]
-
-    @contextmanager
-    def drained(self, nodes: str) -> Iterator[None]:
-        self.cluster.command("scontrol", "update", f"nodename={nodes}", "state=drain", "reason=test")
-        try:
-            yield
-        finally:
-            self.cluster.ready()
-
-    def close(self) -> None:
-        self.daemon.close()
-        self.cluster.command("scancel", "-u", "root", check=False)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """50 crash-injected runs whose steps run on two boxes, with sshd killed and the way to it cut among them: 0 lost,
 0 duplicated, 0 stuck, and nothing of ours is left there.
 
-A box keeps its steps over all that: none may start twice, and none may be lost. MLPIPED_SSH_CRASH_RUNS says how many.
+A box keeps its steps over all that: none may start twice, and none may be lost. Half of the outputs stay where they
+were made (`keep="remote"`), until a step on the other box needs them. MLPIPED_SSH_CRASH_RUNS says how many.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ KINDS = ("sshd", "sessions", "cable", "answers")
 ON_BOXES = """
 from functools import partial
 CommandStep = partial(CommandStep, compute_target="boxes")
+stays = {"raw", "left", "tree", "two"}
+plain = PipelineData
+def PipelineData(name, **how):
+    return plain(name, keep="remote", **how) if name in stays else plain(name, **how)
 """
 
 
@@ -53,6 +58,7 @@ class BoxTrial(TrialElsewhere):
     def _box(self, number: int, key: Path) -> None:
         box = Box(self.daemon.root / f"box{number}", key, 100 + number)
         self.boxes.append(box)
+        self.evidence.kept[f"box{number}"] = box.home / "work"
         box.start()
         cable = Cable(box)
         self.cables.append(cable)
@@ -95,6 +101,10 @@ class BoxTrial(TrialElsewhere):
         """The job folders on the boxes."""
         return [path for box in self.boxes for path in (box.home / "work").glob("*/mlp-*")]
 
+    def kept(self) -> int:
+        """How many outputs stayed there."""
+        return sum(len(list(place.glob("*/.cas/s2*-*"))) for place in self.evidence.kept.values())
+
     def clean(self) -> None:
         """Everything is old enough for `gc`."""
         self.configure('\n[retention]\nruns = "1ms"\nlogs = "1ms"\n')
@@ -112,8 +122,9 @@ def test_no_step_on_a_box_is_lost_or_runs_twice_however_often_daemon_sshd_and_li
     with BoxTrial(4000, ssh_lab) as trial:
         verdict = trial.go(runs=RUNS)
         with capsys.disabled():
-            print(f"\n{dict(trial.shaken)} on the boxes; {verdict}")
+            print(f"\n{dict(trial.shaken)} on the boxes, {trial.kept()} outputs kept there; {verdict}")
         assert not verdict.violations, f"{verdict}\n{trial.daemon.tail()}"
+        assert trial.kept() >= RUNS
         trial.clean()
         until(lambda: not trial.processes(), "the end of every process on the boxes")
     assert verdict.injected >= RUNS and min(trial.shaken[kind] for kind in KINDS) >= 1

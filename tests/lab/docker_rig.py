@@ -168,6 +168,13 @@ class Engine:
         told = self.docker("ps", "--all", "--filter", label, "--format", "{{.Names}}")
         return set(told.stdout.split())
 
+    def holds(self) -> dict[str, set[str]]:
+        """All that there is on it, by id: `images` (layers that builds left, too), `ps`, `volume`, `network`."""
+        kinds = (("images", "--all", "--no-trunc"), ("ps", "--all"), ("volume", "ls"), ("network", "ls"))
+        cached = self.docker("system", "df", "--format", "{{.Type}} {{.TotalCount}}").stdout
+        assert "Build Cache 0" in cached, cached
+        return {words[0]: set(self.docker(*words, "--quiet").stdout.split()) for words in kinds}
+
     def image(self, name: str) -> str:
         """Its id."""
         return self.docker("image", "inspect", "--format", "{{.Id}}", name).stdout.strip()

@@ -1,6 +1,7 @@
-"""A daemon of one submission, killed by SIGKILL at the place that it is told: `before` or `after` one of the commands.
+"""A daemon of one submission (several tokens: an array), killed by SIGKILL where it is told: `before` or `after` one of
+the commands.
 
-python slurm_submitter.py STATE_DIR TOKEN EFFECTS before|after sbatch|release
+python slurm_submitter.py STATE_DIR TOKEN[,TOKEN…] EFFECTS before|after sbatch|release
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ def effect(token: str, effects: str) -> Job:
 
 
 async def main() -> None:
-    state, token, effects, when, what = sys.argv[1:]
+    state, tokens, effects, when, what = sys.argv[1:]
     settings = SlurmCompute(kind="slurm", poll_interval="200ms")
     backend = SlurmBackend("cluster", Path(state), settings, instance="0" * 32, runner=Killed(when, what))
     async with AsyncExitStack() as stack:
         await backend.start(stack)
-        await backend.submit(effect(token, effects))
+        async with anyio.create_task_group() as group:
+            for token in tokens.split(","):
+                group.start_soon(backend.submit, effect(token, effects))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 import structlog
 from contract.conftest import DockerBench
 from lab.docker_rig import BARE, PYTHON
+from lab.docker_scene import GATED, bench, finally_, folder, gated, open_gate, said, served, shown
 from smi_rig import Smi
 
 from mlpiped.backends.base import Exited, JobOutput, Lost, NeverRan, Part
@@ -28,30 +29,12 @@ if TYPE_CHECKING:
 
     from lab.docker_rig import Engine, Registry
 
-    from mlpiped.backends.base import Handle, Job, Outcome
+    from mlpiped.backends.base import Handle, Outcome
     from mlpiped.backends.docker import DockerBackend
 
+__all__ = ["bench"]
+
 pytestmark = [pytest.mark.anyio, pytest.mark.lab]
-
-GATED = "echo ready; while ! test -e go; do sleep 0.02; done; echo went"
-
-
-@asynccontextmanager
-async def served(bench: DockerBench) -> AsyncIterator[DockerBackend]:
-    """One life of a daemon's backend."""
-    async with AsyncExitStack() as stack:
-        backend = bench.make()
-        await backend.start(stack)
-        yield backend
-
-
-@pytest.fixture
-async def bench(docker_engine: Engine, tmp_path: Path, anyio_backend: str) -> AsyncIterator[DockerBench]:
-    async with AsyncExitStack() as stack:
-        yield DockerBench(tmp_path, stack, docker_engine)
-    left = docker_engine.containers()
-    if left:
-        docker_engine.docker("rm", "--force", *left)
 
 
 @pytest.fixture(autouse=True)
@@ -60,47 +43,6 @@ def leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(HostCards.__init__.__kwdefaults__, "folder", str(tmp_path / "leases"))
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return tmp_path / "leases" / boot
-
-
-def folder(bench: DockerBench, job: Job | Handle) -> Path:
-    token = job["token"] if isinstance(job, dict) else job.token
-    return bench.place / "state/jobs" / token
-
-
-async def shown(path: Path, text: bytes) -> None:
-    with anyio.fail_after(20):
-        while not path.exists() or text not in path.read_bytes():
-            await anyio.sleep(0.01)
-
-
-async def gated(bench: DockerBench, backend: DockerBackend, more: str = "", before: str = "", **fields: Any) -> Handle:
-    """A step that runs until `open_gate`."""
-    handle = await backend.submit(bench.job(f"{before}{GATED}{more}", shell=True, **fields))
-    await shown(folder(bench, handle) / "stdout", b"ready")
-    return handle
-
-
-def open_gate(bench: DockerBench, handle: Handle) -> None:
-    (folder(bench, handle) / "work/go").touch()
-
-
-async def said(bench: DockerBench, *command: str | Part, **fields: Any) -> tuple[Outcome, str]:
-    """How it ended, and what it printed."""
-    async with served(bench) as backend:
-        job = bench.job(*command, **fields)
-        outcome = await backend.wait(await backend.submit(job))
-        streams = (folder(bench, job) / name for name in ("stdout", "stderr"))
-        return outcome, "".join(stream.read_text() if stream.exists() else "" for stream in streams)
-
-
-async def finally_(backend: DockerBackend, handle: Handle) -> Outcome:
-    """As the daemon does: an engine that is away is asked again."""
-    with anyio.fail_after(60):
-        while True:
-            try:
-                return await backend.wait(handle)
-            except BackendUnavailable:
-                await anyio.sleep(0.2)
 
 
 # --- I1, I2: the engine is restarted
@@ -183,6 +125,26 @@ async def test_I2_a_step_of_an_image_without_a_shell_is_lost_with_its_engine_too
         await shown(folder(shaken, handle) / "work/on", b"")
         await anyio.to_thread.run_sync(restarted, shaken.engine, "stopped", False)
         assert isinstance(await finally_(backend, handle), Lost)
+
+
+async def test_I1_what_a_container_without_a_shell_prints_comes_on_after_restarts_of_the_engine(
+    shaken: DockerBench,
+) -> None:
+    restarted(shaken.engine, "stopped", live_restore=True)
+    async with served(shaken) as backend:
+        script = "n=0; while [ $n -lt 40 ]; do echo line $n; n=$((n+1)); /busybox sleep 0.1; done"
+        handle = await backend.submit(shaken.job("/busybox", "sh", "-c", script, image=shaken.engine.image(BARE)))
+        outcomes: list[Outcome] = []
+
+        async def wait() -> None:
+            outcomes.append(await finally_(backend, handle))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            await shown(folder(shaken, handle) / "stdout", b"line 3\n")
+            await anyio.to_thread.run_sync(restarted, shaken.engine, "killed", True)
+    assert isinstance(outcomes[0], Exited) and outcomes[0].code == 0, outcomes
+    assert (folder(shaken, handle) / "stdout").read_text() == "".join(f"line {n}\n" for n in range(40))
 
 
 async def test_an_engine_that_comes_back_is_found_again_by_a_backend_that_began_without_it(
@@ -752,35 +714,6 @@ async def test_a_script_logs_metrics_by_the_sdk_in_a_container(bench: DockerBenc
         outcome = await backend.wait(await backend.submit(job))
     assert isinstance(outcome, Exited) and outcome.code == 0
     assert json.loads((folder(bench, job) / "metrics.jsonl").read_text())["value"] == 0.5
-
-
-# --- an image without a shell
-
-
-async def test_an_image_without_a_shell_runs_and_its_output_is_kept(bench: DockerBench) -> None:
-    image = bench.engine.image(BARE)
-    outcome, text = await said(bench, "/busybox", "echo", "said", image=image, env={"PATH": "/x", "A": "b:"})
-    assert isinstance(outcome, Exited) and outcome.code == 0 and text == "said\n"
-    outcome, text = await said(bench, "/busybox", "ls", "/missing", image=image)
-    assert isinstance(outcome, Exited) and outcome.code == 1 and "No such file" in text
-    outcome, _ = await said(bench, "/no/such/program", image=image)
-    assert isinstance(outcome, Exited) and outcome.error == "command not found: `/no/such/program`"
-    with pytest.raises(InvalidJob, match="no UTF-8"):
-        await said(bench, "/busybox", "echo", os.fsdecode(b"\xff"), image=image)
-
-
-async def test_a_step_of_an_image_without_a_shell_can_be_cancelled_and_timed(bench: DockerBench) -> None:
-    script = '/busybox touch "$MLPIPED_SCRATCH/on"; exec /busybox sleep 300'
-    fields: dict[str, Any] = {"image": bench.engine.image(BARE), "grace": 5.0}
-    async with served(bench) as backend:
-        handle = await backend.submit(bench.job("/busybox", "sh", "-c", script, **fields))
-        await shown(folder(bench, handle) / "work/on", b"")
-        await backend.cancel(handle)
-        outcome = await backend.wait(handle)
-        assert isinstance(outcome, Exited) and outcome.cancelled and outcome.signal == 15
-        handle = await backend.submit(bench.job("/busybox", "sh", "-c", script, timeout=0.5, **fields))
-        outcome = await backend.wait(handle)
-        assert isinstance(outcome, Exited) and outcome.timed_out and outcome.signal == 15
 
 
 # --- time and cancellation

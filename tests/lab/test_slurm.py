@@ -13,110 +13,25 @@ import sys
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
 from harness import lines
 from lab import slurm_rig
+from slurm_backends import BOTH, WAIT, Desk, accounted, cluster, desk, plain
 from slurm_submitter import effect
 
-from mlpiped.backends.base import Exited, Job, Lost, NeverRan, Part
-from mlpiped.backends.slurm import SlurmBackend, submission
-from mlpiped.backends.slurm.runner import HostRunner
-from mlpiped.config.computes import SlurmCompute
-from mlpiped.errors import BackendUnavailable, InvalidJob
+from mlpiped.backends.base import Exited, Lost, NeverRan
+from mlpiped.backends.slurm import submission
+from mlpiped.errors import InvalidJob
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-
     from mlpiped.backends.base import Handle
 
+__all__ = ["accounted", "cluster", "desk", "plain"]
 pytestmark = [pytest.mark.anyio, pytest.mark.lab, pytest.mark.timeout(200)]
 SUBMITTER = Path(__file__).with_name("slurm_submitter.py")
-WAIT = "echo started; while ! test -e go; do sleep 0.05; done"
-
-
-BOTH = pytest.mark.parametrize("cluster", ["plain", "accounted"], indirect=True)
-
-
-@pytest.fixture(scope="module")
-def plain() -> Iterator[slurm_rig.Cluster]:
-    """Without accounting. It forgets what has ended as soon as Slurm allows, as the other does."""
-    with slurm_rig.running(min_job_age=2, preempt="CANCEL") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def accounted() -> Iterator[slurm_rig.Cluster]:
-    with slurm_rig.running(accounting=True, min_job_age=2, preempt="CANCEL") as found:
-        yield found
-
-
-@pytest.fixture
-def cluster(request: pytest.FixtureRequest) -> slurm_rig.Cluster:
-    found: slurm_rig.Cluster = request.getfixturevalue(getattr(request, "param", "plain"))
-    return found
-
-
-class Desk:
-    """Who submits to the cluster, from one state folder."""
-
-    def __init__(self, cluster: slurm_rig.Cluster, place: Path, stack: AsyncExitStack) -> None:
-        self.cluster, self.place, self.stack = cluster, place, stack
-        self.effects = place / "effects"
-
-    async def backend(self, environ: dict[str, str] | None = None, **settings: Any) -> SlurmBackend:
-        settings.setdefault("poll_interval", "200ms")
-        compute = SlurmCompute(kind="slurm", **settings)
-        runner = HostRunner(environ or self.cluster.env)
-        backend = SlurmBackend("cluster", self.place, compute, instance="0" * 32, runner=runner, patience=2.0)
-        await backend.start(self.stack)
-        return backend
-
-    def job(self, script: str, **fields: Any) -> Job:
-        fields.setdefault("token", f"t-{secrets.token_hex(6)}")
-        fields.setdefault("grace", 3.0)
-        return Job(arguments=((Part("text", script),),), shell=True, **fields)
-
-    def effect(self) -> Job:
-        return effect(f"t-{secrets.token_hex(6)}", str(self.effects))
-
-    def folder(self, handle: Handle) -> Path:
-        return self.place / "jobs" / str(handle["token"])
-
-    def go(self, handle: Handle) -> None:
-        (self.folder(handle) / "work" / "go").touch()
-
-    async def until(self, look: Callable[[], object], what: str, timeout: float = 60.0) -> None:
-        with anyio.move_on_after(timeout):
-            while not await anyio.to_thread.run_sync(look):
-                await anyio.sleep(0.05)
-            return
-        raise AssertionError(f"not within {timeout:g} s: {what}\n{self.cluster.last_words()}")
-
-    async def started(self, handle: Handle) -> None:
-        out = self.folder(handle) / "stdout"
-        await self.until(lambda: out.exists() and out.read_text() == "started\n", "the step has started")
-
-    async def forgotten(self, handle: Handle) -> None:
-        await self.until(lambda: handle["job"] not in self.cluster.jobs(), "Slurm has forgotten the job", 150)
-
-    def reason(self, token: str) -> str:
-        return self.cluster.command("squeue", "-h", "-n", f"mlp-{token}", "-o", "%r").strip()
-
-    async def refused(self, what: Callable[[], Any]) -> str:
-        with pytest.raises(BackendUnavailable) as caught:
-            await what()
-        return caught.value.message
-
-
-@pytest.fixture
-async def desk(cluster: slurm_rig.Cluster, tmp_path: Path, anyio_backend: str) -> AsyncIterator[Desk]:
-    async with AsyncExitStack() as stack:
-        yield Desk(cluster, tmp_path, stack)
-    print(cluster.last_words())  # shown where the test has failed
-    cluster.command("scancel", "-u", "root", check=False)
 
 
 # --- J1: no controller ----------------------------------------------------------------------------------------------
@@ -287,6 +202,24 @@ async def test_J3_a_requeue_cannot_start_the_step_again(desk: Desk) -> None:
     assert len(lines(desk.effects)) == 1
 
 
+async def test_J3_a_node_that_cannot_start_a_job_has_not_cancelled_the_step(tmp_path: Path) -> None:
+    prolog, broken = tmp_path / "prolog", tmp_path / "broken"
+    prolog.write_text(f"#!/bin/sh\ntest ! -e {broken}\n")
+    prolog.chmod(0o755)
+    with slurm_rig.running(more=f"Prolog={prolog}\n") as cluster:
+        async with AsyncExitStack() as stack:
+            desk = Desk(cluster, tmp_path, stack)
+            backend = await desk.backend()
+            broken.touch()
+            outcome = await backend.wait(await backend.submit(desk.effect()))
+            assert isinstance(outcome, NeverRan) and "its node did not start" in outcome.reason
+            broken.unlink()
+            await anyio.to_thread.run_sync(cluster.ready)
+            again = await backend.submit(desk.effect())
+            assert isinstance(await backend.wait(again), Exited)
+            assert lines(desk.effects) == [again["token"]]
+
+
 # --- J4: forgotten --------------------------------------------------------------------------------------------------
 @BOTH
 async def test_J4_a_job_that_slurm_has_forgotten_is_told_by_its_exit_file(desk: Desk) -> None:
@@ -380,6 +313,33 @@ async def test_J7_a_job_that_a_killed_controller_forgot_never_ran_and_its_id_is_
     assert set(lines(desk.effects)) == {"other"}
 
 
+async def test_J7_what_a_killed_controller_holds_again_after_its_end_is_taken_out(desk: Desk) -> None:
+    backend = await desk.backend()
+    desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
+    handle = await backend.submit(desk.effect())
+    desk.cluster.command("scontrol", "uhold", str(handle["job"]))  # as it was before it was released
+    state, before = desk.cluster.folder / "state", desk.cluster.folder / "state.before"
+    desk.cluster.kill("slurmctld", signal.SIGTERM)
+    shutil.copytree(state, before)
+    desk.cluster.restart()
+    desk.cluster.command("scontrol", "release", str(handle["job"]))
+    await anyio.to_thread.run_sync(desk.cluster.ready)
+    outcome = await backend.wait(handle)
+    assert isinstance(outcome, Exited) and outcome.code == 0
+    desk.cluster.kill("slurmctld")
+    shutil.rmtree(state)
+    before.rename(state)
+    desk.cluster.restart()
+    await anyio.to_thread.run_sync(desk.cluster.ready)
+    other = await backend.submit(desk.job(WAIT))  # somebody looks at the queue
+    async with anyio.create_task_group() as group:
+        group.start_soon(backend.wait, other)
+        gone = lambda: desk.cluster.jobs().get(handle["job"], ("",))[0] != "PENDING"  # noqa: E731
+        await desk.until(gone, "it is out of the queue")
+        desk.go(other)
+    assert lines(desk.effects) == [handle["token"]]
+
+
 # --- J8: ended by others, or by its limits --------------------------------------------------------------------------
 @BOTH
 async def test_J8_an_administrators_scancel_is_a_failure_and_no_cancellation_of_ours(desk: Desk) -> None:
@@ -428,13 +388,16 @@ async def test_J8_a_drained_cluster_is_a_reason_to_wait_and_to_be_unwell(desk: D
     backend = await desk.backend(partition="main")
     desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
     try:
-        assert await backend.health() == "no node of partition `main` is up: 2 down or drained"
+        words = "no node of partition `main` is up: 2 down or drained; n[1-2] drained: test"
+        assert await backend.health() == words
         handle = await backend.submit(desk.effect())
         async with anyio.create_task_group() as group:
             group.start_soon(backend.wait, handle)
             token = handle["token"]
             await desk.until(lambda: "Node" in (backend.waiting(token) or ""), "Slurm's own reason")
-            assert backend.states()["PENDING"] == 1
+            assert backend.cluster().jobs == {"PENDING": 1}
+            (away,) = backend.cluster().away
+            assert (away.nodes, away.state, away.reason) == ("n[1-2]", "drained", "test")
             await anyio.to_thread.run_sync(desk.cluster.ready)
             await desk.until(lambda: backend.waiting(token) is None, "it waits no more")
     finally:

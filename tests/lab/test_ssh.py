@@ -196,7 +196,7 @@ async def test_an_output_that_changes_under_way_does_not_come_home(
     handle, _ = await ended(backend, wanted)
     tools = next((daemon.root / ".bin").iterdir()) / "tree.sh"
     text = tools.read_text()
-    tools.write_text(text.replace('    cat -- "$@"\n}', '    cat -- "$@" | tr o 0\n}'))
+    tools.write_text(text.replace('0) cat -- "$@" ;;', '0) cat -- "$@" | tr o 0 ;;'))
     with pytest.raises(BackendUnavailable, match="is not whole"):
         await backend.fetch(handle, tmp_path)
     assert not (daemon.state / "jobs" / handle["token"] / "out").exists()
@@ -293,7 +293,7 @@ def make_wheel(folder: Path) -> Path:
     return wheel
 
 
-@pytest.mark.parametrize("shell_name", ["dash", "bash"])
+@pytest.mark.parametrize("shell_name", ["dash", "bash", "busybox"])
 async def test_a_box_with_nothing_but_sh_and_coreutils_is_enough(
     ssh_lab: Lab, tmp_path: Path, stack: AsyncExitStack, shell_name: str
 ) -> None:

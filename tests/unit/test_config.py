@@ -125,13 +125,14 @@ def test_computes_of_every_kind_are_read_with_their_defaults(tmp_path: Path) -> 
     assert found == {
         "box": room
         | {"kind": "docker", "url": "unix:///var/run/docker.sock", "slots": cpus, "gpus": 0, "allow_mounts": ()}
-        | {"user": None, "pull": "missing"},
+        | {"user": None, "image": None, "pull": "missing"},
         "g": room
         | {"kind": "ssh", "host": "h", "user": None, "port": 22, "key_file": None, "known_hosts": None}
         | {"ssh_config": None, "agent": False, "work_dir": "~/.mlpiped", "slots": 1, "gpus": "auto", "mounts": {}}
         | {"max_sessions": 8, "keepalive": 15.0, "unreachable_timeout": 86_400.0, "python": "python3"},
         "s": {"kind": "slurm", "slots": 1000, "max_jobs": None, "partition": None, "account": None, "qos": None}
-        | {"time": None, "via": "local", "poll_interval": 10.0, "work_dir": None, "options": ()},
+        | {"time": None, "via": "local", "poll_interval": 10.0, "work_dir": None, "options": ()}
+        | {"apptainer": False, "modules_init": None},
         "l": room | {"kind": "local", "slots": cpus, "gpus": "auto"},
     }
 
@@ -166,6 +167,7 @@ slots = 2
 gpus = "auto"
 allow_mounts = ["/data/lab", "/scratch:rw"]
 user = "1000:1000"
+image = "python:3.11-slim"
 pull = "never"
 [pools]
 any = ["gpu1", "box"]
@@ -179,6 +181,8 @@ any = ["gpu1", "box"]
     assert (gpu1.key_file, gpu1.known_hosts) == (tmp_path / "keys/id", tmp_path / "known")
     assert (gpu1.mounts, gpu1.keepalive, gpu1.unreachable_timeout) == ({"lab": "/mnt/lab"}, 5, 7200)
     assert box.allow_mounts == ("/data/lab", "/scratch:rw")
+    said = config.outline(tmp_path / "mlpiped.toml")
+    assert said is not None and said.images["any"] == {False, True, "python:3.11-slim"}
 
 
 def test_every_key_of_a_cluster_is_read(tmp_path: Path) -> None:
@@ -195,6 +199,8 @@ via = "local"
 poll_interval = "30s"
 work_dir = "shared"
 options = ["--constraint=a100", "--exclusive"]
+apptainer = "/opt/bin/apptainer"
+modules_init = "/etc/profile.d/lmod.sh"
 """
     )
     found = config.load(write(tmp_path, text)).compute["s"]
@@ -295,6 +301,7 @@ SINGLE = [
     (DOCKER + "url = 3", 3, "`url` in `[compute.box]` must be text, not a whole number: 3", None),
     (DOCKER + 'url = "tcp://h:2375"', 3, "must be the engine's Unix socket", "unix:///var/run/docker.sock"),
     (DOCKER + 'url = "unix://docker.sock"', 3, "must be the engine's Unix socket", None),
+    (DOCKER + 'image = "-it app"', 3, 'is not the name of an image: "-it app"', "python:3.11-slim"),
     (DOCKER + 'user = "alice"', 3, 'must be "uid:gid": "alice"', "1000:1000"),
     (DOCKER + 'pull = "always"', 3, "must be one of `missing`, `never`", None),
     (DOCKER + 'allow_mounts = "/data"', 3, "must be a list, not text", 'allow_mounts = ["/data"]'),
@@ -342,6 +349,7 @@ SINGLE = [
     (SSH + "max_sessions = 0", 5, "must be at least 1: 0", None),
     (SSH + 'python = "-c x"', 5, "is not one command", "python3"),
     (SLURM + 'via = "gpu1"', 3, 'can only be "local" yet: "gpu1"', "on a host that has `sbatch`"),
+    (SLURM + 'apptainer = "a b"', 3, "must be true, or one command", None),
     (SLURM + 'partition = "a b"', 3, "is not a name that Slurm knows", None),
     (SLURM + 'partition = "-x"', 3, "is not a name that Slurm knows", None),
     (SLURM + 'options = ["--constraint a100"]', 3, "is not an option of sbatch", "--constraint=a100"),

@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -651,6 +652,26 @@ async def test_compute_shows_each_card_who_is_on_it_and_what_is_drained() -> Non
         await stage.ctl("compute", "undrain", "local")
         assert "drained" not in (await stage.ctl("compute")).out
         assert "did you mean `local`?" in (await stage.ctl("compute", "drain", "lokal")).err
+
+
+async def test_compute_shows_the_nodes_of_a_cluster_our_jobs_by_its_words_and_that_its_queue_is_full() -> None:
+    async with staged() as stage:
+        (local,) = stage.acts.compute()
+        cluster = {
+            "partition": "main", "nodes_up": 1, "nodes_down": 2, "jobs": {"RUNNING": 2, "PENDING": 31}, "full": None,
+            "away": [{"nodes": "n[1-2]", "state": "drained", "reason": "bad \x1b[31mdisk"}],
+        }  # fmt: skip
+        far = {**local, "name": "far", "kind": "slurm", "cards": [], "holders": [], "cluster": cluster}
+        stage.acts.compute = lambda: [local, far]  # type: ignore[method-assign]
+        shown = (await stage.ctl("compute")).out
+        assert re.search(r"^far +main +1 +2 +31 PENDING, 2 RUNNING$", shown, re.MULTILINE)
+        assert re.search(r"^far +n\[1-2\] +drained +bad .*disk$", shown, re.MULTILINE) and "\x1b" not in shown
+        assert "takes no more" not in shown
+        cluster["full"] = "QOSMaxSubmitJobPerUserLimit"
+        shown = (await stage.ctl("compute")).out
+        assert "its queue takes no more jobs: QOSMaxSubmitJobPerUserLimit" in shown
+        stage.acts.compute = lambda: [local]  # type: ignore[method-assign]
+        assert "CLUSTER" not in (await stage.ctl("compute")).out
 
 
 async def test_status_says_that_the_disk_of_the_ledger_is_full() -> None:

@@ -282,6 +282,27 @@ def test_who_is_behind_a_step_that_needs_much_is_told_for_whom_the_place_is_kept
     )
 
 
+def test_a_place_is_no_longer_kept_for_a_step_that_is_withdrawn() -> None:
+    lab = gpu_lab()
+    bob, alice, eve = owned(lab, 1, "bob", 5), owned(lab, 2, "alice", 0), owned(lab, 3, "eve", 0)
+    lab.ask(bob, 0, computes=(), gpus=1)
+    lab.ask(alice, 0, computes=(), gpus=2)
+    lab.ask(eve, 0, computes=(), gpus=1)
+    lab.dispatch.withdraw(cast(Any, alice), 0)
+    assert eve.granted_to == [(0, "gpu1")]
+
+
+def test_who_can_never_have_a_place_is_told_so_whatever_else_keeps_it_out() -> None:
+    lab = Lab(slots=1, most=1)
+    one = lab.run(1)
+    lab.ask(one, 0)
+    lab.ask(one, 1, slots=50)
+    never = "can never have a place: local has 1 slot in all, 50 are asked for"
+    assert lab.dispatch.why_waiting(1, 1) == never
+    lab.dispatch.paused = "the disk that holds the ledger is full"
+    assert lab.dispatch.why_waiting(1, 1) == never
+
+
 def test_who_can_never_have_a_card_is_told_of_every_compute_that_it_may_use() -> None:
     lab = gpu_lab(gpu_box(), Place("local", 4))
     alice = owned(lab, 2, "alice", 0)

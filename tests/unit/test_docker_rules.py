@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +17,6 @@ from mlpiped.errors import InvalidJob
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
 # --- mounts
 
@@ -274,6 +274,19 @@ def test_I7_a_dockerfile_is_built_on_the_digests_of_its_bases() -> None:
     assert made == "ARG V=1\nFROM sha256:aa AS x\nFROM sha256:bb\nCOPY --from=x /1 /1\nCOPY --from=sha256:cc /2 /2\n"
 
 
+def test_I7_what_only_looks_like_a_stage_is_none() -> None:
+    text = 'FROM a\nRUN psql -c "select * \\\nFROM b" \\\n\n # no end \n FROM c\n# \\\nFROM d\r\n'
+    assert dockerfile.bases(text) == ["a", "d"]
+    assert dockerfile.bases("# escape=`\nFROM a\nRUN dir `\nFROM b\nRUN dir c:\\\nFROM c\n") == ["a", "c"]
+
+
+def test_every_stage_has_the_label_and_nothing_else_is_changed() -> None:
+    text = "# x\nARG V=1\nFROM a:$V AS x\nRUN true \\\nFROM b\nFROM scratch"
+    made = dockerfile.labelled(text, "by", "me")
+    label = '\nLABEL "by"="me"'
+    assert made == f"# x\nARG V=1\nFROM a:$V AS x{label}\nRUN true \\\nFROM b\nFROM scratch{label}"
+
+
 # --- images on their way
 
 
@@ -282,7 +295,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.there = False
-        self.room = ImageRoom(self, "box", "i", "missing")  # type: ignore[arg-type]
+        self.room = ImageRoom(self, "box", "i", "missing", Path())  # type: ignore[arg-type]
         self.said: list[str | None] = []
 
     async def image(self, name: str) -> dict[str, Any] | None:

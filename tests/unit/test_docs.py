@@ -73,7 +73,7 @@ async def test_every_plugin_example_loads_into_what_init_makes(page: Path, tmp_p
         (lab / path).parent.mkdir(parents=True, exist_ok=True)
         (lab / path).write_text(text)
     computes = {**{name: each.kind for name, each in settings.compute.items()}, "box": "docker"}
-    known = Known(frozenset(settings.datastores), frozenset(computes), images_of(computes, {}))
+    known = Known(frozenset(settings.datastores), frozenset(computes), images_of(computes, {}, {}))
     for path in [path for path in files if path.count("/") == 1]:
         result = await load_file(str(lab / path), known=known, check_cron=cron.check)
         assert not result.faults, f"{page.name}: {path}: {result.faults}"

@@ -28,12 +28,41 @@ async def loaded(plugin: str, config_file: str) -> LoadResult:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("plugin", "config_file"), [("digits.py", "mlpiped.toml"), ("digits.py", "boxes.toml"), ("boxes.py", "boxes.toml")]
+    ("plugin", "config_file"),
+    [
+        ("digits.py", "mlpiped.toml"),
+        ("digits.py", "boxes.toml"),
+        ("boxes.py", "boxes.toml"),
+        ("leaves.py", "leaves.toml"),
+    ],
 )
 async def test_an_example_loads_with_its_config(plugin: str, config_file: str) -> None:
     config.load(ROOT / "config" / config_file)
     result = await loaded(plugin, config_file)
     assert (result.faults, len(result.pipelines)) == ((), 1)
+
+
+WORK = "[compute.work]\n"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("kind", "image"), [("local", None), ("docker", "python:3.11-slim"), ("ssh", None), ("slurm", None)]
+)
+async def test_leaves_is_for_each_of_its_config_s_machines(kind: str, image: str | None, tmp_path: Path) -> None:
+    head, *blocks = (ROOT / "config/leaves.toml").read_text().replace(f"# {WORK}", WORK).split(WORK)
+    (block,) = [block for block in blocks if f'kind = "{kind}"' in block]
+    (tmp_path / "leaves.toml").write_text(
+        head + WORK + block.replace("\n# ", "\n").partition("\n\n")[0].removeprefix("# ")
+    )
+    settings = config.load(tmp_path / "leaves.toml")
+    assert (list(settings.compute), settings.compute["work"].kind) == (["work"], kind)
+    outline = config.outline(tmp_path / "leaves.toml")
+    assert outline is not None
+    known = Known({"lab"}, outline.computes, outline.images)
+    result = await load_file(ROOT / "plugins/leaves.py", known=known, check_cron=cron.check)
+    assert result.faults == ()
+    assert {step.environment.image for step in result.pipelines[0].steps} == {image}
 
 
 @pytest.mark.anyio

@@ -19,8 +19,10 @@ from mlpiped.artifacts import Store
 from mlpiped.backends.base import JobOutput
 from mlpiped.clock import SystemClock
 from mlpiped.config.settings import Retention
+from mlpiped.errors import BackendUnavailable
 from mlpiped.files.fingerprint import Fingerprinter
-from mlpiped.ledger import Ledger, StatRow, StepRow, moves
+from mlpiped.files.hashing import StatRow
+from mlpiped.ledger import Ledger, StepRow, moves
 from mlpiped.model import OutputFact, RunOutcome, StepOutcome, StepState
 from mlpiped.retention import keeping
 from mlpiped.retention.keeper import Keeper
@@ -122,6 +124,42 @@ async def test_a_job_s_folder_that_is_a_link_to_a_shared_one_goes_with_what_it_n
     away.symlink_to(tmp_path / "not mounted now")
     assert (await scene.clean())["logs"] == 1
     assert not link.is_symlink() and not shared.exists() and away.is_symlink()
+
+
+# --- images -------------------------------------------------------------------------------------------------
+class Engine:
+    """As much of one as keeps images."""
+
+    name = "box"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[float, bool]] = []
+        self.away = False
+
+    async def drop_images(self, before: float, *, only_look: bool) -> int:
+        if self.away:
+            raise BackendUnavailable("the Docker engine does not answer")
+        self.asked.append((before, only_look))
+        return 3
+
+
+async def test_images_go_that_no_run_has_asked_for_in_its_time_and_none_that_an_unfinished_run_may_want(
+    scene: Scene,
+) -> None:
+    engine = Engine()
+    scene.keeper.backends = {"box": engine}  # type: ignore[dict-item]
+    assert (await scene.clean())["images"] == 3
+    assert engine.asked.pop() == (pytest.approx(scene.at(180) / 1e6, abs=60), False)
+    await scene.run(OLD, end=False)
+    await scene.keeper.plan()
+    before, only_look = engine.asked.pop()
+    assert scene.at(OLD + 1) / 1e6 < before < scene.at(OLD) / 1e6 and only_look
+    engine.away = True
+    assert "images" not in await scene.clean()
+    scene.retain(runs=None)
+    engine.away = False
+    await scene.clean()
+    assert engine.asked == []
 
 
 # --- rows ---------------------------------------------------------------------------------------------------

@@ -106,13 +106,15 @@ async def test_C8_ten_thousand_callers_cancelled_at_random_leave_no_half_and_no_
                 await asyncio.sleep(0)
             if chance.random() < 0.3:
                 await asyncio.sleep(chance.random() * 0.02)
+            if chance.random() < 0.03:
+                await asyncio.wait([task])  # however slow the disk is, some have their answer
             task.cancel()
             return isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)
 
         cancelled = 0
         for wave in itertools.count():
-            cancelled += sum(await asyncio.gather(*[victim(f"v{wave}-{n}") for n in range(100)]))
-            if wave % 10 == 0:
+            cancelled += sum(await asyncio.gather(*[victim(f"v{wave}-{n}") for n in range(250)]))
+            if wave % 4 == 0:
                 assert not await ledger._db.call(lambda c: c.in_transaction)
                 assert len(await ledger.write(opening(event("kept")))) == 1
             if cancelled >= CANCELS:
@@ -120,7 +122,7 @@ async def test_C8_ten_thousand_callers_cancelled_at_random_leave_no_half_and_no_
         numbers: dict[str, list[int]] = {}
         for run in await ledger.runs(limit=10 * CANCELS):
             numbers.setdefault(run.pipeline, []).insert(0, run.id)
-        assert len(numbers.pop("kept")) == wave // 10 + 1
+        assert len(numbers.pop("kept")) == wave // 4 + 1
         assert {len(pair) for pair in numbers.values()} == {2}, "both of a caller's operations or none"
         assert told.items() <= numbers.items()
         assert len(numbers) > len(told) > CANCELS // 100, "some were cancelled when it was done, some had their answer"

@@ -71,6 +71,18 @@ def test_a_refusal_says_why(need: Need, place: Place, reason: str) -> None:
     assert placed([need], [place]) == []
 
 
+def test_all_that_keeps_a_step_out_is_told_at_once() -> None:
+    place = Place("gpu1", 4, memory=8 * G, cards=(Card("GPU-0", 0, "RTX", 24 * G),))
+    place.take(Need(31, 0, slots=3, gpus=1))
+    place.take(Need(32, 0, slots=0, memory=6 * G))
+    found = place.refusals(Need(1, 0, slots=2, memory=4 * G, gpus=1))
+    assert [(reason.text("run x"), reason.spots) for reason in found] == [
+        ("gpu1 has 4 slots, 3 in use, 2 are asked for, held by run x", ((31, 0),)),
+        ("gpu1 has 2G of memory free, 4G are asked for, held by run x", ((32, 0),)),
+        ("gpu1 has 1, held by run x", ((31, 0),)),
+    ]
+
+
 def test_one_that_was_withdrawn_is_not_placed_and_may_come_again() -> None:
     waiting = Waiting()
     waiting.add(Need(1, 0))
@@ -121,6 +133,9 @@ def holding(place: Place, *needs: Need) -> Place:
 
 
 PYTHON = "in use by python (pid 4242), not ours"
+SHARED_TOO_FAR = (
+    "gpu1 has 1 with 20G of memory, held by run 31 (bob, 40 min so far); card 0 has 14G free, 20G are asked for"
+)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +170,36 @@ PYTHON = "in use by python (pid 4242), not ours"
             "gpu",
             "gpu1 has 3, all 3 held by run 31 (bob, 40 min so far)",
         ),
+        (
+            Need(1, 0, gpus=1, gpu_memory=20 * G),
+            holding(box(card(0), card(1, memory=8 * G)), Need(31, 0, gpus=1, gpu_memory=10 * G)),
+            "gpu",
+            SHARED_TOO_FAR,
+        ),
         (Need(1, 0), box(drained=True), "away", "gpu1 is drained: its steps finish, nothing new starts"),
         (Need(1, 0, images=True), Place("local", 2), "never", "local runs no containers"),
+        (Need(1, 0, sif=True), Place("local", 2), "never", "local runs no images that are files"),
+        (Need(1, 0, sif=True), Place("box", 2, images=True), "never", "box runs no images that are files"),
+        (Need(1, 0, images=True), Place("cluster", 2, sifs=True), "never", "cluster runs no containers"),
+        (Need(1, 0, modules=True), Place("local", 2), "never", "local loads no environment modules"),
+        (
+            Need(1, 0, nodes=2, cluster=True),
+            Place("local", 2),
+            "never",
+            "local is no cluster, and 2 nodes are asked for",
+        ),
+        (
+            Need(1, 0, cluster=True),
+            Place("local", 2),
+            "never",
+            "local is no cluster, and the step is started by srun",
+        ),
+        (
+            Need(1, 0, nodes=3, cluster=True),
+            Place("cluster", 2, cluster=True, nodes=2),
+            "never",
+            "cluster has 2 nodes in all, 3 are asked for",
+        ),
         (
             Need(1, 0),
             Place("box", 2, images=True),
@@ -230,3 +273,7 @@ def test_the_place_is_where_the_data_is_then_as_named_then_where_there_is_room(n
 def test_a_machine_with_cards_is_left_to_those_that_need_one_while_others_have_room() -> None:
     places = [box(slots=64), Place("local", 1)]
     assert placed([Need(1, 0), Need(1, 1)], places) == [(1, 0, "local"), (1, 1, "gpu1")]
+
+
+def test_a_cluster_of_which_the_nodes_are_not_known_yet_may_have_enough() -> None:
+    assert Place("cluster", 2, cluster=True, nodes=None).refusal(Need(1, 0, nodes=3, cluster=True)) is None

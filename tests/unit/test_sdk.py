@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from mlpiped import (
     DefinitionError,
     Environment,
     Every,
+    MpiStep,
     OnArrival,
     OnSuccess,
     Pipeline,
@@ -31,6 +33,7 @@ from mlpiped import (
     Resources,
     Retry,
 )
+from mlpiped.keys import StaticParts
 from mlpiped.sdk import place, transfer, values
 from mlpiped.spec import PipelineSpec, StepSpec
 from mlpiped.spec_check import faults_of
@@ -276,6 +279,81 @@ def test_a_shell_command_without_data_stays_one_text_and_a_glob_in_one_is_an_err
 
 
 # --- the graph ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("launcher", "nodes", "start", "cluster"),
+    [
+        ("srun", 2, ["srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--kill-on-bad-exit=1", "--export=ALL",
+                     "python", "train.py"], True),
+        ("srun", 1, ["srun", "--nodes=1", "--ntasks=4", "--ntasks-per-node=4", "--kill-on-bad-exit=1", "--export=ALL",
+                     "python", "train.py"], True),
+        ("torchrun", 1, ["torchrun", "--standalone", "--nproc-per-node=4", "train.py"], False),
+        ("mpirun", 1, ["mpirun", "-n", "4", "python", "train.py"], False),
+    ],
+)  # fmt: skip
+def test_an_mpi_step_is_a_command_that_begins_with_what_starts_its_processes(
+    code: Path, launcher: Any, nodes: int, start: list[str], cluster: bool
+) -> None:
+    made = PipelineData("made")
+    step = step_of(
+        MpiStep("train.py", source_directory=str(code), arguments=["--out", made], outputs=[made], node_count=nodes,
+                process_count_per_node=4, launcher=launcher, resources=Resources(cpus=2))
+    )  # fmt: skip
+    texts = [one["text"] for one in arguments(step)[:-1]]
+    assert texts == [*start, "--out"] and arguments(step)[-1] == {"port": "made"}
+    needed = step.resources
+    assert (needed.nodes, needed.tasks, needed.cluster, needed.cpus) == (nodes, 4, cluster, 2)
+    assert step.kind == "python" and step.source is not None and step.source.script == "train.py"
+
+
+def test_torchrun_over_nodes_is_started_once_on_each_by_srun(code: Path) -> None:
+    step = step_of(
+        MpiStep("train.py", source_directory=str(code), node_count=2, process_count_per_node=4, launcher="torchrun")
+    )
+    words = [one["text"] for one in arguments(step)]
+    assert words[:2] == ["/bin/sh", "-c"] and words[3:] == ["torchrun", "2", "4", "train.py"]
+    assert "exec srun" in words[2] and "--rdzv-endpoint" in words[2] and step.resources.cluster
+
+
+def test_the_number_of_processes_is_a_part_of_a_step_s_identity(code: Path) -> None:
+    def key(nodes: int, processes: int) -> str:
+        step = MpiStep("train.py", source_directory=str(code), node_count=nodes, process_count_per_node=processes)
+        return StaticParts(step_of(step)).key("code", {}, {})
+
+    assert len({key(1, 4), key(2, 2), key(2, 4), key(1, 4)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"node_count": 0}, "node_count must be at least 1: 0"),
+        ({"process_count_per_node": 1.5}, "process_count_per_node must be a whole number, not 1.5"),
+        ({"node_count": 10**6}, "node_count must be at most 10000: 1000000"),
+        ({"launcher": "ssh"}, "launcher is 'ssh'"),
+        ({"launcher": "mpirun", "node_count": 2}, "mpirun starts processes on one machine, and node_count is 2"),
+    ],
+)
+def test_a_fault_of_an_mpi_step_is_told_with_its_line(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(DefinitionError, match=re.escape(words)) as caught:
+        MpiStep("train.py", **wrong)
+    assert caught.value.where == (__file__, caught.traceback[0].lineno + 1)
+
+
+def test_a_step_that_needs_a_cluster_and_may_only_go_elsewhere_is_a_fault_of_its_line(code: Path) -> None:
+    def faults(clusters: set[str], **more: Any) -> list[str]:
+        step = MpiStep("train.py", source_directory=str(code), **more)
+        spec = PipelineSpec.model_validate(Pipeline("p", [step]).to_plain())
+        return [f"{one.line == step.where[1]} {one.message}; {one.hint}" for one in faults_of(spec, clusters=clusters)]
+
+    assert faults({"hpc"}, compute_target=["local", "hpc"], node_count=2) == faults({"hpc"}) == []
+    assert faults(set(), compute_target="local", launcher="torchrun") == []
+    assert faults({"hpc"}, compute_target="local", node_count=2) == [
+        "True step `train` needs 2 nodes, and `local` is no cluster; `hpc` can start it"
+    ]
+    assert faults(set()) == [
+        'True step `train` is started by srun, and the config has no cluster; add a compute with `kind = "slurm"`'
+    ]
+
+
 def test_steps_that_are_reached_belong_to_the_pipeline_in_running_order() -> None:
     a, b = PipelineData("a"), PipelineData("b")
     start = CommandStep(["start"])
@@ -439,6 +517,11 @@ def test_what_is_no_size(form: object) -> None:
         (lambda: Environment(env={"A B": "x"}), "not the name of an environment variable"),
         (lambda: Environment(env={"MLPIPED_TOKEN": "x"}), "set by mlpiped itself"),
         (lambda: Environment(python="3"), "not a version of Python"),
+        (lambda: Environment(modules="cuda/12"), "modules is not a list"),
+        (lambda: Environment(modules=["cuda 12"]), "not the name of a module: 'cuda 12'"),
+        (lambda: Environment(modules=["-f"]), "not the name of a module"),
+        (lambda: Environment(modules=[12]), "not the name of a module"),  # type: ignore[list-item]
+        (lambda: Environment(modules=["a"], image="b"), "a container's image"),
         (lambda: Environment(image=""), "image is empty"),
         (lambda: Environment(image="a b"), "not the name of an image: 'a b'"),
         (lambda: Environment(image="--privileged"), "not the name of an image"),
@@ -481,7 +564,7 @@ def test_requirements_are_one_text_with_their_includes(tmp_path: Path) -> None:
     (tmp_path / "all.txt").write_text("-r base.txt\npandas  # of the lab\n")
     made = Environment(requirements=str(tmp_path / "all.txt"), python="3.11", env={"A": "1"})
     text = "numpy==2.0\npandas  # of the lab"
-    none = {"image": None, "dockerfile": None}
+    none = {"image": None, "dockerfile": None, "modules": []}
     assert made.plain() == {"requirements": text, "python": "3.11", "env": {"A": "1"}} | none
     for line in ("-e .", "-c x.txt", "./local", "-r all.txt"):
         (tmp_path / "base.txt").write_text(f"\n{line}\n")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mlpiped.backends.base import Exited, Job, Lost, NeverRan
-from mlpiped.backends.slurm import SlurmBackend, commands, verdict
+from mlpiped.backends.base import Exited, Job, Lost, NeverRan, NodesAway
+from mlpiped.backends.slurm import SlurmBackend, arrays, commands, verdict
 from mlpiped.backends.slurm.commands import Listed
 from mlpiped.backends.slurm.queue import Queue
 from mlpiped.backends.slurm.submission import Look
@@ -53,19 +56,81 @@ def test_J5_names_of_others_neither_break_the_reading_nor_change_what_is_ours(na
     found = commands.listed(text)
     ours = found.get(77)
     assert ours == Listed(77, "t-1", "RUNNING", "None") or any("77|" in name for name in names)
-    assert all(isinstance(job, int) and one.token for job, one in found.items())
+    assert all(one.name for job, one in found.items())
 
 
 @pytest.mark.parametrize("job", ["12_3", "12_[1-3]", "12+0", "12_*"])
-def test_J6_elements_of_arrays_and_parts_of_het_jobs_are_not_ours(job: str) -> None:
+def test_J6_elements_of_others_arrays_and_parts_of_het_jobs_are_not_ours(job: str) -> None:
     assert commands.listed(f"{job}|RUNNING|mlp-t-1|None") == {}
-    assert commands.accounted(f"{job}|COMPLETED") == {}
     assert commands.submitted(f"{job}\n") is None
+
+
+def test_J6_an_element_is_known_by_its_array_s_name_and_its_index() -> None:
+    name = "mlpa-0123456789abcdef"
+    said = (
+        f"12_3|RUNNING|{name}|None\n12_4|PENDING|{name}|Priority\n13_4|PENDING|mlpa-0|None\n14|CANCELLED|{name}|None\n"
+    )
+    assert commands.listed(said + f"12_[5-9]|PENDING|{name}|None") == {
+        "12_3": Listed("12_3", "0123456789abcdef/3", "RUNNING", "None"),
+        "12_4": Listed("12_4", "0123456789abcdef/4", "PENDING", "Priority"),
+        "14": Listed("14", "0123456789abcdef", "CANCELLED", "None"),
+    }
+
+
+def test_J6_elements_that_were_cancelled_together_are_one_record_of_accounting() -> None:
+    said = "12_[0-2,7%3]|CANCELLED by 0\n12_5|COMPLETED\n13_[0-9]|PENDING\n14_[-,x]|CANCELLED\n12_[1-2...|CANCELLED\n"
+    cancelled = {f"12_{index}": "CANCELLED" for index in (0, 1, 2, 7)}
+    assert commands.accounted(said) == {**cancelled, "12_5": "COMPLETED"}
+
+
+def test_J6_an_element_that_waits_is_never_named_to_a_scancel_with_a_filter() -> None:
+    """It would end the whole array, as long as that is one record."""
+    assert commands.scancel_elements(["12_3", "12_4"])[2:] == ["scancel", "12_3", "12_4"]
+
+
+def test_J2_the_script_of_an_array_finds_each_element_s_own_folder(tmp_path: Path) -> None:
+    tokens = ["t-0", "t-1", "t-2"]
+    jobs = tmp_path / "the jobs"
+    for token in tokens:
+        (jobs / token).mkdir(parents=True)
+    folder = str(jobs / "t-0")
+    single = os.fsencode(f'#!/bin/sh\nfolder={shlex.quote(folder)}\necho "$folder" here\n')
+    text = arrays.script(single, folder, tokens)
+    for index, code in (("1", 0), ("2", 0), ("3", 69), ("", 2)):
+        done = subprocess.run(["sh"], input=text, env={"SLURM_ARRAY_TASK_ID": index}, capture_output=True)
+        assert (done.returncode == 0) == (code == 0), done
+    assert (jobs / "t-1" / "slurm.out").read_text() == f"{jobs}/t-1 here\n"
+    assert not (jobs / "t-0" / "slurm.out").exists()
+
+
+def test_which_element_is_whose_is_known_to_the_next_daemon_and_forgotten_with_the_folders(tmp_path: Path) -> None:
+    array = arrays.Lists(tmp_path).write(["t-0", "t-1"])
+    lists = arrays.Lists(tmp_path)
+    assert [lists.token(f"{array}/{n}") for n in range(3)] == ["t-0", "t-1", None]
+    assert lists.token("t-9") == "t-9" and lists.token("0123456789abcdef/0") is None
+    listing = commands.listed(f"5_0|PENDING|mlpa-{array}|None\n5_1|CANCELLED|mlpa-{array}|None\n6|PENDING|mlp-t-1|None")
+    assert {token: [one.job for one in some] for token, some in lists.by_token(listing).items()} == {
+        "t-0": ["5_0"], "t-1": [6],
+    }  # fmt: skip
+    place = tmp_path / "slurm" / "arrays" / array
+    os.utime(place, (0, 0))
+    (tmp_path / "jobs" / "t-1").mkdir(parents=True)
+    lists.sweep(str(tmp_path / "jobs"))
+    assert place.exists()
+    (tmp_path / "jobs" / "t-1").rmdir()
+    lists.sweep(str(tmp_path / "jobs"))
+    assert not place.exists()
 
 
 @pytest.mark.parametrize(("said", "job"), [("12\n", 12), ("12;lab\n", 12), ("", None), ("12 13", None), ("a12", None)])
 def test_the_id_of_a_submission(said: str, job: int | None) -> None:
     assert commands.submitted(said) == job
+
+
+def test_what_has_ended_says_whether_it_was_given_a_node() -> None:
+    text = "7|CANCELLED|mlp-a|None|n1\n8|CANCELLED|mlp-b|Priority|n/a\n9|RUNNING|mlp-c|None|n1\n10|FAILED|mlp-d|None|"
+    reasons = {job: one.reason for job, one in commands.listed(text).items()}
+    assert reasons == {7: commands.ON_NODE, 8: "Priority", 9: "None"}
 
 
 def test_accounting_is_asked_for_ends_alone() -> None:
@@ -86,10 +151,24 @@ def test_nodes_that_do_not_answer_are_not_up() -> None:
     assert commands.nodes(said) == commands.Nodes(up=4, down=5, gpus=15)
 
 
+def test_nodes_that_are_away_are_named_with_the_reason_that_somebody_gave() -> None:
+    said = (
+        "n[1-2,7]|drained|bad disk | see ticket\nn3|idle|none\nn4|down*|Not responding\nn5|mixed*|none\n"
+        "n6|draining|\x1b[31mred\nnonsense\nn8|allocated|kept\n"
+    )
+    assert commands.away(said) == (
+        NodesAway("n[1-2,7]", "drained", "bad disk | see ticket"),
+        NodesAway("n4", "down*", "Not responding"),
+        NodesAway("n5", "mixed*", ""),
+        NodesAway("n6", "draining", "?[31mred"),
+    )
+
+
 def test_what_a_full_queue_says_is_not_what_an_impossible_job_is_told() -> None:
     policy = "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, …)"
     full = f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{policy}"
     assert commands.is_full(full) and not commands.is_never(full)
+    assert commands.full_words(full) == "QOSMaxSubmitJobPerUserLimit"
     never = f"sbatch: error: QOSMaxCpuPerJobLimit\n{policy}"
     assert commands.is_never(never) and not commands.is_full(never)
     down = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
@@ -163,6 +242,14 @@ def test_a_witness_of_an_end_of_its_own_needs_no_word_of_slurm(state: str | None
 def test_J3_what_machines_do_is_a_loss(state: str) -> None:
     assert isinstance(judge(look(witness=TERMINATED), state), Lost)
     assert isinstance(judge(look(), state), Lost)
+
+
+@pytest.mark.parametrize(("state", "reason"), [("CANCELLED", commands.ON_NODE), ("COMPLETED", ""), ("COMPLETED", "x")])
+def test_J3_what_slurm_ends_before_its_node_has_started_it_has_never_run(state: str, reason: str) -> None:
+    assert judge(look(claimed=False), state, 0, reason) == "fence"
+    assert isinstance(judge(look(claimed=False, fenced=True), state, 0, reason), NeverRan)
+    ours = judge(look(claimed=False, fenced=True, cancelled=True), state, 0, reason)
+    assert isinstance(ours, Exited) and ours.cancelled
 
 
 @pytest.mark.parametrize("said", [TERMINATED, KILLED, None])
@@ -246,11 +333,39 @@ async def test_a_fault_of_ours_in_the_look_at_the_queue_keeps_nobody_waiting_and
         await queue.close()
 
 
+def test_J1_however_long_the_controller_is_down_it_is_asked_again_within_a_minute() -> None:
+    queue = Queue("cluster", Answering(), 10.0, _nothing)
+    for queue._failures in (1, 2, 3, 60, 5000):
+        assert queue.delay() <= 60.0
+    queue._failures = 1
+    assert queue.delay() == 20.0
+
+
+@pytest.mark.anyio
+async def test_jobs_are_counted_by_slurm_s_word_while_somebody_waits_for_them() -> None:
+    runner = Answering()
+    runner.listing = f"{OURS}\n78|PENDING|mlp-t-2|Priority\n79|RUNNING|mlp-t-9|None"
+    queue = Queue("cluster", runner, 0.01, _nothing)
+    first, second = ("t-1", 77, "t-1", 0.0), ("t-2", 78, "t-2", 0.0)
+    with queue.watch(*first), queue.watch(*second), queue.watch(*second):
+        assert queue.states() == {"UNKNOWN": 2}
+        queue.start()
+        try:
+            with anyio.fail_after(30):
+                await queue.fresh()
+                while "UNKNOWN" in queue.states():
+                    await anyio.sleep(0)
+        finally:
+            await queue.close()
+        assert queue.states() == {"RUNNING": 1, "PENDING": 1}
+    assert queue.states() == {}
+
+
 @pytest.mark.anyio
 async def test_a_job_waits_for_slurm_s_reason_until_it_runs_and_before_it_was_listed_that_is_not_known() -> None:
     runner = Answering()
     queue = Queue("cluster", runner, 0.01, _nothing)
-    with queue.watch("t-1", 77, 0.0) as watch:
+    with queue.watch("t-1", 77, "t-1", 0.0) as watch:
         assert queue.waiting("t-1") == "Slurm has not been asked about it yet"
         queue.start()
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -212,6 +213,15 @@ def test_no_place_is_kept_for_a_step_that_waits_for_somebody_elses_process() -> 
     assert lab.place() == [(2, 0)]
 
 
+def test_a_step_that_takes_no_slot_starts_where_none_is_free() -> None:
+    lab = Lab(Place("local", 1))
+    lab.add(Need(1, 0), 10)
+    lab.place()
+    lab.add(Need(2, 0))
+    lab.add(Need(3, 0, slots=0))
+    assert lab.place() == [(3, 0)]
+
+
 def test_one_that_was_kept_for_and_left_keeps_nobody_out() -> None:
     lab = Lab(gpu_box(2))
     lab.add(Need(1, 0, gpus=1), 100)
@@ -286,10 +296,58 @@ def test_a_stream_of_small_steps_of_anybody_starves_no_large_one(
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.sampled_from([{"memory": 7 * G}, {"cpus": 7.0}, {"memory": 5 * G, "gpus": 2}]), st.integers(1, 9))
+def test_a_stream_of_small_steps_starves_none_that_needs_much_memory_or_many_processors(
+    much: dict[str, Any], seconds: int
+) -> None:
+    box = gpu_box(2, 16)
+    box.memory, box.cpus = 8 * G, 8
+    lab = Lab(box)
+    for n in range(8):
+        lab.add(Need(1, n, owner="bob", memory=G, gpus=n % 2), seconds)
+    lab.place()
+    lab.add(Need(2, 0, owner="alice", **much))
+    for n in range(200):
+        lab.add(Need(3, n, owner="bob", memory=G, gpus=n % 2), seconds)
+        lab.tick()
+    assert lab.started[2, 0] <= 2 * seconds + 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.permutations([(1, 3), (2, 2), (1, 7)]), st.integers(0, 2))
+def test_three_owners_of_wide_runs_have_the_same_of_the_machines_whatever_their_steps_are_like(
+    shapes: list[tuple[int, int]], late: int
+) -> None:
+    """(slots, seconds) of each one's steps; one of them comes late, and catches up with the others from then on."""
+    lab = Lab(Place("a", 4), Place("b", 3), Place("broken", 9, unwell="no route to host"), Place("d", 9, drained=True))
+    used: Counter[str] = Counter()
+    names = ("alice", "bob", "eve")
+
+    def bring(number: int) -> None:
+        slots, seconds = shapes[number]
+        for n in range(500):
+            lab.add(Need(number, n, slots=slots, owner=names[number], computes=("broken", "a", "d", "b")), seconds)
+
+    for number in range(3):
+        if number != late:
+            bring(number)
+    for second in range(230):
+        if second == 20:
+            bring(late)
+        lab.tick()
+        for place in lab.places:
+            for need in place.holders.values():
+                used[need.owner] += need.slots
+    assert not lab.places[2].holders and not lab.places[3].holders
+    assert sum(used.values()) >= 229 * 6, "nothing stands idle for long"
+    assert max(used.values()) - min(used.values()) <= 0.1 * sum(used.values()), used
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(["alice", "bob"]), min_size=4, max_size=4), st.integers(2, 6))
 def test_over_time_owners_who_always_want_more_have_about_the_same(width: list[str], slots: int) -> None:
     lab = Lab(Place("local", slots))
-    for n in range(2000):
+    for n in range(slots * 41):  # more than one alone could have
         lab.add(Need(1, n, owner="alice"), 3)
         lab.add(Need(2, n, owner="bob"), 3)
     for n, owner in enumerate(width):

@@ -8,9 +8,11 @@ container   a job as the engine is told of it
 mounts      what of the host it sees
 script      what runs in it: a shell script around the step, the witness of its end
 judging     how it ended
+printing    what it prints, where there is no shell to put it into the folder
 watching    hints that it may have
 removing    containers that nobody needs any more
 images      tags and Dockerfiles
+built       what Dockerfiles made, and when it goes
 dockerfile  the base images in one
 """
 

@@ -12,7 +12,7 @@ engine refuses for one that runs. Removed: it never ran. Refused: it is adopted.
 
 Promised of times: the timeout and the grace are kept by the container itself, also while there is no daemon; where the
 image has no shell or no `sleep`, by the daemon, and so by the next one at the latest. stdout and stderr go straight to
-the job folder; of an image without a shell they come there from the engine's log when the step has ended.
+the job folder; of an image without a shell they come there from the engine's log, while a daemon lives.
 """
 
 from __future__ import annotations
@@ -21,35 +21,37 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 from weakref import WeakValueDictionary
 
 import anyio
-import anyio.to_thread
 
 from mlpiped.backends import folder as folders
-from mlpiped.backends.base import Capacity, Exited, Handle, Image, Job, NeverRan, Outcome
+from mlpiped.backends import streams
+from mlpiped.backends.base import Capacity, Exited, Handle, Image, Job, Lost, NeverRan, Outcome
 from mlpiped.backends.docker import container as containers
 from mlpiped.backends.docker import jobs, script
 from mlpiped.backends.docker.engine import Engine, Facts, Refused
 from mlpiped.backends.docker.images import ImageRoom
 from mlpiped.backends.docker.making import Maker, Settings
+from mlpiped.backends.docker.printing import Printing
 from mlpiped.backends.docker.removing import Remover
 from mlpiped.backends.docker.watching import Watch
 from mlpiped.backends.host_cards import HostCards
+from mlpiped.backends.leases import Leases
 from mlpiped.backends.supervisor import boot_id
+from mlpiped.backends.threads import Threads
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from contextlib import AsyncExitStack
 
-T = TypeVar("T")
 PATIENCE = 10.0  # seconds that an engine may be away before whoever waits is told
 AWAY = 0.5  # seconds between two questions to it meanwhile
+GOING = 1.0  # seconds in which a container is gone that somebody removes, once it has ended
 LATE = 2.0  # seconds that a container is given to end its step by itself, before the daemon does
-FOLLOW = 0.1  # seconds between two looks at a log that is followed
-LOOK_AGAIN = 1.0  # seconds between two looks at whether its step has ended
+LOOK_AGAIN = 1.0  # seconds between two looks at whether a step whose log is followed has ended
 LITTLE_SPACE = 64 << 20
 
 
@@ -70,12 +72,14 @@ class DockerBackend:
         self._instance = instance
         self._cards = HostCards(name, settings.gpus, instance, state_dir.absolute() / "gpus")
         self._engine = Engine(settings.url)
-        self._images = ImageRoom(self._engine, name, instance, settings.pull)
+        self._images = ImageRoom(self._engine, name, instance, settings.pull, state_dir.absolute() / "docker-images")
         self._watch = Watch(self._engine, instance, name, self._connected)
         self._remover: Remover
         user = settings.user or f"{os.geteuid()}:{os.getegid()}"
-        self._folders = jobs.Folders(state_dir.absolute(), user, boot_id())
-        self._threads = anyio.CapacityLimiter(4)
+        self._folders = jobs.Folders(state_dir.absolute(), name, user, boot_id())
+        self._do = Threads(name)
+        self._leases = Leases(self._cards, self._do)
+        self._printing = Printing(self._engine, self._do)
         self._locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()  # token -> who may start it
         self._maker = Maker(self._engine, self._folders, settings, name, instance, self._do)
 
@@ -90,6 +94,7 @@ class DockerBackend:
         self._remover = Remover(self._engine, self._instance, self.name)
         self._remover.start()
         stack.push_async_callback(self._remover.close)
+        stack.push_async_callback(self._printing.close)
         self._watch.start()
         stack.push_async_callback(self._watch.close)
 
@@ -114,20 +119,25 @@ class DockerBackend:
     def bringing(self, reference: str | None, dockerfile: str | None) -> str | None:
         return self._images.bringing(reference, dockerfile)
 
+    async def drop_images(self, before: float, *, only_look: bool) -> int:
+        gone = await self._images.built.drop(before, only_look=only_look)
+        if not only_look:
+            await self._drop_sdks()
+        return len(gone)
+
+    async def _drop_sdks(self) -> None:
+        """Copies of the SDK that an earlier version of mlpiped made, and no container of it sees any more."""
+        try:
+            found = await self._engine.list([f"{containers.INSTANCE}={self._instance}"])
+        except Refused:
+            return
+        seen = {mount.get("Source") for each in found for mount in each["Mounts"]}
+        await self._do("remove what is old", lambda: self._folders.drop_sdks(seen))
+
     # --- started ----------------------------------------------------------------------------------------------------
     async def submit(self, job: Job) -> Handle:
-        if not job.gpus:
+        async with self._leases.of(job):
             return await self._submit(job)
-        await self._do("lease the cards", lambda: self._cards.take(job))
-        try:
-            return await self._submit(job)
-        except InvalidJob:
-            await self._give_back(job.token)
-            raise
-
-    async def _give_back(self, token: str) -> None:
-        if self._cards.leased(token):
-            await self._do("give back the cards", lambda: self._cards.give(token))
 
     async def _submit(self, job: Job) -> Handle:
         folder = self._folders.at(job.token)
@@ -172,14 +182,14 @@ class DockerBackend:
         folder = self._folders.at(token)
         found = await self._do("fence the job", lambda: folders.fence(folder))
         if isinstance(found, NeverRan):
-            await self._give_back(token)
+            await self._leases.give_back(token)
             self._remover.add(token)  # made, and never to be started
         return found
 
     # --- ended ------------------------------------------------------------------------------------------------------
     async def wait(self, handle: Handle) -> Outcome:
         outcome = await self._ended(handle)
-        await self._give_back(handle["token"])
+        await self._leases.give_back(handle["token"])
         return outcome
 
     async def _ended(self, handle: Handle) -> Outcome:
@@ -211,17 +221,37 @@ class DockerBackend:
         state: Facts | None = None if found is None else found["State"]
         status = None if state is None else state["Status"]
         if state is not None and status in ("running", "paused", "restarting", "removing"):
+            if found is not None and not handle.get("shell", True):
+                self._printing.begin(found["Id"], folder)
             return None, state
         if state is not None and status == "created" and not state["Error"] and not state["ExitCode"]:
             return await self._withdraw(handle, folder, found or {}), state
         if found is not None and not handle.get("shell", True):
-            out, err = await self._engine.output(found["Id"])
-            code = found["State"]["ExitCode"]
-            await self._do("keep the log", lambda: self._folders.keep_output(folder, out, err, code))
+            await self._bring_all(found, folder)
         outcome = await self._do("end the job", lambda: self._folders.end(handle, folder, state))
-        if found is not None and isinstance(outcome, Exited):
+        if found is not None and isinstance(outcome, Lost) and await self._goes(found["Id"]):
+            outcome = await self._do("end the job", lambda: self._folders.end(handle, folder, None))
+        elif found is not None and isinstance(outcome, Exited):
             self._remover.add(found["Id"])
         return outcome, state or {}
+
+    async def _goes(self, container: str) -> bool:
+        """Whether somebody removes it: `docker rm --force` first ends it."""
+        until = time.monotonic() + GOING
+        while time.monotonic() < until:
+            if await self._engine.look(container) is None:
+                return True
+            await anyio.sleep(GOING / 10)
+        return False
+
+    async def _bring_all(self, found: Facts, folder: str) -> None:
+        """Of an image without a shell: all that it printed, and whether its command could be started."""
+        try:
+            await self._printing.finish(found["Id"], folder)
+        except Refused as no:
+            raise BackendUnavailable(f"the log of a container cannot be read on `{self.name}`: {no.words}") from None
+        code = found["State"]["ExitCode"]
+        await self._do("look at the job", lambda: self._folders.note_fault(folder, code))
 
     async def _withdraw(self, handle: Handle, folder: str, found: Facts) -> Outcome | None:
         """Claimed and not started: make it impossible, or find that it has started."""
@@ -235,7 +265,7 @@ class DockerBackend:
                 if no.status == 409:  # it runs
                     return None
                 raise BackendUnavailable(f"a container cannot be removed on `{self.name}`: {no.words}") from None
-            return await self._do("end the job", lambda: self._folders.end(handle, folder, None))
+            return await self._do("end the job", lambda: self._folders.withdraw(folder))
 
     async def _enforce(self, handle: Handle, folder: str, state: Facts) -> float | None:
         """Do what the container should have done by itself; seconds until there may be more to do."""
@@ -286,26 +316,24 @@ class DockerBackend:
         self, handle: Handle, stream: Literal["stdout", "stderr"], offset: int, follow: bool
     ) -> AsyncIterator[bytes]:
         folder = self._folder(handle)
-        offset = await self._do("read the log", lambda: folders.from_start(folder, stream, offset))
-        look_at, over = 0.0, not follow
+        look_at = 0.0
 
-        def read() -> bytes:
-            return folders.read_stream(folder, stream, offset)
+        async def over() -> bool:
+            nonlocal look_at
+            if not follow or time.monotonic() < look_at:
+                return not follow
+            outcome, _ = await self._look(handle, folder)
+            look_at = time.monotonic() + LOOK_AGAIN if outcome is None else 0.0
+            return outcome is not None
 
-        while True:
-            if not over and time.monotonic() >= look_at:
-                outcome, _ = await self._look(handle, folder)
-                over, look_at = outcome is not None, time.monotonic() + LOOK_AGAIN
-            chunk = await self._do("read the log", read)
-            if chunk:
-                offset += len(chunk)
-                yield chunk
-            elif over:
-                return
-            else:
-                with self._watch.listen(handle["token"]) as news, anyio.move_on_after(FOLLOW):
-                    await news.wait()
-                    look_at = 0.0
+        async def news() -> None:
+            nonlocal look_at
+            with self._watch.listen(handle["token"]) as news, anyio.move_on_after(streams.EVERY):
+                await news.wait()
+                look_at = 0.0
+
+        async for chunk in streams.read(self._do, folder, stream, offset, over, news):
+            yield chunk
 
     async def fetch(self, handle: Handle, into: Path) -> Path:
         return Path(self._folder(handle))
@@ -359,11 +387,3 @@ class DockerBackend:
         if handle.get("v") != 1 or not isinstance(handle.get("token"), str):
             raise InvalidJob(f"no handle of a container: {handle!r:.200}")
         return self._folders.at(handle["token"])
-
-    async def _do(self, what: str, function: Callable[[], T]) -> T:
-        """In a thread; no foreign exception gets out."""
-        try:
-            return await anyio.to_thread.run_sync(function, limiter=self._threads)
-        except OSError as error:
-            place = f": {error.filename}" if error.filename else ""
-            raise BackendUnavailable(f"cannot {what} on `{self.name}`: {error.strerror}{place}") from error

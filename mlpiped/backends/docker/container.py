@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 INSTANCE, TOKEN = "mlpiped.instance", "mlpiped.token"  # labels
 PROCESSES = 16384  # and threads, of one container: a fork bomb stays in it
-LOG = {"Type": "json-file", "Config": {"max-size": "64m", "max-file": "2"}}
+LOG = {"Type": "local", "Config": {"max-size": "64m", "max-file": "2"}}  # byte by byte: json-file knows text alone
 NO_CARDS = "NVIDIA_VISIBLE_DEVICES=void"  # images of CUDA ask for all, and an engine of NVIDIA's gives what images ask
 OOM_SCORE = 500  # when the host runs out of memory, steps go before the daemon
 
@@ -50,7 +50,7 @@ def configuration(
             "CapDrop": ["ALL"],
             "SecurityOpt": ["no-new-privileges"],
             "PidsLimit": PROCESSES,
-            "NanoCpus": int(job.cpus * 1e9),
+            "NanoCpus": int(job.cpus * job.tasks * 1e9),
             "OomScoreAdj": OOM_SCORE,
             "RestartPolicy": {"Name": "no"},
             "AutoRemove": False,

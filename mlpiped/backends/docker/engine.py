@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from contextlib import asynccontextmanager
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import anyio
 from aiodocker import Docker
-from aiodocker.exceptions import DockerError, DockerStreamError
+from aiodocker.exceptions import DockerError
 
 from mlpiped.errors import BackendUnavailable
 
@@ -155,12 +154,16 @@ class Engine:
                 return False
             raise
 
-    async def output(self, container: str) -> tuple[bytes, bytes]:
-        """(stdout, stderr), as far as the engine keeps them."""
-        async with self._asked() as docker:
-            params = {"stdout": "1", "stderr": "1"}
-            async with docker._query(f"containers/{container}/logs", params=params) as answer, answer:
-                return _apart(await answer.read())
+    async def output(self, container: str, *, follow: bool) -> AsyncGenerator[tuple[bytes, bytes]]:
+        """Pieces of (stdout, stderr), as far as the engine keeps them; with `follow`, until it has ended."""
+        async with self._asked(long=follow) as docker:
+            params = {"stdout": "1", "stderr": "1", "follow": str(int(follow))}
+            endless = aiohttp.ClientTimeout(sock_connect=CONNECT)
+            async with docker._query(f"containers/{container}/logs", params=params, timeout=endless) as answer, answer:
+                rest = b""
+                async for piece in answer.content.iter_any():
+                    out, err, rest = _apart(rest + piece)
+                    yield out, err
 
     async def events(self, labels: Sequence[str]) -> AsyncGenerator[Facts | None]:
         """What happens to containers with these labels, from now on; first None, once the engine listens."""
@@ -183,26 +186,47 @@ class Engine:
                 return None
             raise
 
+    async def images(self, labels: Sequence[str]) -> Sequence[Facts]:
+        """Id, RepoTags, Created of every image with these labels that has a name or that no other stands on."""
+        try:
+            async with self._asked() as docker:
+                params = {"filters": json.dumps({"label": list(labels)})}
+                found: Sequence[Facts] = await docker._query_json("images/json", params=params)
+                return found
+        except Refused as no:
+            raise BackendUnavailable(f"the Docker engine cannot list its images: {no.words}") from None
+
+    async def remove_image(self, name: str) -> None:
+        """Or only the name of one that has others; with what it alone stands on. 409: a container is of it."""
+        async with self._asked() as docker:
+            await docker.images.delete(name)
+
     async def pull(self, name: str) -> AsyncIterator[Facts]:
         """What the engine says meanwhile."""
-        async with self._asked(long=True) as docker:
-            try:
-                async for said in docker.images.pull(name, stream=True):
-                    yield said
-            except DockerStreamError as error:
-                raise Refused(0, error.message) from None
+        last = name.rpartition("/")[2]
+        tag = {} if "@" in name or ":" in last else {"tag": "latest"}
+        async for said in self._told("images/create", {"fromImage": name, **tag}):
+            yield said
 
-    async def build(self, context: bytes, tag: str, labels: Mapping[str, str]) -> AsyncIterator[Facts]:
+    async def build(self, context: bytes, tag: str) -> AsyncIterator[Facts]:
         """From a tar archive with a Dockerfile in it. What the engine says meanwhile."""
+        async for said in self._told("build", {"t": tag, "rm": "1", "forcerm": "1"}, context):
+            yield said
+
+    async def _told(self, path: str, params: Mapping[str, str], data: bytes | None = None) -> AsyncIterator[Facts]:
+        """The connection ends with whoever listens, and so does what the engine does."""
         async with self._asked(long=True) as docker:
-            try:
-                stream = docker.images.build(
-                    fileobj=BytesIO(context), encoding="identity", tag=tag, labels=labels, forcerm=True, stream=True
-                )
-                async for said in stream:
-                    yield said
-            except DockerStreamError as error:
-                raise Refused(0, error.message) from None
+            endless = aiohttp.ClientTimeout(sock_connect=CONNECT)
+            headers = {"Content-Type": "application/x-tar"}
+            query = docker._query(path, "POST", params=params, data=data, headers=headers, timeout=endless)
+            async with query as answer, answer:
+                rest = b""
+                async for piece in answer.content.iter_any():
+                    *lines, rest = (rest + piece).split(b"\n")
+                    for said in map(json.loads, filter(None, map(bytes.strip, lines))):
+                        if "error" in said:
+                            raise Refused(0, said["error"])
+                        yield said
 
     async def well(self) -> None:
         """Raises BackendUnavailable when it is not."""
@@ -213,12 +237,14 @@ class Engine:
             raise BackendUnavailable(f"the Docker engine at `{self.path}` is not well: {no.words}") from None
 
 
-def _apart(frames: bytes) -> tuple[bytes, bytes]:
-    """The engine's frames: a byte for the stream, three of nothing, four for the length."""
+def _apart(frames: bytes) -> tuple[bytes, bytes, bytes]:
+    """(stdout, stderr, half a frame): a byte for the stream, three of nothing, four for the length."""
     found: dict[int, list[bytes]] = {1: [], 2: []}
     at = 0
     while at + 8 <= len(frames):
         end = at + 8 + int.from_bytes(frames[at + 4 : at + 8], "big")
+        if end > len(frames):
+            break
         found.setdefault(frames[at], []).append(frames[at + 8 : end])
         at = end
-    return b"".join(found[1]), b"".join(found[2])
+    return b"".join(found[1]), b"".join(found[2]), frames[at:]

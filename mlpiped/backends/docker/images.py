@@ -14,11 +14,13 @@ from blake3 import blake3
 
 from mlpiped.backends.base import Image
 from mlpiped.backends.docker import dockerfile as dockerfiles
+from mlpiped.backends.docker.built import BUILT_BY, BuiltImages
 from mlpiped.backends.docker.engine import Engine, Refused
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
     from typing import Any
 
 log = structlog.get_logger("docker")
@@ -37,12 +39,11 @@ UNREACHABLE = re.compile(
     r"|TLS handshake|proxyconnect|Temporary failure resolving|Could not resolve|Failed to establish a new connection",
     re.IGNORECASE,
 )
-BUILT_BY = "mlpiped.built-by"  # a label; not the one of our containers, which people's own would inherit
-BUILT = "mlpiped-built"  # the repository of what Dockerfiles make; the tag is the content's hash
 
 
 class ImageRoom:
-    def __init__(self, engine: Engine, name: str, instance: str, pull: str) -> None:
+    def __init__(self, engine: Engine, name: str, instance: str, pull: str, marks: Path) -> None:
+        self.built = BuiltImages(engine, instance, marks)
         self._engine = engine
         self._name = name
         self._instance = instance
@@ -73,8 +74,9 @@ class ImageRoom:
         for name, image in sorted(bases.items()):
             content.update(f"\0{name}\0{image.identity}".encode())
         digest = content.hexdigest()
-        tag = f"{BUILT}:{digest[:40]}"
+        tag = self.built.name(digest)
         async with self._locks.setdefault(tag, anyio.Lock()):
+            await self.built.asked_for(tag)
             found = await self._look(tag)
             if found is None:
                 pinned = dockerfiles.pinned(text, {name: image.run for name, image in bases.items()})
@@ -118,8 +120,9 @@ class ImageRoom:
         said: list[str] = []
         try:
             self._bringing[dockerfile] = "builds the image of its Dockerfile"
-            stream = self._engine.build(_context(text), tag, {BUILT_BY: self._instance})
-            await self._spoken("building an image", tag, stream, said)
+            context = _context(dockerfiles.labelled(text, BUILT_BY, self._instance))
+            async with self.built.build():
+                await self._spoken("building an image", tag, self._engine.build(context, tag), said)
         except Refused as no:
             last = "; ".join(line for line in "".join(said).splitlines()[-4:] if line.strip())
             kind = BackendUnavailable if UNREACHABLE.search(no.words + last) else InvalidJob

@@ -24,12 +24,13 @@ from mlpiped.backends.docker import judging, script
 from mlpiped.backends.supervisor import WITNESS_SIZE, claim, start_time, testify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 CANCELLED, WITHDRAWN = "claim/cancelled", "claim/withdrawn"
 LONGEST_ERROR = 1000  # characters: the witness has little room
 SDK = ("__init__.py", "errors.py", "sdk")  # of this package: what `from mlpiped import Run` needs
 NEVER_STARTED = "its container was never started"
+UNEXECUTABLE = b"[FATAL tini"
 
 
 def record(job: Job, container: str, shell: bool, boot: str) -> Handle:
@@ -57,12 +58,12 @@ def runs_since(state: Mapping[str, Any]) -> float:
 
 
 class Folders:
-    def __init__(self, state_dir: Path, user: str, boot: str) -> None:
+    def __init__(self, state_dir: Path, compute: str, user: str, boot: str) -> None:
         self.state_dir = os.fspath(state_dir)
         self.jobs_dir = os.fspath(state_dir / "jobs")
         self.user = user
         self.boot = boot
-        self._sdk = state_dir / "docker-sdk" / _digest()
+        self._sdk = state_dir / "docker-sdk" / compute / _digest()
 
     @property
     def readable(self) -> tuple[str, ...]:
@@ -85,6 +86,12 @@ class Folders:
             if not self._sdk.is_dir():
                 raise
 
+    def drop_sdks(self, seen: Collection[str | None]) -> None:
+        """Those of other versions, but what containers see."""
+        for path in self._sdk.parent.iterdir():
+            if path != self._sdk and os.fspath(path) not in seen:
+                shutil.rmtree(path, ignore_errors=True)
+
     def at(self, token: str) -> str:
         return folders.at(self.jobs_dir, token)
 
@@ -104,7 +111,9 @@ class Folders:
     def build(self, job: Job, folder: str, start: bytes | None) -> None:
         """Make the folder, unless it is there; the claim decides who may use it. `start`: the script."""
         folders.build(folder, job, None)
-        if start is not None:
+        if start is None:
+            _empty(f"{folder}/{script.START}")  # made when it was not known yet that the image has no shell
+        else:
             for name, content in ((script.START, start), (script.ENDED, b" " * script.ENDED_SIZE)):
                 draft = f"{folder}/.{name}.{secrets.token_hex(6)}"
                 fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -143,7 +152,7 @@ class Folders:
         if not os.path.isdir(folder):
             return Lost("its job folder is gone")
         if state is None and not self._began(handle, folder):
-            return self._never(folder)
+            return self.withdraw(folder)
         outcome = judging.judge(self._evidence(handle, folder, state))
         if isinstance(outcome, Lost):
             return outcome
@@ -171,8 +180,8 @@ class Folders:
         """The script empties itself first of all; of a container without a shell nobody knows."""
         return not handle.get("shell") or _size(f"{folder}/{script.START}") == 0
 
-    def _never(self, folder: str) -> NeverRan:
-        """There is no container that could start it any more."""
+    def withdraw(self, folder: str) -> NeverRan:
+        """It has not begun, and there is no container that could start it any more."""
         Path(folder, WITHDRAWN).touch()
         _empty(f"{folder}/{script.START}")
         return NeverRan(NEVER_STARTED)
@@ -192,16 +201,10 @@ class Folders:
                 pass
         return None
 
-    def keep_output(self, folder: str, out: bytes, err: bytes, code: int) -> None:
-        """Of a container without our script. The engine's init complains of what it cannot execute."""
-        ended = b"fault %d - - - ." % code if err.startswith(b"[FATAL tini") else b""
-        for name, content in (("stdout", out), ("stderr", err), (script.ENDED, ended)):
-            draft = Path(folder, f".{name}.{secrets.token_hex(6)}")
-            try:
-                draft.write_bytes(content)
-                draft.rename(Path(folder, name))
-            except FileNotFoundError:
-                return  # the folder is gone
+    def note_fault(self, folder: str, code: int) -> None:
+        """Of a container without our script: the engine's init complains of what it cannot execute."""
+        if folders.read_stream(folder, "stderr", 0, len(UNEXECUTABLE)) == UNEXECUTABLE:
+            Path(folder, script.ENDED).write_bytes(b"fault %d - - - ." % code)
 
     def needs_no_container(self, token: str) -> bool:
         """Whether the container of this token is of no use any more."""

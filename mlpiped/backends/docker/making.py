@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from mlpiped.backends import folder as folders
 from mlpiped.backends.docker import container as containers
@@ -13,12 +13,9 @@ from mlpiped.backends.docker.engine import Engine, Facts, Refused
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from mlpiped.backends.base import Job
     from mlpiped.backends.docker.jobs import Folders
-
-T = TypeVar("T")
+    from mlpiped.backends.threads import Threads
 
 
 class Settings(Protocol):
@@ -42,14 +39,10 @@ class Settings(Protocol):
     def pull(self) -> str: ...
 
 
-class Do(Protocol):
-    """In a thread; `what` completes the sentence of its failure."""
-
-    def __call__(self, what: str, function: Callable[[], T]) -> Awaitable[T]: ...
-
-
 class Maker:
-    def __init__(self, engine: Engine, folders: Folders, settings: Settings, name: str, instance: str, do: Do) -> None:
+    def __init__(
+        self, engine: Engine, folders: Folders, settings: Settings, name: str, instance: str, do: Threads
+    ) -> None:
         self._engine = engine
         self._folders = folders
         self._settings = settings
@@ -67,12 +60,17 @@ class Maker:
             try:
                 if image not in self._shells:
                     self._shells[image] = await self._engine.has_file(container, script.SHELL)
-                if self._shells[image] is shell:
+                if self._shells[image] is shell and not (job.shell and not shell):
                     return container, shell
                 await self._engine.remove(container, force=False)
             except Refused as no:
                 raise BackendUnavailable(f"no container can be made on `{self._name}`: {no.words}") from None
-            shell = not shell
+            shell = self._shells[image]
+            if job.shell and not shell:
+                raise InvalidJob(
+                    f"the step's command is a text for {script.SHELL}, and its image has none",
+                    hint='write the command as a list: ["/program", "argument"]',
+                )
 
     def _prepare(self, job: Job, folder: str, shell: bool) -> Facts:
         """Make the folder; the container's configuration. Blocks."""

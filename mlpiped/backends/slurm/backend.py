@@ -19,10 +19,14 @@ import anyio.to_thread
 import structlog
 
 from mlpiped.backends import folder as folders
-from mlpiped.backends.base import Capacity, Card, Handle, Job, NeverRan, Outcome
+from mlpiped.backends.base import Capacity, Card, Cluster, Handle, Image, Job, NeverRan, Outcome
 from mlpiped.backends.environments import Environments
-from mlpiped.backends.slurm import commands, submission, verdict
+from mlpiped.backends.slurm import commands, submission, surroundings, verdict
+from mlpiped.backends.slurm.apptainer import Sifs
+from mlpiped.backends.slurm.arrays import Lists
+from mlpiped.backends.slurm.commands import Ref
 from mlpiped.backends.slurm.controller import Controller
+from mlpiped.backends.slurm.counter import Counter, Entry
 from mlpiped.backends.slurm.queue import Queue
 from mlpiped.backends.slurm.runner import HostRunner
 from mlpiped.errors import BackendUnavailable, InvalidJob
@@ -40,6 +44,7 @@ T = TypeVar("T")
 log = structlog.get_logger("slurm")
 PATIENCE = 120.0  # seconds until what is not to be seen over a network's file system is not there
 NOT_SEEN = "its nodes have not been asked yet"
+NODES_NAMED = 3  # groups of nodes that are away for one reason
 FOLLOW = 0.2  # seconds between two looks at a log that is followed
 
 
@@ -67,13 +72,16 @@ class SlurmBackend:
         self._python = python
         self._patience = patience
         runner = runner or HostRunner(os.environ)
-        self._controller = Controller(name, runner, settings, f"mlpiped:{instance}")
+        self._controller = Controller(name, runner, settings)
         self._environments = Environments(self.root / "envs", python)
         self._queue = Queue(name, runner, settings.poll_interval, self._on_strangers)
+        self._lists = Lists(self.root)
+        self._counter = Counter(self._controller, self._queue, self._lists, f"mlpiped:{instance}", self._do)
         self._tools: str | None = None
+        self._sifs = Sifs()
         self._nodes: Nodes | None = None
         self._turns: dict[str, anyio.Lock] = {}
-        self._sentenced: set[int] = set()  # held jobs that were taken out of the queue
+        self._sentenced: set[Ref] = set()  # held jobs that were taken out of the queue
         self._signalled: set[str] = set()  # tokens of cancelled jobs whose supervisor has been told
         self._trouble: str | None = None
         self._threads = anyio.CapacityLimiter(4)
@@ -84,6 +92,7 @@ class SlurmBackend:
             self._environments.prepare()
             self._tools = submission.install(self.root)
             self._home.mkdir(parents=True, exist_ok=True)
+            self._lists.sweep(self._jobs)
 
         await self._do("make its folders", make)
         self._queue.start()
@@ -94,7 +103,16 @@ class SlurmBackend:
         count = self._nodes.gpus if self._nodes is not None else 0
         cards = tuple(Card(f"{self.name}:{index}", index, "gpu", 0) for index in range(count))
         slots = min(self.settings.slots, self.settings.max_jobs or self.settings.slots)
-        return Capacity(slots=slots, cards=cards, no_cards=None if self._nodes is not None else NOT_SEEN)
+        nodes = None if self._nodes is None else self._nodes.up + self._nodes.down
+        trouble = None if self._nodes is not None else NOT_SEEN
+        sifs = bool(self.settings.apptainer)
+        return Capacity(slots, cards=cards, no_cards=trouble, cluster=True, nodes=nodes, modules=True, sifs=sifs)
+
+    async def image(self, reference: str | None, dockerfile: str | None) -> Image:
+        return await self._sifs.image(reference)
+
+    def bringing(self, reference: str | None, dockerfile: str | None) -> str | None:
+        return None
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return 0
@@ -104,18 +122,18 @@ class SlurmBackend:
         folder = folders.at(self._jobs, job.token)
         turn = self._turns.setdefault(job.token, anyio.Lock())
         try:
-            async with turn:
-                known = await self._do("look for the job", lambda: self._standing(folder))
-                if known is not None:
-                    return known
-                base = await self._environments.of(job)
-                script = await self._do("make the job's folder", lambda: self._build(folder, job, base))
-                try:
-                    number = await self._controller.submit(job, folder, script)
-                except InvalidJob:
-                    await self._do("fence the job", lambda: self._fence(folder))
-                    raise
-                return await self._settle(folder, number, job.grace)
+            with self._counter.coming(job) as place:
+                async with turn:
+                    known = await self._do("look for the job", lambda: self._standing(folder))
+                    if known is not None:
+                        return known
+                    base = await self._environments.of(job)
+                    script = await self._do("make the job's folder", lambda: self._build(folder, job, base))
+                    try:
+                        return await place.submit(folder, script)
+                    except InvalidJob:
+                        await self._do("fence the job", lambda: self._fence(folder))
+                        raise
         finally:
             if not turn.statistics().tasks_waiting:
                 self._turns.pop(job.token, None)
@@ -131,37 +149,19 @@ class SlurmBackend:
         """The folder, complete; the script that is to be submitted."""
         if job.code is not None and not os.path.isdir(job.code):
             raise BackendUnavailable(f"the code snapshot is missing: {job.code}")
-        env = {**base, **folders.variables(folder, job)}
+        env = {**base, "SRUN_CPUS_PER_TASK": str(commands.cpus_of(job)), **folders.variables(folder, job)}
         for name in ("PATH", "PYTHONPATH"):  # the step's own come first; the environment's stay reachable
             if name in job.env:
                 env[name] = f"{job.env[name]}:{base[name]}"
         order = folders.order(job.argv(folders.output_paths(folder, job)), env, job)
+        assert self._tools is not None
+        order = surroundings.around(order, job, folder, self._tools, self.settings)
         order["inherit"] = list(submission.INHERITED)
         folders.build(folder, job, json.dumps(order))
         link = self._home / job.token
         if self._home != self.jobs_dir and not link.is_symlink():
             link.symlink_to(folder)
-        assert self._tools is not None
         return submission.script(folder, self._tools, self._python)
-
-    async def _settle(self, folder: str, number: int, grace: float) -> Handle:
-        """Make the submission the one that counts, and release it; or take it back, where another or the fence does."""
-        token = os.path.basename(folder)
-        record = submission.submitted(number, grace)
-        standing = await self._do("record the job", lambda: submission.settle(folder, record))
-        if standing.get("job") != number:
-            await self._controller.cancel(number, token)
-        known = await self._do("look for the job", lambda: self._standing(folder))
-        if known is None:
-            raise BackendUnavailable(f"the record of `{token}` is gone")
-        if known["job"] == number:
-            await self._release(folder, number)
-        return known
-
-    async def _release(self, folder: str, number: int) -> None:
-        await self._controller.release(number)
-        await self._do("record the job", lambda: submission.mark(folder, "released", durable=False))
-        self._queue.expect()
 
     # --- found and fenced -------------------------------------------------------------------------------------
     async def find(self, tokens: Sequence[str]) -> dict[str, Handle]:
@@ -208,40 +208,59 @@ class SlurmBackend:
             return found
         return submission.handle_of(folder, submission.submitted(0, submission.grace_of(folder)))
 
-    async def _adopted(self, token: str, listing: Mapping[int, Listed]) -> Handle | None:
+    async def _adopted(self, token: str, listing: Mapping[Ref, Listed]) -> Handle | None:
         """The job that an sbatch left behind of which nobody heard more, released; None: there is none."""
         folder = folders.at(self._jobs, token)
-        alive = [one.job for one in listing.values() if one.token == token and one.state not in commands.ENDED]
+
+        def look() -> tuple[list[Listed], float]:
+            return self._lists.by_token(listing).get(token, []), submission.grace_of(folder)
+
+        alive, grace = await self._do("look at the job", look)
         if not alive:
             return None
-        grace = await self._do("look at the job", lambda: submission.grace_of(folder))
+        first = min(alive, key=lambda one: (commands.array_of(one.job), str(one.job)))
+        array = first.name.partition("/")[0] if isinstance(first.job, str) else None
+        entry = Entry(Job(token, (), grace=grace), folder, b"")
         try:
-            return await self._settle(folder, min(alive), grace)
+            await self._counter.settle([entry], [first.job], array)
         except BackendUnavailable:
-            record = await self._do("look at the job", lambda: submission.record_of(folder))
-            if record is None or record.get("fenced"):
-                return None
-            return submission.handle_of(folder, record)
+            pass  # not released: who waits for it will see that
+        record = await self._do("look at the job", lambda: submission.record_of(folder))
+        return None if record is None or record.get("fenced") else submission.handle_of(folder, record)
 
     async def _on_strangers(self, held: list[Listed]) -> None:
-        """Take out of the queue what never will be released: its token was fenced, or another job has it."""
+        """Take out of the queue what nobody will release: its token was fenced or has ended, or another job has it."""
 
         def look() -> list[Listed]:
             found = []
             for one in held:
-                record = submission.record_of(folders.at(self._jobs, one.token))
-                if record is not None and record.get("job") != one.job:
+                token = self._lists.token(one.name)
+                folder = None if token is None else folders.at(self._jobs, token)
+                record = None if folder is None else submission.record_of(folder)
+                if folder is None or record is None:
+                    continue
+                over = folders.fenced(folder) or folders.witness(folder) is not None
+                if over or record.get("job") != one.job:  # a controller that was killed may hold again what has ended
                     found.append(one)
             return found
 
+        async def take_out(one: Listed) -> None:
+            log.info("a job that will never run is taken out of the queue", compute=self.name, job=one.job)
+            try:
+                await self._controller.cancel(one.job, one.name)
+                self._sentenced.add(one.job)
+            except BackendUnavailable as fault:
+                log.warning(fault.message, compute=self.name)
+
         held = [one for one in held if one.job not in self._sentenced]
         try:
-            for one in await self._do("look for jobs", look) if held else ():
-                log.info("a job that will never run is taken out of the queue", compute=self.name, job=one.job)
-                await self._controller.cancel(one.job, one.token)
-                self._sentenced.add(one.job)
+            found = await self._do("look for jobs", look) if held else []
         except (BackendUnavailable, InvalidJob) as fault:
             log.warning(fault.message, compute=self.name)
+            return
+        async with anyio.create_task_group() as group:
+            for one in found:
+                group.start_soon(take_out, one)
 
     # --- waited for -------------------------------------------------------------------------------------------
     async def wait(self, handle: Handle) -> Outcome:
@@ -257,7 +276,8 @@ class SlurmBackend:
         ):
             return early  # type: ignore[return-value]
         ending = verdict.Ending(handle.get("grace", 10.0))
-        with self._queue.watch(handle["token"], job, handle.get("submitted", time.time())) as watch:
+        name, since = submission.name_of(handle), handle.get("submitted", time.time())
+        with self._queue.watch(handle["token"], job, name, since) as watch:
             while True:
                 await watch.changed(ending.pause(self._queue.interval))
                 state, reason = watch.state, watch.reason  # before the folder: what has ended meanwhile is told by it
@@ -270,9 +290,7 @@ class SlurmBackend:
                     told = verdict.judge(look, job, state, reason, waited, self._patience)
                 if told not in ("wait", "fence"):
                     if state in commands.WAITING:
-                        await self._controller.cancel(
-                            job, handle["token"]
-                        )  # requeued, or fenced: it has no business there
+                        await self._controller.cancel(job, name)  # requeued, or fenced: it has no business there
                     return told  # type: ignore[return-value]
                 await self._care(folder, handle, watch, look, ending)
 
@@ -282,12 +300,14 @@ class SlurmBackend:
         """Do what an earlier daemon, or a command that failed, has left undone."""
         if watch.reason == commands.HELD and watch.state in commands.WAITING:
             if not await self._do("look at the job", lambda: submission.marked(folder, "released")):
-                await self._release(folder, handle["job"])
+                await self._controller.release([handle["job"]])
+                await self._do("record the job", lambda: submission.mark(folder, "released", durable=False))
+                self._queue.expect()
         if look.cancelled and watch.state not in ("", None) and watch.state not in commands.ENDED:
             if handle["token"] not in self._signalled:  # the controller did not answer then, or we are another daemon
                 await self.cancel(handle)
             elif ending.cancel_is_due():
-                await self._controller.cancel(handle["job"], handle["token"])
+                await self._controller.cancel(handle["job"], submission.name_of(handle))
 
     async def _look(self, folder: str) -> submission.Look:
         def look() -> submission.Look:
@@ -306,17 +326,16 @@ class SlurmBackend:
         """In Slurm's own words: `Priority`, `Resources`; while the queue takes no more, those with which it refuses."""
         return self._controller.full if token in self._turns else self._queue.waiting(token)
 
-    def states(self) -> dict[str, int]:
-        """How many of the jobs with names of ours are in which of Slurm's states, as last listed."""
-        found: dict[str, int] = {}
-        for one in self._queue.listing.values():
-            found[one.state] = found.get(one.state, 0) + 1
-        return found
-
-    @property
-    def nodes(self) -> Nodes | None:
-        """Of its partition, as `health` last saw them."""
-        return self._nodes
+    def cluster(self) -> Cluster:
+        nodes, full = self._nodes, self._controller.full if self._turns else None
+        return Cluster(
+            partition=self.settings.partition,
+            up=None if nodes is None else nodes.up,
+            down=None if nodes is None else nodes.down,
+            away=() if nodes is None else nodes.away,
+            jobs=self._queue.states(),
+            full=full,
+        )
 
     # --- cancelled --------------------------------------------------------------------------------------------
     async def cancel(self, handle: Handle) -> None:
@@ -331,11 +350,11 @@ class SlurmBackend:
 
         started = await self._do("cancel the job", prepare)
         if started:
-            await self._controller.terminate(job, handle["token"])
+            await self._controller.terminate(job, submission.name_of(handle))
             self._signalled.add(handle["token"])
         elif not await self._do("look at the job", lambda: os.path.exists(folder + "/exit.json")):
             self._signalled.add(handle["token"])
-            await self._controller.cancel(job, handle["token"])
+            await self._controller.cancel(job, submission.name_of(handle))
         self._queue.expect()
 
     # --- read and removed -------------------------------------------------------------------------------------
@@ -348,7 +367,7 @@ class SlurmBackend:
         def look(offset: int) -> tuple[bool, bytes]:
             """Whether nothing comes after this: so it is asked before reading."""
             gone = not os.path.exists(folder) or folders.fenced(folder) or folders.witness(folder) is not None
-            seen = self._queue.seen(job, handle["token"])
+            seen = self._queue.seen(job, submission.name_of(handle))
             over = not follow or gone or (seen is not None and seen.state in commands.ENDED)
             return over, folders.read_stream(folder, stream, offset)
 
@@ -386,7 +405,8 @@ class SlurmBackend:
             return f"Slurm does not answer: {fault.message}"
         where = "" if self.settings.partition is None else f" of partition `{self.settings.partition}`"
         if nodes.up == 0:
-            return f"no node{where} is up: {nodes.down} down or drained"
+            why = "".join(f"; {some.nodes} {some.state}: {some.reason}" for some in nodes.away[:NODES_NAMED])
+            return f"no node{where} is up: {nodes.down} down or drained{why}"
 
         def look() -> str | None:
             if not os.access(self.jobs_dir, os.W_OK | os.X_OK):
@@ -396,9 +416,9 @@ class SlurmBackend:
         return await self._do("look at its folders", look)
 
     # --- pieces -----------------------------------------------------------------------------------------------
-    def _of(self, handle: Handle) -> tuple[str, int]:
+    def _of(self, handle: Handle) -> tuple[str, Ref]:
         """(folder, job id)"""
-        if handle.get("v") != 1 or not isinstance(handle.get("token"), str) or not isinstance(handle.get("job"), int):
+        if handle.get("v") != 1 or not isinstance(handle.get("token"), str) or not isinstance(handle.get("job"), Ref):
             raise InvalidJob(f"no handle of a Slurm job: {handle!r:.200}")
         return folders.at(self._jobs, handle["token"]), handle["job"]
 

@@ -2,7 +2,7 @@
 
 Answers are read line by line, each matched as a whole: names of jobs are free text, so whatever has another shape is
 nobody's answer. A job is ours when its name is; its id alone says nothing, for a controller that was killed gives ids
-out again.
+out again. The elements of an array share one name, the array's: there it is name and index that say whose it is.
 """
 
 from __future__ import annotations
@@ -12,17 +12,26 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlpiped.backends.base import NodesAway
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from mlpiped.backends.base import Job
     from mlpiped.config.computes import SlurmCompute
 
 PREFIX = "mlp-"
+ARRAYS = "mlpa-"
+Ref = int | str
+"""A job's id: 77, or "77_4" for an element of an array."""
+
 LEAST_CONFIG = ("AccountingStorageType", "MinJobAge")
 OVERHEAD = 32  # MiB of a job that are the supervisor's
 HELD = "JobHeldUser"  # Slurm's reason for a job that was submitted with --hold
+MOST_ELEMENTS = 4_000_001  # of an array, whatever its site allows
 IMPOSSIBLE = "BadConstraints"  # … for one that no node can ever hold: sbatch does not look for that in a held job
+
+ON_NODE = "on a node"  # … in its place, of one that has ended: it had been given a node
 
 WAITING = frozenset(
     "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT RESV_DEL_HOLD".split()
@@ -32,11 +41,17 @@ ENDED = frozenset(
     "LAUNCH_FAILED".split()
 )  # COMPLETING is none of them; nor is a state that is not known here
 
-_LISTED = re.compile(r"([0-9]{1,10})\|([A-Z_]{1,32})\|mlp-([a-z0-9][a-z0-9_.-]{0,127})\|([ -{}~]{0,500})")
-_ACCOUNTED = re.compile(r"([0-9]{1,10})\|([A-Z_]{1,32})(?: by [0-9]{1,10})?")
+_LISTED = re.compile(
+    r"([0-9]{1,10})(?:_([0-9]{1,7}))?\|([A-Z_]{1,32})\|"
+    r"(?:mlp-([a-z0-9][a-z0-9_.-]{0,127})|mlpa-([0-9a-f]{16}))\|([ -{}~]{0,500})(?:\|([A-Za-z0-9_.-]{1,255}|n/a))?"
+)
+_ACCOUNTED = re.compile(
+    r"([0-9]{1,10})(?:_([0-9]{1,7})|_\[([0-9,-]{1,200000})(?:%[0-9]+)?\])?\|([A-Z_]{1,32})(?: by [0-9]{1,10})?"
+)
 _SUBMITTED = re.compile(r"([0-9]{1,10})(?:;[A-Za-z0-9_.-]+)?\n?")
 _CONFIG = re.compile(r"([A-Za-z]+) *= (.*)")
 _NODES = re.compile(r"([0-9]{1,9})\|([a-z_]+)([^|a-z_]?)\|([^|]*)")
+_REASONS = re.compile(r"([A-Za-z0-9_.,\[\]-]{1,4000})\|([a-z_]+)([^|a-z_]?)\|(.*)")
 _GPUS = re.compile(r"\bgpu(?::[A-Za-z0-9_.-]+)?:([0-9]{1,6})")
 _NOT_UP = ("down", "drain", "fail", "unk", "err", "maint", "reboot", "power", "futur", "perf", "inval", "block")
 _FULL = re.compile(
@@ -61,10 +76,12 @@ _GONE = ("Invalid job id", "already finished", "already completing", "already co
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A job of ours as squeue shows it."""
+    """A job of ours as squeue shows it. `name`: its token, or "ARRAY/4". Of an array that was cancelled before any of
+    it ran, squeue may show nothing but the array itself: its id is a text then ("77"), and its name "ARRAY".
+    """
 
-    job: int
-    token: str
+    job: Ref
+    name: str
     state: str
     reason: str
 
@@ -74,17 +91,18 @@ class Nodes:
     up: int
     down: int
     gpus: int  # of all of them
+    away: tuple[NodesAway, ...] = ()  # those that are down
 
 
 def command(*argv: str) -> list[str]:
-    """In words that do not depend on the machine's language."""
+    """In words that do not depend on the machine's language. Settings (`A=b`) may come before the command."""
     return ["env", "LC_ALL=C", *argv]
 
 
 # --- submitted
 
 
-def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str) -> list[str]:
+def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str, *, token: str | None = None) -> list[str]:
     """The script comes on stdin. Held, so that nothing runs of which the id is not durable."""
     argv = [
         "sbatch",
@@ -92,15 +110,16 @@ def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str) -> list[s
         "--hold",
         "--parsable",
         "--no-requeue",
-        f"--job-name={PREFIX}{job.token}",
+        f"--job-name={PREFIX}{job.token if token is None else token}",
         f"--comment={comment}",
         "--export=NONE",
         "--open-mode=append",
         f"--output={folder}/slurm.out",
         f"--chdir={folder}",
-        "--nodes=1",
-        "--ntasks=1",
-        f"--cpus-per-task={max(1, math.ceil(job.cpus))}",
+        f"--nodes={job.nodes}",
+        f"--ntasks={job.nodes * job.tasks}",
+        f"--ntasks-per-node={job.tasks}",
+        f"--cpus-per-task={cpus_of(job)}",
     ]
     for name in ("partition", "account", "qos"):
         value = getattr(compute, name)
@@ -127,6 +146,11 @@ def is_full(stderr: str) -> bool:
     return _FULL.search(stderr) is not None
 
 
+def full_words(stderr: str) -> str:
+    """Which limit it was that `is_full` has seen: sbatch's last line does not say."""
+    return complaint(next(line for line in stderr.splitlines() if _FULL.search(line)))
+
+
 def is_never(stderr: str) -> bool:
     """Whether it was refused for what it asks for."""
     return not is_full(stderr) and any(words in stderr for words in _NEVER)
@@ -148,55 +172,114 @@ def complaint(stderr: str) -> str:
     return re.sub(r"[^ -~]", "?", words)[:300]
 
 
-def release(jobs: Iterable[int]) -> list[str]:
+def cpus_of(job: Job) -> int:
+    """For each of its processes."""
+    return max(1, math.ceil(job.cpus))
+
+
+def as_array(argv: Sequence[str], array: str, jobs_dir: str, count: int) -> list[str]:
+    """The words for one job -> for an array of such. What they print, the script puts where it belongs."""
+    ours = ("--job-name=", "--output=", "--chdir=")
+    named = [f"--job-name={ARRAYS}{array}", "--output=/dev/null", f"--chdir={jobs_dir}", f"--array=0-{count - 1}"]
+    return [*(word for word in argv if not word.startswith(ours)), *named]
+
+
+def shown(name: str) -> str:
+    """The name that Slurm shows for "TOKEN", and for "ARRAY/4"."""
+    array, found, _ = name.partition("/")
+    return f"{ARRAYS}{array}" if found else f"{PREFIX}{name}"
+
+
+def array_of(job: Ref) -> int:
+    return int(str(job).partition("_")[0])
+
+
+def release(jobs: Iterable[Ref]) -> list[str]:
     return command("scontrol", "release", ",".join(map(str, jobs)))
 
 
-def scancel(job: int, token: str) -> list[str]:
-    """Ends it, or takes it from the queue; a job with that id and another name is left alone."""
-    return command("scancel", f"--name={PREFIX}{token}", str(job))
+def scancel(job: Ref, name: str) -> list[str]:
+    """Ends it, or takes it from the queue; a job with that id and another name is left alone. Never for an element
+    that waits: as long as an array is one record, a scancel with a filter ends all of it."""
+    return command("scancel", f"--name={shown(name)}", str(job))
 
 
-def terminate(job: int, token: str) -> list[str]:
+def scancel_elements(jobs: Iterable[Ref]) -> list[str]:
+    """Whatever their names are: who says this has just seen them."""
+    return command("scancel", *map(str, jobs))
+
+
+def terminate(job: Ref, name: str) -> list[str]:
     """SIGTERM to its supervisor, which knows the step's grace."""
-    return command("scancel", "--batch", "--signal=TERM", f"--name={PREFIX}{token}", str(job))
+    return command("scancel", "--batch", "--signal=TERM", f"--name={shown(name)}", str(job))
 
 
 # --- asked
 
 
-def squeue() -> list[str]:
-    return command("squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%j|%r")
+def squeue(jobs: Iterable[int] = ()) -> list[str]:
+    """All of ours, or these and their elements: a line each."""
+    some = f"--jobs={','.join(map(str, jobs))}" if jobs else "--me"
+    return command("squeue", some, "--noheader", "--states=all", "--array", "--format=%i|%T|%j|%r|%B")
 
 
-def listed(stdout: str) -> dict[int, Listed]:
+def listed(stdout: str) -> dict[Ref, Listed]:
     """Our jobs by id. An id that has two different lines has none: one of them is part of some job's name."""
-    found: dict[int, Listed] = {}
-    twice: set[int] = set()
+    found: dict[Ref, Listed] = {}
+    twice: set[Ref] = set()
     for line in stdout.split("\n"):
         match = _LISTED.fullmatch(line)
         if match is None:
             continue
-        one = Listed(int(match[1]), match[3], match[2], match[4])
+        job, index, state, token, array, reason, host = match.groups()
+        if state in ENDED and host not in (None, "n/a"):
+            reason = ON_NODE
+        if token is not None and index is None:
+            one = Listed(int(job), token, state, reason)
+        elif array is not None:
+            one = Listed(job, array, state, reason) if index is None else _element(job, index, array, state, reason)
+        else:
+            continue  # an array of somebody else, with a name like those of ours
         if found.setdefault(one.job, one) != one:
             twice.add(one.job)
     return {job: one for job, one in found.items() if job not in twice}
 
 
-def sacct(jobs: Mapping[int, str], since: str) -> list[str]:
-    """`jobs`: id -> token. `since`: a time before their submission, as Slurm writes it."""
-    names = ",".join(f"{PREFIX}{token}" for token in jobs.values())
+def _element(job: str, index: str, array: str, state: str, reason: str) -> Listed:
+    return Listed(f"{job}_{index}", f"{array}/{index}", state, reason)
+
+
+def sacct(jobs: Mapping[Ref, str], since: str) -> list[str]:
+    """`jobs`: id -> name. `since`: a time before their submission, as Slurm writes it."""
+    names = ",".join(dict.fromkeys(map(shown, jobs.values())))
     return command(
-        "sacct", "-X", "-n", "-P", "-D", f"--jobs={','.join(map(str, jobs))}", f"--name={names}",
-        f"--starttime={since}", "--format=JobIDRaw,State",
+        "SLURM_BITSTR_LEN=0", "sacct", "-X", "-n", "-P", "-D", f"--jobs={','.join(map(str, jobs))}",
+        f"--name={names}", f"--starttime={since}", "--format=JobID,State",
     )  # fmt: skip
 
 
-def accounted(stdout: str) -> dict[int, str]:
-    """Id -> state, of those that have ended; of records of the same job, the last."""
-    matches = (_ACCOUNTED.fullmatch(line) for line in stdout.split("\n"))
-    found = {int(match[1]): match[2] for match in matches if match is not None}
+def accounted(stdout: str) -> dict[Ref, str]:
+    """Id -> state, of those that have ended; of records of the same job, the last. The elements of an array that were
+    cancelled together before they ran are one record: "77_[0-3,7]"."""
+    found: dict[Ref, str] = {}
+    for line in stdout.split("\n"):
+        match = _ACCOUNTED.fullmatch(line)
+        if match is None:
+            continue
+        job, index, indices, state = match.groups()
+        if indices is not None:
+            found.update({f"{job}_{one}": state for one in _indices(indices)})
+        else:
+            found[int(job) if index is None else f"{job}_{index}"] = state
     return {job: state for job, state in found.items() if state in ENDED}
+
+
+def _indices(text: str) -> Iterator[int]:
+    """ "0-3,7" """
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        if first.isdecimal() and (not last or last.isdecimal()) and int(last or first) < MOST_ELEMENTS:
+            yield from range(int(first), int(last or first) + 1)
 
 
 def show_config() -> list[str]:
@@ -210,15 +293,21 @@ def config(stdout: str) -> dict[str, str] | None:
     return found if all(name in found for name in LEAST_CONFIG) else None
 
 
+def longest_array(config: Mapping[str, str]) -> int:
+    """So many elements at most; 0: none are allowed."""
+    text = config.get("MaxArraySize", "")
+    return int(text) if text.isdecimal() else 0
+
+
 def seconds(text: str) -> float:
     """ "300 sec" """
     found = re.match(r"[0-9]+", text)
     return float(found[0]) if found else 0.0
 
 
-def sinfo(partition: str | None) -> list[str]:
+def sinfo(partition: str | None, form: str = "%D|%T|%G") -> list[str]:
     where = [] if partition is None else [f"--partition={partition}"]
-    return command("sinfo", "--noheader", *where, "--format=%D|%T|%G")
+    return command("sinfo", "--noheader", *where, f"--format={form}")
 
 
 def nodes(stdout: str) -> Nodes:
@@ -229,9 +318,29 @@ def nodes(stdout: str) -> Nodes:
         if match is None:
             continue
         count = int(match[1])
-        if match[2].startswith(_NOT_UP) or match[3] == "*":
+        if _is_away(match[2], match[3]):
             down += count
         else:
             up += count
         gpus += count * sum(int(number) for number in _GPUS.findall(match[4]))
     return Nodes(up, down, gpus)
+
+
+def sinfo_away(partition: str | None) -> list[str]:
+    """A question of its own: a reason is free text, and what it holds must not change how many nodes there are."""
+    return sinfo(partition, "%N|%T|%E")
+
+
+def away(stdout: str) -> tuple[NodesAway, ...]:
+    """The nodes that are not up, those with the same reason together."""
+    matches = (_REASONS.fullmatch(line) for line in stdout.split("\n"))
+    return tuple(
+        NodesAway(match[1], match[2] + match[3], "" if match[4] == "none" else re.sub(r"[^ -~]", "?", match[4])[:300])
+        for match in matches
+        if match is not None and _is_away(match[2], match[3])
+    )
+
+
+def _is_away(state: str, flag: str) -> bool:
+    """`flag`: what Slurm adds to a state; "*": the node does not answer."""
+    return state.startswith(_NOT_UP) or flag == "*"

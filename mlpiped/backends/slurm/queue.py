@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,13 +23,15 @@ from mlpiped.errors import BackendUnavailable
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
-    from mlpiped.backends.slurm.commands import Listed
+    from mlpiped.backends.slurm.commands import Listed, Ref
     from mlpiped.backends.slurm.runner import Runner
 
 log = structlog.get_logger("slurm")
 QUIET_SHARE = 0.1  # of the time in which nothing has changed: so long it looks away
 LONGEST_LOOK_AWAY = 60.0  # seconds
+MOST_DOUBLINGS = 16  # of the pause after failures: a controller that is away for a weekend fails more often than that
 A_DAY = 86_400.0
+UNKNOWN = "UNKNOWN"  # not asked yet, or not known to Slurm
 NO_REASON = "Slurm has given no reason yet"
 MOST = 1000  # jobs that one sacct is asked for: a command line has an end
 
@@ -38,7 +41,8 @@ class Watch:
     """Somebody who waits for news of one job."""
 
     token: str
-    job: int
+    job: Ref
+    name: str  # by which Slurm's answers know it
     submitted: float  # seconds since the epoch, by this host's clock
     state: str | None = ""  # Slurm's word; "": it was not asked yet; None: it does not know the job
     reason: str = ""
@@ -70,11 +74,11 @@ class Queue:
         self.interval = interval
         self.looks = 0
         self.trouble: str | None = None
-        self.listing: Mapping[int, Listed] = {}
+        self.listing: Mapping[Ref, Listed] = {}
         self.config: Mapping[str, str] | None = None
         self._runner = runner
         self._on_strangers = on_strangers
-        self._watches: dict[int, set[Watch]] = {}
+        self._watches: dict[Ref, set[Watch]] = {}
         self._asking: list[_Question] = []
         self._wanted = anyio.Event()  # something is expected soon
         self._began = float("-inf")
@@ -94,8 +98,8 @@ class Queue:
 
     # --- who asks ---------------------------------------------------------------------------------------------
     @contextmanager
-    def watch(self, token: str, job: int, submitted: float) -> Iterator[Watch]:
-        watch = Watch(token, job, submitted)
+    def watch(self, token: str, job: Ref, name: str, submitted: float) -> Iterator[Watch]:
+        watch = Watch(token, job, name, submitted)
         self._watches.setdefault(job, set()).add(watch)
         self.expect()
         try:
@@ -106,7 +110,7 @@ class Queue:
             if not watches:
                 del self._watches[job]
 
-    async def fresh(self) -> Mapping[int, Listed]:
+    async def fresh(self) -> Mapping[Ref, Listed]:
         """What squeue says when asked after now. Raises BackendUnavailable."""
         question = _Question()
         self._asking.append(question)
@@ -121,15 +125,16 @@ class Queue:
         self._changed = time.monotonic()
         self._wanted.set()
 
-    def seen(self, job: int, token: str) -> Listed | None:
+    def seen(self, job: Ref, name: str) -> Listed | None:
         """As it was listed last."""
         one = self.listing.get(job)
-        return one if one is not None and one.token == token else None
+        return one if one is not None and one.name == name else None
 
     def delay(self) -> float:
         """Seconds between the beginnings of two looks, as things are."""
         if self._failures:
-            return min(self.interval * 2.0**self._failures, max(self.interval, LONGEST_LOOK_AWAY))
+            pause = self.interval * 2.0 ** min(self._failures, MOST_DOUBLINGS)
+            return min(pause, max(self.interval, LONGEST_LOOK_AWAY))
         longest = LONGEST_LOOK_AWAY
         if self.config is not None and (age := commands.seconds(self.config["MinJobAge"])):
             longest = min(longest, age / 3)  # a job that has ended is shown for so long
@@ -144,6 +149,11 @@ class Queue:
             if watch.state in commands.WAITING:
                 return NO_REASON if watch.reason in ("", "None") else watch.reason
         return None
+
+    def states(self) -> dict[str, int]:
+        """Slurm's state -> how many of the jobs that somebody waits for were in it when last listed."""
+        told = {watch.token: watch.state for some in self._watches.values() for watch in some}
+        return dict(Counter(state or UNKNOWN for state in told.values()))
 
     # --- who answers ------------------------------------------------------------------------------------------
     async def _serve(self) -> None:
@@ -190,29 +200,31 @@ class Queue:
             watch.trouble = self.trouble
             watch.news.set()
 
-    async def _tell(self, listing: Mapping[int, Listed], watches: Sequence[Watch]) -> None:
+    async def _tell(self, listing: Mapping[Ref, Listed], watches: Sequence[Watch]) -> None:
         before = [watch.state for watch in watches]
         gone = []
         for watch in watches:
             one = listing.get(watch.job)
-            if one is not None and one.token == watch.token:
+            if one is not None and one.name == watch.name:
                 watch.tell(one.state, one.reason)
             elif watch.state not in commands.ENDED:
                 gone.append(watch)
+        arrays = _arrays(listing) if gone else set()
         for first in range(0, len(gone), MOST):
-            await self._tell_gone(gone[first : first + MOST])
+            await self._tell_gone(gone[first : first + MOST], arrays)
         if [watch.state for watch in watches] != before:
             self._changed = time.monotonic()
         held = [one for one in listing.values() if one.reason == commands.HELD and one.job not in self._watches]
         if held:
             await self._on_strangers(held)
 
-    async def _tell_gone(self, gone: Sequence[Watch]) -> None:
-        """squeue does not know them any more: accounting does, where there is one."""
-        found: Mapping[int, str] = {}
+    async def _tell_gone(self, gone: Sequence[Watch], arrays: set[tuple[int, str]]) -> None:
+        """squeue does not know them any more: accounting does, where there is one. An element that waited and is no
+        more part of an array that is still there was cancelled: nothing else is left of it."""
+        found: Mapping[Ref, str] = {}
         if self._accounting:
             since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(min(one.submitted for one in gone) - A_DAY))
-            jobs = {watch.job: watch.token for watch in gone}
+            jobs = {watch.job: watch.name for watch in gone}
             try:
                 found = commands.accounted(await ask(self._runner, commands.sacct(jobs, since)))
             except BackendUnavailable as fault:
@@ -224,7 +236,8 @@ class Queue:
                         watch.news.set()
                     return
         for watch in gone:
-            watch.tell(found.get(watch.job))
+            waited = watch.state in commands.WAITING and _array(watch.job, watch.name) in arrays
+            watch.tell(found.get(watch.job, "CANCELLED" if waited else None))
 
     async def configure(self) -> None:
         """Read, once, how this Slurm is set up. Raises BackendUnavailable."""
@@ -239,7 +252,16 @@ class Queue:
             log.warning("Slurm forgets jobs sooner than `poll_interval` sees them", compute=self.name, why=what)
 
 
+def _arrays(listing: Mapping[Ref, Listed]) -> set[tuple[int, str]]:
+    """(id, name) of those that are listed, or elements of them."""
+    return {_array(one.job, one.name) for one in listing.values() if isinstance(one.job, str)}
+
+
+def _array(job: Ref, name: str) -> tuple[int, str]:
+    return commands.array_of(job), name.partition("/")[0]
+
+
 @dataclass(eq=False, slots=True)
 class _Question:
     answered: anyio.Event = field(default_factory=anyio.Event)
-    answer: Mapping[int, Listed] | None = None
+    answer: Mapping[Ref, Listed] | None = None

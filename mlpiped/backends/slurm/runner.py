@@ -64,6 +64,11 @@ async def attempt(runner: Runner, argv: Sequence[str], stdin: bytes = b"") -> tu
     try:
         return await runner.run(argv, stdin)
     except TimeoutError:
-        raise BackendUnavailable(f"`{argv[2]}` does not answer") from None
+        raise BackendUnavailable(f"`{_name(argv)}` does not answer") from None
     except OSError as error:
-        raise BackendUnavailable(f"`{argv[2]}` cannot be run: {error.strerror or error}") from error
+        raise BackendUnavailable(f"`{_name(argv)}` cannot be run: {error.strerror or error}") from error
+
+
+def _name(argv: Sequence[str]) -> str:
+    """Of the command, less what sets the environment for it."""
+    return next(word for word in argv[1:] if "=" not in word)

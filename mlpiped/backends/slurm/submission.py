@@ -1,8 +1,9 @@
 """What a job's folder holds beside the format of `base.py`, and the script that Slurm runs. All of it blocks.
 
 slurm.json       which of two came first, submission or fence: {"v": 1, "job": 77, "submitted": s, "grace": s}, or
-                 {"v": 1, "fenced": true}. It appears complete, by one link(), which only one can win. A job is
-                 released after it is there, so a job that is not named in it never runs.
+                 {"v": 1, "fenced": true}; of an element {"v": 1, "job": "77_4", "array": "…", …}. It appears complete,
+                 by one link(), which only one can win. A job is released after it is there, so a job that is not named
+                 in it never runs.
 slurm.released   … and was released: one that is held after that is held by a person
 slurm.cancel     we have been asked to cancel it: what Slurm then calls CANCELLED was not done by somebody else
 slurm.out        what the script itself has to say: nothing, when all is well
@@ -23,14 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 from mlpiped.backends import folder as folders
 from mlpiped.backends import memory_group, supervisor
+from mlpiped.backends.slurm import surroundings
 from mlpiped.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from mlpiped.backends.base import Exited, Handle
+    from mlpiped.backends.slurm.commands import Ref
 
 FENCED = folders.FENCED
 WRAPPER = Path(__file__).with_name("wrapper.sh")
-TOOLS = (Path(supervisor.__file__), Path(memory_group.__file__))
+TOOLS = (Path(supervisor.__file__), Path(memory_group.__file__), *surroundings.SCRIPTS)
 INHERITED = ("SLURM_", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 
 
@@ -84,8 +87,16 @@ def handle_of(folder: str, record: dict[str, Any]) -> Handle:
     return {**record, "token": os.path.basename(folder)}
 
 
-def submitted(job: int, grace: float) -> dict[str, Any]:
-    return {"v": 1, "job": job, "submitted": round(time.time(), 3), "grace": grace}
+def submitted(job: Ref, grace: float, array: str | None = None) -> dict[str, Any]:
+    """`array`: the name of the one of which it is an element."""
+    record = {"v": 1, "job": job, "submitted": round(time.time(), 3), "grace": grace}
+    return record if array is None else {**record, "array": array}
+
+
+def name_of(handle: Handle) -> str:
+    """By which Slurm's answers know it (`commands.Listed`)."""
+    array, job, token = handle.get("array"), handle["job"], handle["token"]
+    return str(token) if array is None else f"{array}/{str(job).partition('_')[2]}"
 
 
 def grace_of(folder: str) -> float:

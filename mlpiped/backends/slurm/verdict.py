@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from mlpiped.backends.base import Exited, Lost, NeverRan, Outcome
-from mlpiped.backends.slurm.commands import ENDED, IMPOSSIBLE, WAITING
+from mlpiped.backends.slurm.commands import ENDED, IMPOSSIBLE, ON_NODE, WAITING
 
 if TYPE_CHECKING:
+    from mlpiped.backends.slurm.commands import Ref
     from mlpiped.backends.slurm.submission import Look
 
 MACHINES = {
@@ -33,7 +34,7 @@ STUCK = 10  # so many times the patience for a supervisor that holds its lock af
 Verdict = Outcome | Literal["wait", "fence"]
 
 
-def judge(look: Look, job: int, state: str | None, reason: str, waited: float, patience: float) -> Verdict:
+def judge(look: Look, job: Ref, state: str | None, reason: str, waited: float, patience: float) -> Verdict:
     """`state`: Slurm's word, "" before it was asked, None when it knows no such job. `waited`: seconds since its end.
 
     "fence": as far as anybody knows it has not started, and it must not any more.
@@ -57,7 +58,7 @@ def is_over(look: Look, state: str | None) -> bool:
     return state is None or state in ENDED or (look.claimed and state in WAITING)
 
 
-def _told(said: Exited, ours: bool, job: int, word: str | None, settled: bool) -> Verdict:
+def _told(said: Exited, ours: bool, job: Ref, word: str | None, settled: bool) -> Verdict:
     killed = said.signal in (signal.SIGKILL, signal.SIGTERM) and not said.timed_out and said.error is None
     if (said.cancelled and ours) or not (said.cancelled or killed):
         return said
@@ -78,13 +79,17 @@ def _told(said: Exited, ours: bool, job: int, word: str | None, settled: bool) -
     return said
 
 
-def _never_started(look: Look, job: int, word: str | None, reason: str) -> Outcome:
+def _never_started(look: Look, job: Ref, word: str | None, reason: str) -> Outcome:
     if look.cancelled:
         return Exited(code=None, cancelled=True)
     if reason == IMPOSSIBLE:
         return Exited(code=None, error=f"Slurm says that no node can ever hold it: {reason}")
+    if word == "CANCELLED" and reason == ON_NODE:  # by Slurm, or in the very moment of its start
+        return NeverRan(f"Slurm cancelled job {job}, which its node did not start")
     if word == "CANCELLED":
         return Exited(code=None, error=f"{BY_OTHERS}, before it started")
+    if word == "COMPLETED":  # a controller that was killed gives ids out again: that was the end of another
+        return NeverRan(f"Slurm calls job {job} completed, and it had not started")
     if word is None:
         return NeverRan(f"Slurm does not know job {job} any more, and it had not started")
     if word in MACHINES:
@@ -95,7 +100,7 @@ def _never_started(look: Look, job: int, word: str | None, reason: str) -> Outco
     return NeverRan("its token was fenced before it started")
 
 
-def _silent(ours: bool, job: int, word: str | None) -> Outcome:
+def _silent(ours: bool, job: Ref, word: str | None) -> Outcome:
     """It has started, is over, and has left no witness."""
     killed = Exited(code=None, signal=int(signal.SIGKILL))
     if word in ("TIMEOUT", "DEADLINE"):

@@ -56,7 +56,9 @@ sweep() {
         old=${left#.new/*.}
         pid=${old%%.*} old=${old#*.}
         born "$pid" && [ "$born" = "${old%%.*}" ] && continue
-        age=$(stat -c %Y "$left" 2>/dev/null) && [ $(($(date +%s) - age)) -gt 3600 ] || continue
+        most=3600
+        case $left in .new/part.*) most=86400 ;; esac # of these the next try goes on
+        age=$(stat -c %Y "$left" 2>/dev/null) && [ $(($(date +%s) - age)) -gt $most ] || continue
         rm -rf "$left" 2>/dev/null || { chmod -R u+rwX "$left"; rm -rf "$left"; } 2>/dev/null
     done
 }
@@ -195,6 +197,7 @@ fi
 put_line "h root $root"
 put_line "h boot $boot"
 put_line "h python $found"
+put_line "h tar $(command -v tar)"
 ls -U .cas 2>/dev/null | head -n 20000 | while IFS= read -r name; do
     put_line "c $name"
 done
@@ -211,7 +214,7 @@ while IFS= read -r line; do
     launch) launch "${rest%% *}" "${rest#* }" ;;
     launchfile)
         draft=.new/order.$$.$mine.$id
-        (umask 077; head -c "${rest#* }" >"$draft") || : >"$draft"
+        (umask 077; dd bs="${rest#* }" count=1 iflag=fullblock of="$draft" 2>/dev/null) || : >"$draft"
         launch "${rest%% *}" "@$draft"
         ;;
     find) seek $rest; put_line "r $id ok" ;;

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -19,22 +20,23 @@ import anyio.to_thread
 
 from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Capacity, Exited, Handle, Job, Lost, NeverRan, Outcome
-from mlpiped.backends.ssh.carrier import LARGE, Carrier
+from mlpiped.backends.ssh.carrier import Carrier
 from mlpiped.backends.ssh.gpus import BoxCards
 from mlpiped.backends.ssh.keeper import End, Keeper
 from mlpiped.backends.ssh.kept import KeptThere
 from mlpiped.backends.ssh.link import Link
 from mlpiped.backends.ssh.orders import order
-from mlpiped.backends.ssh.parcels import Garbled, Incoming
+from mlpiped.backends.ssh.returning import Returning
 from mlpiped.backends.ssh.staging import Staging
 from mlpiped.backends.ssh.tails import Tails
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from contextlib import AsyncExitStack
 
     from mlpiped.backends.base import JobOutput, KeptOutput
+    from mlpiped.backends.ssh.progress import Moving
     from mlpiped.config.computes import SshCompute
 
 T = TypeVar("T")
@@ -58,7 +60,8 @@ class SshBackend:
         self.keeper = Keeper(self.link, settings.work_dir, instance, settings.python)
         self.carrier = Carrier(self.link)
         self._staging = Staging(self.keeper, self.carrier, datastores, settings.mounts)
-        self._kept = KeptThere(self.keeper, self.carrier)
+        self._returning = Returning(self.carrier)
+        self._kept = KeptThere(self.keeper, self.carrier, self._returning)
         self._tails = Tails(self.keeper)
         self._homes: dict[str, anyio.Lock] = {}
         self._cards = BoxCards(self.keeper, settings.gpus, instance, state_dir.absolute() / "gpus" / name)
@@ -177,6 +180,11 @@ class SshBackend:
             else:
                 await anyio.sleep(FOLLOW)
 
+    async def measured(self, handle: Handle, offset: int) -> AsyncIterator[bytes]:
+        while chunk := (await self._tails.read(_token(handle), "metrics.jsonl", offset))[1]:
+            offset += len(chunk)
+            yield chunk
+
     async def _bring_logs(self, token: str, end: End) -> None:
         """What it has printed and measured, and then its exit.json."""
         folder = Path(folders.at(self.jobs_dir, token))
@@ -201,28 +209,20 @@ class SshBackend:
     async def _bring(self, token: str, what: str, folder: Path, names: Sequence[str]) -> None:
         """Each of `names` that is there appears in `folder` by a rename, once all have come whole."""
         agent = await self.keeper.agent()
-        draft = folder / f".{secrets.token_hex(6)}"
         progress, place, words = self._staging.progress, f"{token}/home", f"brings {what} home from {self.name}"
         command = agent.box.script("tree.sh", "get", agent.box.root, token)
+        part = folder / f".{names[0]}.part"
+
+        @contextmanager
+        def moves() -> Iterator[Moving]:
+            with progress.wait(token, place), progress.move(place, words) as moving:
+                yield moving
+
         try:
-            await self._here("keep what it made", lambda: draft.mkdir(parents=True))
-            into = Incoming(draft)
-            try:
-                await self.carrier.get([*command, str(LARGE) if self.carrier.client else "", *names], into)
-                if into.big:
-                    with progress.wait(token, place), progress.move(place, words) as moving:
-                        into = Incoming(draft, moving)
-                        await self.carrier.get_large([*command, "", *names], into)
-            finally:
-                into.close()
-            await self._here("keep what it made", lambda: _settle(draft, folder))
-        except Garbled as fault:
-            raise BackendUnavailable(f"what came from `{self.name}` is not whole: {fault}") from fault
+            async with self._returning.brought(command, names, part, moves):
+                await self._here("keep what it made", lambda: _settle(part, folder))
         except OSError as fault:
             raise BackendUnavailable(f"cannot keep what the step made: {fault.strerror}: {fault.filename}") from fault
-        finally:
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(lambda: shutil.rmtree(draft, ignore_errors=True))
 
     # --- what stays there ---------------------------------------------------------------------------------------
     async def keep(self, handle: Handle, outputs: Sequence[JobOutput]) -> list[KeptOutput]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING
 
@@ -17,17 +17,19 @@ import anyio
 import anyio.to_thread
 import asyncssh
 
-from mlpiped.backends.ssh.link import quoted
+from mlpiped.backends.ssh.agent import MARK
+from mlpiped.backends.ssh.parcels import Start
 from mlpiped.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mlpiped.backends.ssh.incoming import Incoming
     from mlpiped.backends.ssh.link import Link
-    from mlpiped.backends.ssh.parcels import Incoming
 
 LARGE = 8 << 20  # bytes
 STALLED = 120.0  # seconds without a byte's progress
+HASHED = 6 * 3600.0  # seconds in which a box has hashed what it was sent
 BLOCK = 1 << 18
 
 
@@ -43,14 +45,26 @@ class Carrier:
         self._large = anyio.CapacityLimiter(2)
 
     # --- out ----------------------------------------------------------------------------------------------------
-    async def put(self, command: Sequence[str], stream: Iterator[bytes], size: int) -> None:
+    async def put(self, command: Sequence[str], stream: Iterator[bytes]) -> None:
         """Raises BackendUnavailable; what the stream raises; OSError."""
-        if size > LARGE and self.client is not None:
+        self._kept(await self._put_on_channel(command, lambda process: _ready(stream), STALLED))
+
+    async def put_large(self, command: Sequence[str], stream: Callable[[Start], Iterator[bytes]]) -> None:
+        """The same, from where an earlier try broke off: the box says it first."""
+        if self.client is not None:
             async with self._large:
-                said = await self._child(command, lambda child: _pour(child, self._counted(stream)))
+                said = await self._child(command, lambda child: _pour(child, lambda at: self._counted(stream(at))))
         else:
-            said = await self._put_on_channel(command, stream)
-        if said.strip().splitlines()[-1:] != [b"ok"]:
+
+            async def asked(process: asyncssh.SSHClientProcess[bytes]) -> Iterator[bytes] | None:
+                start = _start(await process.stdout.readline())
+                return None if start is None else stream(start)
+
+            said = await self._put_on_channel(command, asked, HASHED)
+        self._kept(said)
+
+    def _kept(self, said: bytes) -> None:
+        if said.strip().splitlines()[-1:] not in ([b"ok"], [b"there"]):
             raise BackendUnavailable(f"`{self.link.name}` could not keep what was sent: {_last(said)}")
 
     def _counted(self, stream: Iterator[bytes]) -> Iterator[bytes]:
@@ -58,18 +72,21 @@ class Carrier:
             self.sent += len(chunk)
             yield chunk
 
-    async def _put_on_channel(self, command: Sequence[str], stream: Iterator[bytes]) -> bytes:
-        chunks = self._counted(stream)
+    async def _put_on_channel(self, command: Sequence[str], begun: Begun, patience: float) -> bytes:
         async with self.link.channel() as connection:
             try:
                 process = await self.link.process(connection, command)
                 try:
+                    stream = await begun(process)
+                    if stream is None:
+                        return b"there"
+                    chunks = self._counted(stream)
                     while chunk := await anyio.to_thread.run_sync(_gather, chunks, limiter=self._threads):
                         process.stdin.write(chunk)
                         with anyio.fail_after(STALLED):
                             await process.stdin.drain()
                     process.stdin.write_eof()
-                    with anyio.fail_after(STALLED):
+                    with anyio.fail_after(patience):
                         said = await process.stdout.read()
                         said += await process.stderr.read()
                         await process.wait_closed()
@@ -99,31 +116,38 @@ class Carrier:
                     if not data:
                         raise BackendUnavailable(f"the way from `{self.link.name}` broke off")
                     self.received += len(data)
-                    await anyio.to_thread.run_sync(into.feed, data, limiter=self._threads)
+                    for answer in await anyio.to_thread.run_sync(into.feed, data, limiter=self._threads):
+                        process.stdin.write(answer)
             finally:
                 process.channel.abort()
 
     async def get_large(self, command: Sequence[str], into: Incoming) -> None:
+        if self.client is None:
+            await self.get(command, into)
+            return
         async with self._large:
             said = await self._child(command, lambda child: self._drained(child, into))
         if not into.done:
             raise BackendUnavailable(f"the way from `{self.link.name}` broke off: {_last(said)}")
 
     def _drained(self, child: subprocess.Popen[bytes], into: Incoming) -> bytes:
-        assert child.stdout is not None
+        assert child.stdin is not None and child.stdout is not None
         while not into.done and (data := child.stdout.read1(1 << 20)):  # type: ignore[attr-defined]
             self.received += len(data)
-            into.feed(data)
+            for answer in into.feed(data):
+                with suppress(BrokenPipeError):  # it says why
+                    child.stdin.write(answer)
+                    child.stdin.flush()
         return b""
 
     # --- a child ------------------------------------------------------------------------------------------------
     async def _child(self, command: Sequence[str], work: Work) -> bytes:
         """What `work` brought, else what it said on stderr."""
-        argv = [*self.link.command(), quoted(*command)]
+        argv = [*self.link.command(), self.link.remote(command)]
         with tempfile.TemporaryFile() as errors:
             child = _started(argv, errors)
             try:
-                said = await anyio.to_thread.run_sync(work, child, abandon_on_cancel=True)
+                said = await anyio.to_thread.run_sync(self._worked, child, work, abandon_on_cancel=True)
             finally:
                 child.kill()
                 with anyio.CancelScope(shield=True):
@@ -131,8 +155,16 @@ class Carrier:
             errors.seek(0)
             return said or errors.read(65536)
 
+    def _worked(self, child: subprocess.Popen[bytes], work: Work) -> bytes:
+        assert child.stdout is not None
+        while self.link.greets and (line := child.stdout.readline()) != MARK.encode() + b"\n":
+            if not line:
+                return b""
+        return work(child)
+
 
 Work = Callable[["subprocess.Popen[bytes]"], bytes]
+Begun = Callable[["asyncssh.SSHClientProcess[bytes]"], Awaitable[Iterator[bytes] | None]]
 
 
 def _started(argv: Sequence[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -140,10 +172,30 @@ def _started(argv: Sequence[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
 
 
-def _pour(child: subprocess.Popen[bytes], stream: Iterator[bytes]) -> bytes:
+async def _ready(stream: Iterator[bytes]) -> Iterator[bytes]:
+    return stream
+
+
+def _start(line: bytes) -> Start | None:
+    """Of `from UNITS BYTES`; None: it is all there."""
+    match line.split():
+        case [b"from", units, offset] if units.isdigit() and offset.isdigit():
+            return Start(int(units), int(offset))
+        case [b"there"]:
+            return None
+    raise ConnectionError("it does not say what is there")
+
+
+def _pour(child: subprocess.Popen[bytes], stream: Callable[[Start], Iterator[bytes]]) -> bytes:
     assert child.stdin is not None and child.stdout is not None
+    try:
+        start = _start(child.stdout.readline())
+    except ConnectionError:
+        return b""
+    if start is None:
+        return b"there"
     with suppress(BrokenPipeError):  # it says why
-        for chunk in stream:
+        for chunk in stream(start):
             child.stdin.write(chunk)
         child.stdin.close()
     return child.stdout.read(65536)

@@ -6,8 +6,6 @@ The box tells names, sizes and SHA-256 of what is in an output, and the digest i
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from typing import TYPE_CHECKING
 
 import anyio
@@ -16,8 +14,7 @@ import asyncssh
 
 from mlpiped.backends.base import KeptOutput
 from mlpiped.backends.ssh.agent import encoded
-from mlpiped.backends.ssh.carrier import LARGE
-from mlpiped.backends.ssh.parcels import Garbled, Incoming, decoded
+from mlpiped.backends.ssh.incoming import decoded
 from mlpiped.errors import BackendUnavailable, InvalidJob
 from mlpiped.files.portable import PORTABLE, portable_tree
 
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
     from mlpiped.backends.base import JobOutput
     from mlpiped.backends.ssh.carrier import Carrier
     from mlpiped.backends.ssh.keeper import Keeper
+    from mlpiped.backends.ssh.returning import Returning
 
 LONGEST = 6 * 3600.0  # seconds in which a box has hashed an output
 ANSWER = 300.0  # seconds for anything that reads no file
@@ -35,8 +33,8 @@ AT_ONCE = 100  # contents in a command
 
 
 class KeptThere:
-    def __init__(self, keeper: Keeper, carrier: Carrier) -> None:
-        self.keeper, self.carrier = keeper, carrier
+    def __init__(self, keeper: Keeper, carrier: Carrier, returning: Returning) -> None:
+        self.keeper, self.carrier, self._returning = keeper, carrier, returning
         self._one = anyio.Lock()
 
     async def keep(self, token: str, output: JobOutput) -> KeptOutput:
@@ -72,27 +70,14 @@ class KeptThere:
         """The content, as it came: what it is, the caller must find out. None: it is not there any more."""
         agent = await self.keeper.agent()
         content = _content(digest)
-        draft = into / f"{secrets.token_hex(8)}.home"
         command = agent.box.script("tree.sh", "get", agent.box.root, ".cas")
+        part = into / f"{self.carrier.link.name}.{content}.part"
         try:
-            await anyio.to_thread.run_sync(lambda: draft.mkdir(parents=True))
-            incoming = Incoming(draft)
-            try:
-                await self.carrier.get([*command, str(LARGE) if self.carrier.client else "", content], incoming)
-                if incoming.big:
-                    incoming = Incoming(draft)
-                    await self.carrier.get_large([*command, "", content], incoming)
-            finally:
-                incoming.close()
-            return await anyio.to_thread.run_sync(_settled, draft, content)
-        except Garbled as fault:
-            raise BackendUnavailable(f"what came from `{agent.name}` is not whole: {fault}") from fault
+            async with self._returning.brought(command, [content], part):
+                return await anyio.to_thread.run_sync(_settled, part, content)
         except OSError as fault:
             why = f"{fault.strerror}: {fault.filename}"
             raise BackendUnavailable(f"cannot keep what comes from `{agent.name}`: {why}") from fault
-        finally:
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(lambda: shutil.rmtree(draft, ignore_errors=True))
 
     async def changed(self, digests: Sequence[str] | None) -> set[str]:
         """Of these, or of all that is kept, what is gone or has been changed. Reads no file."""
@@ -202,10 +187,10 @@ def _stays_inside(rel: str, target: str) -> bool:
     return not target.startswith("/") and ".." not in parts[ups:] and ups <= rel.count("/")
 
 
-def _settled(draft: Path, content: str) -> Path | None:
+def _settled(part: Path, content: str) -> Path | None:
     """The one that is no further name of it, out of what came."""
-    folder = draft / content
+    folder = part / content
     entries = [entry for entry in folder.iterdir() if not entry.is_symlink()] if folder.is_dir() else []
     if len(entries) != 1:
         return None
-    return entries[0].rename(draft.with_suffix(".came"))
+    return entries[0].rename(part.with_suffix(".came"))

@@ -1,4 +1,4 @@
-"""Files and folders as one stream of bytes (the format: `tree.sh`), made and taken apart without a connection. Blocks.
+"""Files and folders as one stream of bytes (the format: `tree.sh`), made without a connection. Blocks.
 
 What is sent is hashed on the way: a content is put where others will find it by its digest, so it must be that content.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,14 +14,12 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from mlpiped.backends.ssh.agent import encoded
+from mlpiped.backends.ssh.bundles import SMALL, Bundle, Manifest, Small, archive
 from mlpiped.files.hashing import open_file, tree_digest
 from mlpiped.files.walking import kind_of, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
-
-    from mlpiped.backends.ssh.progress import Moving
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 CHUNK = 1 << 20
 
@@ -48,176 +45,148 @@ def size_of(path: str) -> int:
     return sum(member.stamp[2] for member in walk(path) if member.stamp is not None)
 
 
-def outgoing(pieces: Sequence[Piece]) -> Iterator[bytes]:
-    """The stream of `pieces`. Raises Changed, OSError, PathRefused: it has no `end` then, and nothing of it is kept."""
-    made: set[str] = set()
-    for piece in pieces:
-        parts = piece.name.split("/")[:-1]
-        for folder in ("/".join(parts[: n + 1]) for n in range(len(parts))):
-            if folder not in made:
-                made.add(folder)
-                yield b"d %b\n" % encoded(folder)
-        yield from _one(piece)
-    yield b"end\n"
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a stream goes on that was cut: so many units are there, and so many bytes of the file that comes next."""
+
+    units: int = 0
+    offset: int = 0
 
 
-def _one(piece: Piece) -> Iterator[bytes]:
-    if not stat.S_ISDIR(os.stat(piece.path).st_mode):
-        hasher = blake3(max_threads=1)
-        yield from _file(os.path.realpath(piece.path), piece.name, hasher)
-        found = f"b3:{hasher.hexdigest()}"
-    else:
-        lines = []
-        yield b"d %b\n" % encoded(piece.name)
-        for member in sorted(walk(piece.path), key=lambda member: member.rel.split("/")):
-            name, payload = f"{piece.name}/{member.rel}", ""
-            if member.kind == "d":
-                yield b"d %b\n" % encoded(name)
-            elif member.stamp is None:
-                payload = member.target
-                yield b"l %b %b\n" % (encoded(name), encoded(payload))
+@dataclass(slots=True)
+class Unit:
+    """An entry as it travels. `data` is to be read to its end: it is hashed on the way."""
+
+    kind: str
+    size: int = 0
+    name: bytes = b""
+    data: Iterable[bytes] = ()
+
+    def stream(self, offset: int = 0) -> Iterator[bytes]:
+        """From the byte `offset` of its data on."""
+        if self.kind in "dl":
+            yield b"%b %b\n" % (self.kind.encode(), self.name)
+            return
+        more = b"+" if offset else b""
+        name = b" %b" % self.name if self.name else b""
+        yield b"%b%b %d%b\n" % (self.kind.encode(), more, self.size - offset, name)
+        for chunk in self.data:
+            yield chunk[offset:]
+            offset = max(0, offset - len(chunk))
+
+
+def outgoing(
+    pieces: Sequence[Piece], *, tar: bool = False, start: Start | None = None, skipped: Callable[[int], object] = int
+) -> Iterator[bytes]:
+    """The stream of `pieces`, small files in archives if the box has `tar`; from `start` on it says what it leaves out.
+
+    Raises Changed, OSError, PathRefused: it has no `end` then, and nothing of it is taken for whole.
+    """
+    manifest = None if start is None else Manifest()
+    start = start or Start()
+    for number, unit in enumerate(_Units(tar, manifest).of(pieces)):
+        if number < start.units:
+            skipped(sum(len(chunk) for chunk in unit.data))
+        elif number == start.units and unit.kind in "fx" and start.offset <= unit.size:
+            skipped(start.offset)
+            yield from unit.stream(start.offset)
+        else:
+            yield from unit.stream()
+    yield b"end\n" if manifest is None else b"end %b\n" % manifest.digest().encode()
+
+
+class _Units:
+    """The same of the same pieces, whenever it is asked: who goes on counts them."""
+
+    def __init__(self, tar: bool, manifest: Manifest | None) -> None:
+        self._tar, self._manifest = tar, manifest
+        self._bundle = Bundle()
+        self._hasher = blake3(max_threads=1)
+
+    def of(self, pieces: Sequence[Piece]) -> Iterator[Unit]:
+        made: set[str] = set()
+        for piece in pieces:
+            parts = piece.name.split("/")[:-1]
+            for folder in ("/".join(parts[: n + 1]) for n in range(len(parts))):
+                if folder not in made:
+                    made.add(folder)
+                    yield from self._folder(folder)
+            yield from self._piece(piece)
+        yield from self._rest()
+
+    def _piece(self, piece: Piece) -> Iterator[Unit]:
+        if not stat.S_ISDIR(os.stat(piece.path).st_mode):
+            yield from self._file(os.path.realpath(piece.path), piece.name)
+            found = f"b3:{self._hasher.hexdigest()}"
+        else:
+            lines = []
+            yield from self._folder(piece.name)
+            for member in sorted(walk(piece.path), key=lambda member: member.rel.split("/")):
+                name, payload = f"{piece.name}/{member.rel}", ""
+                if member.kind == "d":
+                    yield from self._folder(name)
+                elif member.stamp is None:
+                    payload = member.target
+                    yield from self._link(name, payload)
+                else:
+                    yield from self._file(member.path, name)
+                    payload = f"b3:{self._hasher.hexdigest()}"
+                lines.append((os.fsencode(member.rel), member.kind, payload))
+            found = tree_digest(lines)
+        if piece.digest not in (None, found):
+            raise Changed(f"`{piece.path}` is not what it was when it was looked at")
+
+    def _folder(self, name: str) -> Iterator[Unit]:
+        if self._manifest is not None:
+            self._manifest.folder(name)
+        yield from self._small(Small("d", name))
+
+    def _link(self, name: str, target: str) -> Iterator[Unit]:
+        if self._manifest is not None:
+            self._manifest.link(name, target)
+        yield from self._small(Small("l", name, target=target))
+
+    def _file(self, path: str, name: str) -> Iterator[Unit]:
+        fd = open_file(path)
+        try:
+            st = os.fstat(fd)
+            if not stat.S_ISREG(st.st_mode):
+                raise Changed(f"`{path}` is not a regular file")
+            kind, size, sha = kind_of(st.st_mode), st.st_size, hashlib.sha256()
+            self._hasher = blake3(max_threads=1)
+            data = self._read(path, fd, size, sha)
+            if self._tar and size <= SMALL:
+                yield from self._small(Small(kind, name, b"".join(data)))
             else:
-                hasher = blake3(max_threads=1)
-                yield from _file(member.path, name, hasher)
-                payload = f"b3:{hasher.hexdigest()}"
-            lines.append((os.fsencode(member.rel), member.kind, payload))
-        found = tree_digest(lines)
-    if piece.digest not in (None, found):
-        raise Changed(f"`{piece.path}` is not what it was when it was looked at")
+                yield from self._rest()
+                yield Unit(kind, size, encoded(name), data)
+            if self._manifest is not None:
+                self._manifest.file(kind, size, sha.hexdigest(), name)
+        finally:
+            os.close(fd)
 
-
-def _file(path: str, name: str, hasher: blake3) -> Iterator[bytes]:
-    fd = open_file(path)
-    try:
-        st = os.fstat(fd)
-        if not stat.S_ISREG(st.st_mode):
-            raise Changed(f"`{path}` is not a regular file")
-        left = st.st_size
-        yield b"%b %d %b\n" % (kind_of(st.st_mode).encode(), left, encoded(name))
+    def _read(self, path: str, fd: int, left: int, sha: hashlib._Hash) -> Iterator[bytes]:
         while left:
             chunk = os.read(fd, min(left, CHUNK))
             if not chunk:
                 raise Changed(f"`{path}` became shorter while it was sent")
-            hasher.update(chunk)
+            self._hasher.update(chunk)
+            if self._manifest is not None:
+                sha.update(chunk)
             left -= len(chunk)
             yield chunk
-    finally:
-        os.close(fd)
 
+    def _small(self, member: Small) -> Iterator[Unit]:
+        self._bundle.add(member)
+        if self._bundle.full or not self._tar:
+            yield from self._rest()
 
-class Garbled(Exception):
-    """what came is not what was sent"""
-
-
-class Incoming:
-    """Takes a stream apart into a folder, which must be empty. Feed it until `done`; `big`: nothing came."""
-
-    def __init__(self, folder: Path, moving: Moving | None = None) -> None:
-        self.folder = os.fspath(folder)
-        self.done = self.big = False
-        self._moving = moving
-        self._buffer = b""
-        self._listed: list[tuple[str, int, str, str]] = []  # kind, size, sha256, path: their bytes come later
-        self._file: int | None = None
-        self._left = 0
-        self._hash = hashlib.sha256()
-
-    def feed(self, data: bytes) -> None:
-        """Raises Garbled, OSError."""
-        if self._moving is not None:
-            self._moving.moved(len(data))
-        self._buffer += data
-        while self._buffer and not self.done:
-            if self._file is not None:
-                taken, self._buffer = self._buffer[: self._left], self._buffer[self._left :]
-                self._write(taken)
-                continue
-            line, newline, rest = self._buffer.partition(b"\n")
-            if not newline:
-                if len(line) > 65536:
-                    raise Garbled("a line without an end")
-                return
-            self._buffer = rest
-            self._take(line.decode("ascii", "replace").split(" "))
-
-    def _take(self, words: list[str]) -> None:
-        match words:
-            case ["end"]:
-                self.done = not self._listed
-            case ["t", size] if size.isdigit():
-                if self._moving is not None:
-                    self._moving.total = int(size)
-            case ["big"]:
-                self.done = self.big = True
-            case ["bytes"]:
-                self._next()
-                return
-            case ["d", name]:
-                os.makedirs(self._path(name), exist_ok=True)
-            case ["l", name, target]:
-                os.symlink(decoded(target), self._path(name))
-            case ["s", name]:
-                os.mkfifo(self._path(name))  # whoever collects it complains of it
-            case [("f" | "x") as kind, size, digest, name] if size.isdigit():
-                self._listed.append((kind, int(size), digest, self._path(name)))
-            case _:
-                raise Garbled(f"no entry: {words!r:.200}")
-        if words == ["end"] and self._listed:
-            raise Garbled("files without their bytes")
-
-    def _next(self) -> None:
-        """Open the file whose bytes come now; those that are empty are done at once."""
-        while self._listed:
-            kind, self._left, _, path = self._listed[0]
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._file = os.open(path, flags, 0o755 if kind == "x" else 0o644)
-            self._hash = hashlib.sha256()
-            if self._left:
-                return
-            self._close()
-
-    def _write(self, data: bytes) -> None:
-        assert self._file is not None
-        self._hash.update(data)
-        self._left -= len(data)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._file, view) :]
-        if not self._left:
-            self._close()
-            self._next()
-
-    def _close(self) -> None:
-        assert self._file is not None
-        os.close(self._file)
-        self._file = None
-        _, _, digest, path = self._listed.pop(0)
-        if self._hash.hexdigest() != digest:
-            raise Garbled(f"`{os.path.relpath(path, self.folder)}` did not arrive as it is on the box")
-
-    def _path(self, name: str) -> str:
-        plain = decoded(name)
-        parts = plain.split("/")
-        if not plain or "\0" in plain or any(part in ("", ".", "..") for part in parts):
-            raise Garbled(f"no name for a file: {plain!r:.200}")
-        # A link that came earlier leads nowhere: what lies below it is refused, by makedirs or by this.
-        at = self.folder
-        for part in parts[:-1]:
-            at = f"{at}/{part}"
-            if os.path.islink(at):
-                raise Garbled(f"a file below a link: {plain!r:.200}")
-        return f"{self.folder}/{plain}"
-
-    def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-
-def decoded(name: str) -> str:
-    if name.startswith(":"):
-        if not re.fullmatch(r"(?:[0-9a-f]{2})*", name[1:]):
-            raise Garbled(f"no name: {name!r:.200}")
-        return os.fsdecode(bytes.fromhex(name[1:]))
-    return name
+    def _rest(self) -> Iterator[Unit]:
+        members = self._bundle.taken()
+        if len(members) > 1:
+            together = archive(members)
+            yield Unit("T", len(together), data=(together,))
+            return
+        for kind, name, data, target in members:
+            to = b" %b" % encoded(target) if kind == "l" else b""
+            yield Unit(kind, len(data), encoded(name) + to, (data,))

@@ -20,8 +20,9 @@ import structlog
 
 import mlpiped
 from mlpiped.backends.ssh.agent import encoded
+from mlpiped.backends.ssh.carrier import LARGE
 from mlpiped.backends.ssh.orders import Place
-from mlpiped.backends.ssh.parcels import Changed, Piece, outgoing, size_of
+from mlpiped.backends.ssh.parcels import Changed, Piece, Start, outgoing, size_of
 from mlpiped.backends.ssh.progress import Progress
 from mlpiped.errors import BackendUnavailable, InvalidJob
 from mlpiped.files.hashing import hash_fd, open_file, tree_digest
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from mlpiped.backends.base import Job
-    from mlpiped.backends.ssh.agent import Agent
+    from mlpiped.backends.ssh.agent import Agent, Box
     from mlpiped.backends.ssh.carrier import Carrier
     from mlpiped.backends.ssh.keeper import Keeper
 
@@ -167,7 +168,14 @@ class Staging:
         command = agent.box.script("tree.sh", "put", agent.box.root, place)
         try:
             with self.progress.wait(token, place), self.progress.move(place, what, size) as moving:
-                await self.carrier.put(command, moving.counted(outgoing(pieces)), size)
+                if size <= LARGE:
+                    await self.carrier.put(command, moving.counted(outgoing(pieces, tar=agent.box.tar)))
+                    return
+
+                def stream(start: Start) -> Iterator[bytes]:
+                    return moving.counted(outgoing(pieces, tar=agent.box.tar, start=start, skipped=moving.moved))
+
+                await self.carrier.put_large([*command, _key(place, agent.box)], stream)
         except PathRefused as fault:
             raise InvalidJob(fault.message) from fault
 
@@ -264,6 +272,11 @@ def _content(digest: str) -> str:
 
 def _name(path: str) -> str:
     return os.path.basename(path.rstrip("/")) or "root"
+
+
+def _key(place: str, box: Box) -> str:
+    """What may go on where another try broke off: the same units of the same thing."""
+    return hashlib.sha256(f"{mlpiped.__version__}\0{box.scripts}\0{box.tar}\0{place}".encode()).hexdigest()[:32]
 
 
 def _sdk() -> tuple[str, list[Piece]]:

@@ -1,13 +1,17 @@
 # Files and folders through a channel, with sh and coreutils alone.
 #
-#   sh tree.sh put ROOT PLACE             from stdin into the folder PLACE, which appears by one rename: `ok`
+#   sh tree.sh put ROOT PLACE [KEY]       from stdin into the folder PLACE, which appears by one rename: `ok`. With a
+#                                         KEY what came is kept when the way breaks: `there`, or first `from UNITS BYTES`
+#                                         says how many entries are here, and how much of the file after them
 #   sh tree.sh get ROOT TOKEN LIMIT NAME… what there is of these in a job's folder; `big` when it is over LIMIT bytes
 #   sh tree.sh logs ROOT                  `TOKEN STREAM OFFSET LIMIT` a line; `OVER SIZE`, and so many bytes, for each
 #
 # An entry is a line, and to us the bytes of a file behind it:
 #   d NAME · l NAME TARGET · f|x SIZE NAME (put) · f|x SIZE SHA256 NAME (get) · s NAME (neither) · t BYTES
-# (of all, get without a LIMIT) · end
-# From us several files come at once: their lines, `bytes`, and the bytes of them all.
+# (of all, get with `ask`) · end · T BYTES: an archive of small ones, where there is `tar` (put) · f+|x+ SIZE NAME:
+# the rest of a file (put) · end SHA256: and all that is here, as lines, sorted, has that digest (put)
+# From us several files come at once: their lines, `bytes`, and the bytes of them all; or with `ask` for a LIMIT their
+# lines, `ask`, and after a line with how many of their bytes are there the others.
 # Names: to us %b-encoded, from us as they are, or `:` and their bytes in hexadecimal.
 
 set -f
@@ -16,43 +20,115 @@ N='
 
 put() {
     cd "$1" || exit 1
-    place=$2 root=$PWD
-    read -r self rest </proc/$$/stat
-    rest=${rest##*) }
-    set -- $rest
-    shift 19
-    draft=$PWD/.new/put.$$.$1
-    [ ! -e "$place" ] || { cat >/dev/null; echo ok; exit 0; }
-    mkdir -m 700 "$draft" && cd "$draft" || exit 1
-    trap 'chmod -R u+rwX "$draft" 2>/dev/null; rm -rf "$draft"' EXIT
-    trap 'exit 1' HUP INT TERM
+    place=$2 key=${3-} root=$PWD count=0 name=
+    if [ -e "$place" ]; then
+        [ -n "$key" ] && echo there || { cat >/dev/null; echo ok; }
+        exit 0
+    fi
+    . "${0%/*}/step.sh"
+    born $$
+    draft=$PWD/.new/put.$$.$born tree=$PWD/.new/put.$$.$born
+    if [ -n "$key" ]; then
+        draft=$PWD/.new/part.$$.$born.$key
+        tree=$draft/tree
+        inherit && cd "$tree" || exit 1
+        echo "from $count $there"
+    else
+        mkdir -m 700 "$draft" && cd "$draft" || exit 1
+        trap 'remove "$draft"' EXIT
+        trap 'exit 1' HUP INT TERM
+    fi
     whole=0
     while read -r kind one two; do # a last line that is cut fails here
-        case $kind in
-        end)
+        [ -z "$key" ] || printf '%s %s\n' "$count" "${two:--}" >"$draft/count"
+        if [ "$kind" = end ]; then
             whole=1
             break
-            ;;
-        d | l) decode "$one" ;;
-        *) decode "$two" ;;
-        esac
-        case $kind in
-        d) mkdir "./$decoded" ;;
-        f) head -c "$one" >"./$decoded" ;;
-        x) head -c "$one" >"./$decoded" && chmod u+x "./$decoded" ;;
-        l) link=$decoded && decode "$two" && ln -s "$decoded" "./$link" ;;
-        *) false ;;
-        esac || exit 1
+        fi
+        entry && count=$((count + 1)) && continue
+        ! read -r kind || remove "$draft" # there is more: it is not the way that broke
+        exit 1
     done
     [ "$whole" = 1 ] || exit 1
+    if [ -n "$one" ] && [ "$(manifest)" != "$one" ]; then
+        remove "$draft"
+        echo 'it is not what was sent'
+        exit 1
+    fi
     cd "$root" || exit 1
     case $place in
-    .cas/*) chmod -R a-w,a+rX "$draft"; chmod u+w "$draft" ;; # steps share it
+    .cas/*) chmod -R a-w,a+rX "$tree"; chmod u+w "$tree" ;; # steps share it
     */*) mkdir -p -m 700 "${place%/*}" ;;
     esac
     case $place in */*/*) mkdir -p -m 700 "${place%%/*}" "${place%/*}" ;; esac
-    mv -T "$draft" "$place" 2>/dev/null || [ -e "$place" ] || exit 1
+    mv -T "$tree" "$place" 2>/dev/null || [ -e "$place" ] || exit 1
+    [ -z "$key" ] || remove "$draft"
     echo ok
+}
+
+# So many bytes and no more: `head` of some boxes reads on.
+take() {
+    [ "$1" -lt $BLOCK ] || dd bs=$BLOCK count=$(($1 / BLOCK)) iflag=fullblock 2>/dev/null || return
+    [ $(($1 % BLOCK)) = 0 ] || dd bs=$(($1 % BLOCK)) count=1 iflag=fullblock 2>/dev/null
+}
+
+# One unit of what comes; said again, it is made again.
+entry() {
+    case $kind in
+    T)
+        take "$one" | tar -xomf -
+        return
+        ;;
+    d | l) decode "$one" ;;
+    *) decode "$two" ;;
+    esac
+    case $kind in
+    d) mkdir -p "./$decoded" ;;
+    [fx]) take "$one" >"./$decoded" ;;
+    [fx]+) take "$one" >>"./$decoded" ;;
+    l) link=$decoded && decode "$two" && ln -sfn "$decoded" "./$link" ;;
+    *) false ;;
+    esac || return
+    case $kind in x*) chmod u+x "./$decoded" ;; esac
+}
+
+# What an earlier try for $key has left: $count units, and $there bytes of the file that was coming. Who sent it may
+# hang in a frozen connection and write yet, so it keeps its own.
+inherit() {
+    set +f
+    for left in .new/part.*."$key"; do
+        set -f
+        old=${left#.new/part.}
+        pid=${old%%.*} old=${old#*.}
+        [ -d "$left/tree" ] || continue
+        if born "$pid" && [ "$born" = "${old%%.*}" ]; then
+            mkdir -m 700 "$draft" && cp "$left/count" "$draft" && cp -R "$left/tree" "$draft" || remove "$draft"
+        else
+            mv -T "$left" "$draft"
+        fi
+        break
+    done 2>/dev/null
+    set -f
+    there=0
+    if [ -d "$tree" ]; then
+        touch "$draft"
+        { read -r count name <"$draft/count"; } 2>/dev/null
+        decode "$name"
+        [ ! -f "$tree/$decoded" ] || there=$(stat -c %s -- "$tree/$decoded")
+        count=${count:-0}
+    else
+        mkdir -m 700 "$draft" "$tree"
+    fi
+}
+
+manifest() {
+    bare=1 LC_ALL=C
+    export LC_ALL
+    { below .; } | sort | sha256sum | { read -r sum rest; echo "$sum"; }
+}
+
+remove() {
+    rm -rf "$1" 2>/dev/null || { chmod -R u+rwX "$1"; rm -rf "$1"; } 2>/dev/null
 }
 
 decode() {
@@ -85,7 +161,7 @@ get() {
     done
     set -- $there
     [ $# -gt 0 ] || { echo "end"; exit 0; }
-    if [ -n "$limit" ]; then
+    if [ "$limit" != ask ]; then
         total=$(du -sbc -- "$@" 2>/dev/null | tail -n 1)
         [ "${total%%[!0-9]*}" -le "$limit" ] || { echo big; exit 0; }
     else
@@ -152,8 +228,18 @@ files() {
     done 3<<EOF
 $(stat -c %s -- "$@")
 EOF
-    echo bytes
-    cat -- "$@"
+    [ -n "$bare" ] && return
+    skip=0
+    if [ "$limit" = ask ]; then
+        echo ask
+        read -r skip || exit 1
+    else
+        echo bytes
+    fi
+    case $skip in
+    0) cat -- "$@" ;;
+    *) if [ $# = 1 ]; then tail -c "+$((skip + 1))" -- "$1"; else cat -- "$@" | tail -c "+$((skip + 1))"; fi ;;
+    esac
 }
 
 logs() {
@@ -174,7 +260,7 @@ logs() {
     done
 }
 
-some='' count=0
+some='' count=0 bare= limit= BLOCK=65536
 while [ "$count" -lt 200 ]; do
     count=$((count + 1))
     some="$some \"\${$count}\""

@@ -151,6 +151,7 @@ def compute(call: Call) -> int:
         gpus = f"{sum(bool(card['holders']) for card in c['cards'])}/{len(c['cards'])}" if c["cards"] else None
         rows.append([c["name"], c["kind"], f"{c['used']}/{c['slots']}", memory, gpus, _health(c, now)])
     call.say(call.screen.table(["NAME", "KIND", "SLOTS", "MEMORY", "GPUS", "HEALTH"], rows))
+    _clusters(call, [c for c in answer["compute"] if c.get("cluster")])
     cards = [
         [f"{c['name']}:{card['index']}", card["name"], size(card["memory"]) if card["memory"] else None, _on(card)]
         for c in answer["compute"]
@@ -168,12 +169,34 @@ def compute(call: Call) -> int:
     return 0
 
 
+def _clusters(call: Call, computes: list[dict[str, Any]]) -> None:
+    """Of those whose jobs wait in a queue: its nodes, our jobs in its own words, and why nodes take none."""
+    if not computes:
+        return
+    rows: list[list[object]] = []
+    for c in computes:
+        seen = c["cluster"]
+        down = Cell(seen["nodes_down"], "warn" if seen["nodes_down"] else None)
+        jobs = ", ".join(f"{count} {shown(state)}" for state, count in sorted(seen["jobs"].items()))
+        rows.append([c["name"], seen["partition"], seen["nodes_up"], down, jobs or "none"])
+    call.say("\n" + call.screen.table(["CLUSTER", "PARTITION", "NODES UP", "DOWN", "OUR JOBS"], rows))
+    away = [
+        [c["name"], shown(some["nodes"]), shown(some["state"]), shown(some["reason"]) or None]
+        for c in computes
+        for some in c["cluster"]["away"]
+    ]
+    if away:
+        call.say("\n" + call.screen.table(["CLUSTER", "NODES DOWN", "STATE", "REASON"], away))
+
+
 def _health(compute: dict[str, Any], now: float) -> Cell:
     if compute["health"]:
         since = f" (since {ago(compute['unwell_since'], now)})" if compute["unwell_since"] else ""
         return Cell(compute["health"] + since, "failed")
     if compute["drained"]:
         return Cell("drained: its steps finish, nothing new starts", "paused")
+    if (compute.get("cluster") or {}).get("full"):
+        return Cell(f"its queue takes no more jobs: {shown(compute['cluster']['full'])}", "warn")
     trouble = compute["cards_trouble"]
     return Cell(f"no GPU can be used: {trouble}", "warn") if trouble else Cell("ok", "ok")
 

@@ -5,7 +5,8 @@
 3. What is recorded as never_ran has left no mark.
 4. A token that has reached its end is not recorded as lost (a step is then run again that need not be).
 5. Each due time of a clock has a run, or a word in the ledger why it has none.
-6. The bytes of each committed output hash to what the ledger says, and are those that its own token wrote.
+6. The bytes of each committed output hash to what the ledger says, and are those that its own token wrote: where it is
+   kept, and here too once it has come home.
 7. No process of ours is left, and no run is unfinished.
 
 After a harsh death (a power cut, or supervisors and steps killed too) 1 allows further starts and 4 allows `lost`;
@@ -14,6 +15,7 @@ what the daemon has told anybody (a run's number, an event) must be in the ledge
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sqlite3
@@ -53,6 +55,7 @@ class Evidence:
     clocks_from: int = 0  # the clocks were known at this time …
     clocks_until: int = 0  # … and had fired for it by then
     harsh: int = 0  # deaths that took steps with them
+    kept: dict[str, Path] = field(default_factory=dict)  # compute -> below which it keeps outputs that stay there
 
 
 @dataclass(slots=True)
@@ -226,19 +229,33 @@ class _Case:
             " JOIN runs r ON r.id = a.run_id"
         ).fetchall()
         for row in rows:
-            path = os.fsdecode(row["path"])
-            try:
-                digest = tree_digest(path) if row["kind"] == "folder" else file_digest(path)
-                own = row["pipeline"] != "fan" or all(row["token"].encode() in text for text in _contents(path))
-            except OSError as fault:
-                yield f"output `{row['name']}` of `{row['token']}` cannot be read: {fault.strerror}: {path}"
-                continue
-            if digest != row["digest"]:
-                yield f"output `{row['name']}` of `{row['token']}` is not what the ledger says: {path}"
-            elif not own:
-                yield f"output `{row['name']}` of `{row['token']}` was not written by it: {list(_contents(path))}"
+            for path in self._places(row):
+                yield from self._output(row, path)
             if row["end"] != "committed":
                 yield f"output `{row['name']}` belongs to `{row['token']}`, which ended as {row['end']}"
+
+    def _places(self, row: sqlite3.Row) -> list[str]:
+        """Where its bytes have to be; of what came home from another machine, here as well."""
+        path = os.fsdecode(row["path"])
+        if row["compute"] is None:
+            return [path]
+        content = f"{row['digest'].replace(':', '-')}/{os.path.basename(path)}"
+        below = self.evidence.kept[row["compute"]]
+        there = [str(found) for found in below.glob(f"*/.cas/{content}")] or [f"{below}/*/.cas/{content}"]
+        return [*there, path] if os.path.exists(path) else there
+
+    def _output(self, row: sqlite3.Row, path: str) -> Iterator[str]:
+        scheme = row["digest"].partition(":")[0].removesuffix("t")
+        try:
+            digest = tree_digest(path, scheme) if row["kind"] == "folder" else file_digest(path, scheme)
+            own = row["pipeline"] != "fan" or all(row["token"].encode() in text for text in _contents(path))
+        except OSError as fault:
+            yield f"output `{row['name']}` of `{row['token']}` cannot be read: {fault.strerror}: {path}"
+            return
+        if digest != row["digest"]:
+            yield f"output `{row['name']}` of `{row['token']}` is not what the ledger says: {path}"
+        elif not own:
+            yield f"output `{row['name']}` of `{row['token']}` was not written by it: {list(_contents(path))}"
 
     # --- what others were told -------------------------------------------------------------------------------------
     def told(self) -> Iterator[str]:
@@ -260,11 +277,14 @@ class _Case:
 
 
 # --- digests, written anew from their definition: the product's own code is not asked -----------------------------
-def file_digest(path: str) -> str:
-    return "b3:" + blake3(Path(path).read_bytes()).hexdigest()
+HASHERS: dict[str, Any] = {"b3": blake3, "s2": hashlib.sha256}
 
 
-def tree_digest(root: str) -> str:
+def file_digest(path: str, scheme: str) -> str:
+    return f"{scheme}:{HASHERS[scheme](Path(path).read_bytes()).hexdigest()}"
+
+
+def tree_digest(root: str, scheme: str) -> str:
     lines = []
     for folder, folders, files in os.walk(os.path.realpath(root)):
         rel = os.path.relpath(folder, os.path.realpath(root))
@@ -272,10 +292,10 @@ def tree_digest(root: str) -> str:
         for name in files:
             path = f"{folder}/{name}"
             kind = "x" if os.stat(path).st_mode & 0o100 else "f"
-            lines.append((f"{prefix}{name}".encode(), kind, file_digest(path)))
+            lines.append((f"{prefix}{name}".encode(), kind, file_digest(path, scheme)))
         lines += [(f"{prefix}{name}".encode(), "d", "") for name in folders]
     text = b"".join(b"%b\0%b%b\0" % (name, kind.encode(), payload.encode()) for name, kind, payload in sorted(lines))
-    return "b3t:" + blake3(b"mlpiped tree 1\0" + text).hexdigest()
+    return f"{scheme}t:" + HASHERS[scheme](b"mlpiped tree 1\0" + text).hexdigest()
 
 
 def _contents(path: str) -> Iterator[bytes]:
