@@ -61,9 +61,10 @@ check: $(VENV)/.dev
 	@echo 'check: types'; $(BIN)/mypy
 	@echo 'check: layers'; $(BIN)/python -m pytest -q tests/test_layers.py
 
-# The unit tests share the cores; the others measure, kill and boot, and want the machine to themselves.
+# The unit tests share the cores, one more at a time than there are cores, since many wait; the others measure, kill and
+# boot, and want the machine to themselves.
 test: $(VENV)/.dev
-	@echo 'test: unit'; $(BIN)/python -m pytest -q -n auto --dist worksteal tests/unit tests/test_layers.py $(PYTEST_ARGS)
+	@echo 'test: unit'; $(BIN)/python -m pytest -q -n $$(( $$(nproc) + 1 )) --dist worksteal tests/unit tests/test_layers.py $(PYTEST_ARGS)
 	@echo 'test: the rest'; $(BIN)/python -m pytest --ignore=tests/unit --ignore=tests/test_layers.py $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev

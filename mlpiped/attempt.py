@@ -106,7 +106,7 @@ class Attempt:
         self.begun = True
         crash.point("after_intent")
         await self._its_turn()
-        if self._cancelled.is_set():
+        if self.cancelled:
             return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
         if not self._granted:
             return Ended(None, "its turn did not come", AttemptEnd.NEVER_RAN)
@@ -149,6 +149,10 @@ class Attempt:
         self._turn.set()
         if self._question is not None:
             self._question.cancel()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
 
     @property
     def held(self) -> str | None:
@@ -214,15 +218,15 @@ class Attempt:
                 pass
         usage = {"cpu": outcome.cpu, "max_rss": outcome.max_rss, "seconds": seconds(outcome)}
         if outcome.error is not None:
-            return Ended(StepOutcome.FAILED, outcome.error, AttemptEnd.FAILED, outcome.code, usage=usage)
+            return Ended(StepOutcome.FAILED, outcome.error, AttemptEnd.FAILED, outcome.code, (), outcome.final, usage)
         if outcome.timed_out:
             limit = self.step.timeout  # None: the queue's own time limit
             why = "reached the time limit of its compute" if limit is None else f"timed out after {limit:g} s"
             return Ended(StepOutcome.TIMED_OUT, why, AttemptEnd.TIMED_OUT, outcome.code, usage=usage)
-        if outcome.cancelled and self.inherited and not self._cancelled.is_set():
+        if outcome.cancelled and self.inherited and not self.cancelled:
             why = "the attempt that it had taken over was cancelled"
             return Ended(None, why, AttemptEnd.CANCELLED, outcome.code, usage=usage)
-        if outcome.cancelled or (self._cancelled.is_set() and outcome.code != 0):
+        if outcome.cancelled or (self.cancelled and outcome.code != 0):
             return Ended(StepOutcome.CANCELLED, "cancelled", AttemptEnd.CANCELLED, outcome.code, usage=usage)
         if outcome.code != 0:
             why = exit_words(outcome) + await last_words(self.backend, handle)
@@ -230,7 +234,7 @@ class Attempt:
         return await self._collect(handle, outcome, usage)
 
     def _judged_never_ran(self, outcome: NeverRan) -> Ended:
-        if self._cancelled.is_set():
+        if self.cancelled:
             return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
         return Ended(None, f"it had not started: {outcome.reason}", AttemptEnd.NEVER_RAN)
 

@@ -30,7 +30,7 @@ from mlpiped.clock import SystemClock
 from mlpiped.code import CodeReader
 from mlpiped.computes import backends_of
 from mlpiped.config import settings as config
-from mlpiped.config.computes import DockerCompute, clusters_of, images_of
+from mlpiped.config.computes import clusters_of, images_of, own_image
 from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
@@ -343,13 +343,14 @@ class Daemon:
         settings = self.settings
         kinds = {name: each.kind for name, each in settings.compute.items()}
         images = {
-            name: each.image
+            name: image
             for name, each in settings.compute.items()
-            if isinstance(each, DockerCompute) and each.image is not None
+            if (image := own_image(each.model_dump())) is not None
         }
         names = {*settings.compute, *settings.pools}
         pools = settings.pools
-        return Known(set(settings.datastores), names, images_of(kinds, pools, images), clusters_of(kinds, pools))
+        steps = images_of(kinds, pools, images), clusters_of(kinds, pools)
+        return Known(set(settings.datastores), names, *steps)
 
     async def _load(self, path: Path) -> LoadResult:
         return await load_file(path, known=self._known(), check_cron=cron.check)

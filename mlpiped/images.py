@@ -144,10 +144,12 @@ class Finder:
         """By the first engine, in the step's order of preference, that can tell."""
         named = [n for name in wanted.computes for n in self._pools.get(name, (name,))]
         names = [n for n in dict.fromkeys(named or self._backends) if n in self._backends]
-        engines = [self._backends[name] for name in names if self._backends[name].capacity().images]
+        file = (wanted.reference or "").endswith(".sif")
+        offers = {name: self._backends[name].capacity() for name in names}
+        engines = [self._backends[name] for name in names if (offers[name].sifs if file else offers[name].images)]
         if not engines:
             where = " and ".join(f"`{name}`" for name in wanted.computes) or "the config"
-            raise InvalidJob(f"no compute of {where} runs containers")
+            raise InvalidJob(f"no compute of {where} runs {'images that are files' if file else 'containers'}")
         away: list[str] = []
         absent: list[InvalidJob] = []
         for backend in engines:

@@ -49,6 +49,7 @@ async def job_of(attempt: Attempt, facts: StepFacts) -> Job:
         code=code,
         requirements=step.environment.requirements,
         python=step.environment.python,
+        modules=step.environment.modules,
         image=None if facts.image is None else facts.image.run,
         network=step.resources.network,
         shm_size=step.resources.shm_size,

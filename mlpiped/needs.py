@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mlpiped.kept import digest_for, is_home
 from mlpiped.placement import Need
-from mlpiped.spec import Upstream, runs_in_container
+from mlpiped.spec import Upstream, is_sif, runs_in_container
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,9 +30,11 @@ def need_of(graph: Graph, index: int, run: int, owner: str) -> Need:
         gpus=r.gpus,
         gpu_memory=r.gpu_memory,
         owner=owner,
-        images=runs_in_container(step),
+        images=runs_in_container(step) and not is_sif(step),
+        sif=is_sif(step),
         nodes=r.nodes,
         cluster=r.cluster,
+        modules=bool(step.environment.modules),
     )
 
 

@@ -39,6 +39,8 @@ class Need:
     images: bool = False  # it has an image: it runs in containers only
     nodes: int = 1
     cluster: bool = False  # only a cluster can start it
+    modules: bool = False  # it needs environment modules
+    sif: bool = False  # its image is a file
     data: Mapping[str, int] = field(default_factory=dict, compare=False)  # compute -> bytes that would have to travel
 
     @property
@@ -60,6 +62,8 @@ class Need:
             self.images,
             self.nodes,
             self.cluster,
+            self.modules,
+            self.sif,
         )
 
 
@@ -98,6 +102,8 @@ class Place:
     images: bool = False
     nodes: int | None = 1
     cluster: bool = False
+    modules: bool = False
+    sifs: bool = False
     cards: tuple[Card, ...] = ()
     no_cards: str | None = None  # why they cannot be used, in a sentence
     holders: dict[Spot, Need] = field(default_factory=dict)
@@ -107,7 +113,8 @@ class Place:
     def offers(self, capacity: Capacity) -> None:
         """What its backend says that it has, now."""
         self.slots, self.cpus, self.memory = capacity.slots, capacity.cpus, capacity.memory
-        self.images, self.cards, self.no_cards = capacity.images, capacity.cards, capacity.no_cards
+        self.images, self.modules, self.sifs = capacity.images, capacity.modules, capacity.sifs
+        self.cards, self.no_cards = capacity.cards, capacity.no_cards
         self.cluster, self.nodes = capacity.cluster, capacity.nodes
 
     # --- why not ----------------------------------------------------------------------------------------------
@@ -136,6 +143,8 @@ class Place:
         return self.unwell is not None or self.drained or self.used_slots >= self.slots
 
     def _never(self, need: Need) -> Refusal | None:
+        if need.sif and not self.sifs:
+            return Refusal("never", f"{self.name} runs no images that are files")
         if need.images != self.images:
             why = "runs containers only, and the step has no image" if self.images else "runs no containers"
             return Refusal("never", f"{self.name} {why}")
@@ -144,6 +153,8 @@ class Place:
             return Refusal("never", f"{self.name} is no cluster, and {asked}")
         if self.nodes is not None and need.nodes > self.nodes:
             return Refusal("never", f"{self.name} has {_nodes(self.nodes)} in all, {need.nodes} are asked for")
+        if need.modules and not self.modules:
+            return Refusal("never", f"{self.name} loads no environment modules")
         if need.slots > self.slots:
             return Refusal("never", f"{self.name} has {_slots(self.slots)} in all, {need.slots} are asked for")
         if self.memory is not None and (need.memory or 0) > self.memory:

@@ -21,9 +21,10 @@ from mlpiped.errors import BackendUnavailable, MlpipedError, StaleReuse
 from mlpiped.facts import Facts
 from mlpiped.images import Lookups
 from mlpiped.ledger import StepRow, moves
-from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome, StepState
+from mlpiped.model import RunOutcome, RunState, StepOutcome, StepState
 from mlpiped.needs import bytes_to_travel, need_of
 from mlpiped.resolve import Decision, Graph, Plan
+from mlpiped.restoring import restore
 from mlpiped.results import publish
 from mlpiped.tries import Try
 
@@ -79,9 +80,11 @@ class Execution:
         self.tries: dict[int, Try] = {}
         self.started_at = row.started_at
         self.cancelled = bool(row.options.get("cancelled"))
+        self.restored = anyio.Event()  # what an earlier daemon knew of it is known
         self.walking = anyio.Event()  # it has asked for all that it needs at first
         self.over = anyio.Event()
-        self._recorded: set[int] = set()  # steps that have a row in the ledger
+        self.recorded: set[int] = set()  # steps that have a row in the ledger
+        self._settling: set[int] = set()  # steps whose end is on its way to the ledger
         self._again: list[int] = []
         self._wake = asyncio.Event()
         self._tasks: TaskGroup | None = None
@@ -96,9 +99,11 @@ class Execution:
             self.world.ledger.post(moves.start_run(self.id, self.started_at))
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
-            if restored:
-                await self._restore()
-                self.dispatcher.restored(self.id)
+            try:
+                if restored:
+                    await restore(self)
+            finally:
+                self.restored.set()
             while True:
                 await self._advance()
                 self.walking.set()
@@ -129,11 +134,13 @@ class Execution:
         """Decide all that can be decided now, write it down, ask for places."""
         while indexes := self._undecided():
             decisions = [] if self.cancelled else await self.facts.decide(self.plan, indexes)
-            indexes = [i for i in indexes if self.plan.outcome[i] is None]  # less what was cancelled meanwhile
+            indexes = [i for i in indexes if self._open(i)]  # less what was cancelled meanwhile
             if self.cancelled:
                 await self._settle([Decision(i, "cancel", "the run was cancelled") for i in indexes])
                 continue
-            decisions = [d for d in decisions if self.plan.outcome[d.index] is None]
+            stopped = [i for i in indexes if i in self.tries and self.tries[i].stop.is_set()]
+            await self._settle([Decision(i, "cancel", "cancelled") for i in stopped])
+            decisions = [d for d in decisions if self._open(d.index)]
             for d in [d for d in decisions if d.action == "hold"]:
                 self._lookups.begin(self._tasks, d.index, self.graph.steps[d.index], d.why)
             self._queue([d for d in decisions if d.action == "run"])
@@ -148,13 +155,25 @@ class Execution:
 
     def _undecided(self) -> list[int]:
         again, self._again = self._again, []
-        return [i for i in dict.fromkeys(self.plan.ready() + again) if self.plan.outcome[i] is None]
+        return [i for i in dict.fromkeys(self.plan.ready() + again) if self._open(i)]
+
+    def _open(self, index: int) -> bool:
+        return self.plan.outcome[index] is None and index not in self._settling
 
     async def _settle(self, decisions: Sequence[Decision]) -> None:
         """Steps that end without running: one write for all of them, and then the plan goes on.
 
-        If a result was made anew between the decision and the write, all of them are decided again.
+        If a result was made anew between the decision and the write, all of them are decided again. A step that another
+        call is at is left to it.
         """
+        decisions = [d for d in decisions if self._open(d.index)]
+        self._settling.update(indexes := [d.index for d in decisions])
+        try:
+            await self._settled(decisions)
+        finally:
+            self._settling.difference_update(indexes)
+
+    async def _settled(self, decisions: Sequence[Decision]) -> None:
         found = [await self._published(d) if d.index in self.graph.publishing else d for d in decisions]
         if not (decisions := [d for d in found if d is not None]):
             return
@@ -172,8 +191,8 @@ class Execution:
             )
             for d in decisions
         ]
-        new = [row for row in rows if row.idx not in self._recorded]
-        old = [row for row in rows if row.idx in self._recorded]
+        new = [row for row in rows if row.idx not in self.recorded]
+        old = [row for row in rows if row.idx in self.recorded]
         ops = [moves.add_steps(self.id, new, now)] if new else []
         ops += [moves.finish_steps(self.id, old, now)] if old else []
         try:
@@ -181,7 +200,7 @@ class Execution:
         except StaleReuse:
             self._again += [d.index for d in decisions]
             return
-        self._recorded.update(row.idx for row in new)
+        self.recorded.update(row.idx for row in new)
         for d in decisions:
             self.tries.pop(d.index, None)
             self.plan.finished(d.index, _OUTCOMES[d.action], d.outputs)
@@ -209,22 +228,22 @@ class Execution:
         for d in decisions:
             t = self.tries.setdefault(d.index, Try(since=now))
             t.why = t.why or d.why
-            if d.index not in self._recorded:
+            if d.index not in self.recorded:
                 new.append(StepRow(d.index, self.graph.steps[d.index].name, StepState.QUEUED, None, d.why, key=d.key))
-                self._recorded.add(d.index)
+                self.recorded.add(d.index)
         if new:
             self.world.ledger.post(moves.add_steps(self.id, new, now))
         if decisions and not self._pinned and self._tasks is not None:
             self._pinned = True
             self._tasks.start_soon(self._pin, name=f"run {self.id} pin")
         for d in decisions:
-            self.dispatcher.request(self, d.index, self.need(d.index), d.key if self._shareable(d.index) else None)
+            self.dispatcher.request(self, d.index, self.need(d.index), d.key if self.shareable(d.index) else None)
 
     async def _pin(self) -> None:
         if kept := await self.facts.pin(self.plan):
             self.world.ledger.post(moves.pin_code(self.id, kept))
 
-    def _shareable(self, index: int) -> bool:
+    def shareable(self, index: int) -> bool:
         step = self.graph.steps[index]
         return step.allow_reuse and not step.effect and index not in self.plan.force
 
@@ -288,8 +307,13 @@ class Execution:
             self.dispatcher.release(self.id, index)
         t = self.tries[index]
         t.attempt = None
-        ended, again, pause = t.verdict(self.graph.steps[index], ended, cancelled=self.cancelled)
-        await attempt.record(ended, t.why, again=again is not None)
+        cancelled = "the run was cancelled" if self.cancelled else "cancelled" if attempt.cancelled else None
+        ended, again, pause = t.verdict(self.graph.steps[index], ended, cancelled)
+        self._settling.add(index)
+        try:
+            await attempt.record(ended, t.why, again=again is not None)
+        finally:
+            self._settling.discard(index)
         if again is None:
             assert ended.outcome is not None
             del self.tries[index]
@@ -303,6 +327,11 @@ class Execution:
         t.not_before = t.since + int(pause * 1e6) if pause else None
         self.dispatcher.settled(self.id, index)
         await self._pause(index)
+
+    def retry_later(self, index: int) -> None:
+        """A restart: the step's next attempt has its time already."""
+        assert self._tasks is not None
+        self._tasks.start_soon(self._pause, index, name=f"run {self.id} pause")
 
     async def _pause(self, index: int) -> None:
         """Wait for the time of the step's next attempt, then decide it again: its inputs may be others by then."""
@@ -321,6 +350,7 @@ class Execution:
     # --- cancel -----------------------------------------------------------------------------------------------
     async def cancel(self, index: int | None = None) -> None:
         """One step, or all of them: what has not started ends at once, what runs gets SIGTERM."""
+        await self.restored.wait()
         if index is None:
             self.cancelled = True
             await self.world.ledger.write(moves.cancel_run(self.id, self.clock.now()))
@@ -330,8 +360,7 @@ class Execution:
                 self.dispatcher.withdraw(self, i)
                 t.attempt.cancel()
             elif self.plan.outcome[i] is None:
-                if t is not None:
-                    t.stop.set()
+                self.tries.setdefault(i, Try(since=self.clock.now())).stop.set()
                 self.dispatcher.withdraw(self, i)
                 await self._settle([Decision(i, "cancel", "cancelled")])
         self._wake.set()
@@ -341,59 +370,3 @@ class Execution:
         for t in self.tries.values():
             if t.attempt is not None:
                 t.attempt.cancel()
-
-    # --- restart ----------------------------------------------------------------------------------------------
-    async def _restore(self) -> None:
-        """Tell the plan what the ledger knows, and go on with every attempt that an earlier daemon began."""
-        ledger = self.world.ledger
-        rows = await ledger.steps(self.id)
-        made = await ledger.outputs_of_run(self.id)
-        for row in rows:
-            self._recorded.add(row.idx)
-            if row.outcome is not None:
-                self.plan.finished(row.idx, row.outcome, made.get(row.idx, ()))
-        attempts = await ledger.attempts_of_run(self.id)
-        await self.facts.recall_images({idx: found[-1].key for idx, found in attempts.items() if found})
-        live: list[AttemptRow] = []
-        for row in rows:
-            if row.outcome is not None:
-                continue
-            t = self.tries[row.idx] = Try(row.state, self.clock.now(), row.why)
-            for attempt in attempts.get(row.idx, ()):
-                t.tokens = max(t.tokens, attempt.n)
-                t.count(attempt.end)
-                if attempt.end is None:
-                    live.append(attempt)
-                elif attempt.end in (AttemptEnd.FAILED, AttemptEnd.TIMED_OUT) and attempt.ended_at is not None:
-                    t.again = attempt.reason or ""
-                    t.not_before = attempt.ended_at + int(t.pause(self.graph.steps[row.idx].retry) * 1e6)
-        self.plan.ready()  # handed out below, less those that run already
-        running = {attempt.idx for attempt in live}
-        for i in self._open_steps():
-            if i in running:
-                continue
-            if i in self.tries and self.tries[i].not_before is not None:
-                assert self._tasks is not None
-                self._tasks.start_soon(self._pause, i, name=f"run {self.id} pause")
-            else:
-                self._again.append(i)
-        if live:
-            await self._adopt(live)
-
-    def _open_steps(self) -> list[int]:
-        return [i for i, end in enumerate(self.plan.outcome) if end is None and not self.plan.waits_for(i)]
-
-    async def _adopt(self, live: Sequence[AttemptRow]) -> None:
-        await self.facts.adopt(self.plan, {row.idx: row.key for row in live})
-        for row in live:
-            if row.compute not in self.backends:
-                log.error(
-                    "an attempt runs on a compute that the config no longer has", compute=row.compute, run=self.id
-                )
-                self.tries[row.idx].compute = row.compute
-                continue
-            share = row.key if self._shareable(row.idx) else None
-            self.dispatcher.occupy(self.need(row.idx), row, share)
-            self.tries[row.idx].state = StepState.SUBMITTING
-            self.prepare(row.idx, row.compute, row.token, row.n, row.cards)
-            self.begin(row.idx, row)

@@ -14,12 +14,12 @@ import structlog
 
 from mlpiped import crash
 from mlpiped.errors import BadParameter, Conflict, IllegalMove, LedgerFull, MlpipedError, UnknownName
+from mlpiped.graphs import Graphs
 from mlpiped.ledger import moves
 from mlpiped.model import Cause, CauseKind, Event, RunOutcome, RunState
 from mlpiped.protocol import typed_parameters
-from mlpiped.resolve import Graph
 from mlpiped.run import Execution
-from mlpiped.spec import PipelineSpec, SuccessSpec, version_of
+from mlpiped.spec import SuccessSpec, version_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,15 +32,13 @@ if TYPE_CHECKING:
     from mlpiped.facts import World
     from mlpiped.ledger import RunRow
     from mlpiped.loader import Loaded, Registry
+    from mlpiped.resolve import Graph
+    from mlpiped.spec import PipelineSpec
 
 log = structlog.get_logger("scheduler")
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before an interrupted run is taken up again
 ROLL_CALL = 5.0  # seconds in which the runs after a restart have said what they need
-
-GRAPHS_KEPT = 64
-"""So many versions of pipelines stay in memory, ready to run."""
-
 
 ASKED_FOR = (CauseKind.MANUAL, CauseKind.API, CauseKind.RETRY)  # by somebody who gets the number of a run for it
 
@@ -64,7 +62,7 @@ class Scheduler:
         self.paused: set[str] = set()
         self._retrying: set[int] = set()  # runs of which a retry is being opened
         self.on_resume: Callable[[], None] = lambda: None
-        self._graphs: dict[str, Graph] = {}
+        self.graphs = Graphs(world.ledger, clock)
         self._tasks: TaskGroup | None = None
         self._opening = anyio.Lock()  # one event at a time decides about overlap
 
@@ -77,7 +75,7 @@ class Scheduler:
         self.dispatch.expect(row.id for row in rows if row.state is RunState.RUNNING)
         for row in sorted(rows, key=lambda row: (row.state is RunState.QUEUED, row.id)):
             try:
-                graph = await self._graph_of(row)
+                graph = await self.graphs.of(row)
             except MlpipedError as fault:
                 log.error("a run cannot go on", run=row.id, why=fault.message)
                 self.dispatch.restored(row.id)
@@ -99,28 +97,6 @@ class Scheduler:
             if execution.cancelled:
                 execution.cancel_attempts()
 
-    async def _graph_of(self, row: RunRow) -> Graph:
-        if row.version not in self._graphs:
-            text = await self.world.ledger.definition(row.version)
-            if text is None:
-                raise UnknownName(f"the definition of `{row.pipeline}` version {row.version} is not in the ledger")
-            self._keep(row.version, Graph(PipelineSpec.model_validate_json(text)))
-        return self._graphs[row.version]
-
-    def _keep(self, version: str, graph: Graph) -> Graph:
-        while len(self._graphs) >= GRAPHS_KEPT:
-            del self._graphs[next(iter(self._graphs))]
-        self._graphs[version] = graph
-        return graph
-
-    async def _known(self, spec: PipelineSpec, version: str) -> Graph:
-        """The graph of a version that is durable in the ledger."""
-        if version not in self._graphs:
-            save = moves.save_definition(version, spec.name, spec.model_dump_json(), self.clock.now())
-            await self.world.ledger.write(save)
-            self._keep(version, Graph(spec))
-        return self._graphs[version]
-
     # --- events -> runs ---------------------------------------------------------------------------------------
     async def emit(self, event: Event) -> None:
         """A trigger's finding. Never raises for what is wrong with one pipeline."""
@@ -133,7 +109,7 @@ class Scheduler:
             if event.cause.kind is CauseKind.CRON:
                 await self.world.ledger.write(moves.record_fire(event, self.clock.now(), "paused"))
             return
-        graph = await self._known(loaded.spec, loaded.version)
+        graph = await self.graphs.known(loaded.spec, loaded.version)
         try:
             values = parameters_for(graph.spec, event.parameters)
         except MlpipedError as fault:
@@ -318,7 +294,7 @@ class Scheduler:
         who: str,
         idempotency_key: str | None,
     ) -> tuple[int, bool]:
-        graph = await self._known(spec, version)
+        graph = await self.graphs.known(spec, version)
         values = parameters_for(spec, parameters)
         for name in [*(force if isinstance(force, list) else ()), *([target] if target else ())]:
             graph.step(name)
@@ -353,7 +329,7 @@ class Scheduler:
             raise Conflict(f"run {run_id} is being retried already", hint="`mlpipectl runs` shows by which run")
         self._retrying.add(run_id)
         try:
-            graph = await self._graph_of(row)
+            graph = await self.graphs.of(row)
             event = Event(row.pipeline, Cause(CauseKind.RETRY, f"of run {run_id} by {who}"), None, row.parameters)
             # What was said to the first run, to force it or to end it, was said to that one.
             options = {k: v for k, v in row.options.items() if k not in ("force", "cancelled")} | {"retry_of": run_id}

@@ -300,6 +300,15 @@ def runs_in_container(step: StepSpec) -> bool:
     return step.environment.image is not None or step.environment.dockerfile is not None
 
 
+SIF, MODULES = "*.sif", "module load"
+"""What a compute may offer besides containers, in `spec_images.Images`: images that are files, environment modules."""
+
+
+def is_sif(step: StepSpec) -> bool:
+    """Whether its image is a file, as Apptainer runs them."""
+    return (step.environment.image or "").endswith(".sif")
+
+
 def canonical(value: _Plain | dict[str, Any] | list[Any]) -> str:
     """Compact JSON with sorted keys: the form that is hashed."""
     plain = value.model_dump() if isinstance(value, _Plain) else value

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from mlpiped.errors import Fault
 from mlpiped.spec import (
+    MODULES,
     NAME,
+    SIF,
     ArrivalSpec,
     Concat,
     CronSpec,
@@ -25,13 +27,14 @@ from mlpiped.spec import (
     SuccessSpec,
     Text,
     Upstream,
+    is_sif,
     runs_in_container,
 )
 from mlpiped.spec_cycles import cycles_of
 from mlpiped.spec_images import defaults, offered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from mlpiped.spec import Arg, Output, ParameterSpec, PipelineSpec, StepSpec, Trigger, Where
     from mlpiped.spec_images import Images
@@ -206,6 +209,10 @@ class _Check:
         given = [name for name, value in bases.items() if value is not None]
         if len(given) > 1:
             self.fault(where, f"step `{step.name}` has {' and '.join(given)}: an environment is of one kind")
+        if is_sif(step) and resources.cluster:
+            self.fault(
+                where, f"step `{step.name}` is started by srun, and has an image that is a file: no srun is in it"
+            )
         if resources.gpu_memory is not None and not resources.gpus:
             self.fault(where, f"step `{step.name}` asks for memory of a card, and for no card", "add `gpus=1`")
         if self.images is None:
@@ -214,8 +221,10 @@ class _Check:
         known = [name for name in step.compute if name in self.images]
         if len(known) < len(step.compute) or not self.images:
             return  # named already
+        if self._lacks_what_clusters_have(step, known):
+            return
         found = offered(step, self.images) if wanted else defaults(step, self.images)
-        if True in found if wanted else len(found) == 1:
+        if is_sif(step) or (True in found if wanted else len(found) == 1):
             return
         names = " and ".join(f"`{name}`" for name in known) or "no compute of the config"
         if wanted:
@@ -238,6 +247,22 @@ class _Check:
             rest = f"{names} {verb} containers only" if known else "every compute of the config runs containers only"
             hint = "give it `Environment(image=…)`" + (", or name another compute" if known else "")
             self.fault(where, f"step `{step.name}` has no image, and {rest}", hint)
+
+    def _lacks_what_clusters_have(self, step: StepSpec, known: Sequence[str]) -> bool:
+        """Whether it needs modules or an image that is a file, and no compute that it may run on has that."""
+        assert self.images is not None
+        where_to = offered(step, self.images)
+        if step.environment.modules and MODULES not in where_to:
+            what, verb, hint = "needs environment modules", "load", 'name a compute with `kind = "slurm"`'
+        elif is_sif(step) and SIF not in where_to:
+            what, verb = "runs in an image that is a file", "run"
+            hint = 'where the nodes of a compute with `kind = "slurm"` have Apptainer, write `apptainer = true` there'
+        else:
+            return False
+        names = " and ".join(f"`{name}`" for name in known)
+        rest = f"{names} {verb}{'s' if len(known) == 1 else ''} none" if known else f"no compute {verb}s any"
+        self.fault(step.where, f"step `{step.name}` {what}, and {rest}", hint)
+        return True
 
     def _cluster(self, step: StepSpec) -> None:
         resources, where = step.resources, step.where

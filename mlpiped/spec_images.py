@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mlpiped.spec import runs_in_container
+from mlpiped.spec import MODULES, SIF, runs_in_container
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from mlpiped.spec import EnvironmentSpec, PipelineSpec, StepSpec
 
     Images = Mapping[str, frozenset[bool | str]]
-    """Name of a compute or pool -> what those in it do: False runs steps on the machine, True in containers, a text in
-    a container of that image also those that name none. A pool may have all of them."""
+    """Name of a compute or pool -> what those in it do: False runs steps on the machine, True in containers, SIF in
+    images that are files, MODULES loads environment modules; another text runs in a container of that image also those
+    that name none. A pool may have all of them."""
 
 
 def offered(step: StepSpec, images: Images) -> frozenset[bool | str]:
@@ -31,7 +32,7 @@ def offered(step: StepSpec, images: Images) -> frozenset[bool | str]:
 
 def defaults(step: StepSpec, images: Images) -> frozenset[bool | str]:
     """What would become of a step that names no image: False for the machine itself, or the images it would get."""
-    found = offered(step, images) - {True}
+    found = offered(step, images) - {True, SIF, MODULES}
     if _brings_packages(step.environment) or (not step.compute and False in found):
         return found & {False}
     return found

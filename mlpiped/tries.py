@@ -42,15 +42,16 @@ class Try:
         """Of the next attempt, from 1."""
         return 1 + self.failures + self.losses + self.taints
 
-    def verdict(self, step: StepSpec, ended: Ended, *, cancelled: bool) -> tuple[Ended, str | None, float]:
+    def verdict(self, step: StepSpec, ended: Ended, cancelled: str | None) -> tuple[Ended, str | None, float]:
         """What an attempt's end means for its step: (how it ended, why it is tried again or None, pause in seconds).
 
-        Failures of the code cost a retry; failures of the machine, and inputs that changed meanwhile, do not.
+        `cancelled`: why nobody wants it any more, if so. Failures of the code cost a retry; failures of the machine,
+        and inputs that changed meanwhile, do not.
         """
         if ended.outcome in (StepOutcome.SUCCEEDED, StepOutcome.CANCELLED):
             return ended, None, 0.0
-        if cancelled:
-            stopped = replace(ended, outcome=StepOutcome.CANCELLED, why="the run was cancelled")
+        if cancelled is not None:
+            stopped = replace(ended, outcome=StepOutcome.CANCELLED, why=cancelled)
             return (ended if ended.outcome is StepOutcome.FAILED else stopped), None, 0.0
         number = self.number
         if ended.outcome in (StepOutcome.FAILED, StepOutcome.TIMED_OUT):

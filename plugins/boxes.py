@@ -7,6 +7,8 @@
 is one; a real one names its packages in `Environment(requirements=…)` and uses the card that it is given.
 """
 
+from functools import partial
+
 from mlpiped import (
     DataReference,
     Datastore,
@@ -27,11 +29,11 @@ model = PipelineData("model", path="model.json")
 report = PipelineData("report", path="report.json")
 width = PipelineParameter("width", default=8)
 
-train = PythonScriptStep(
+Script = partial(PythonScriptStep, source_directory="boxes", code="imports")
+
+train = Script(
     "train.py",
     name="train",
-    source_directory="boxes",
-    code="imports",
     arguments=["--width", width, "--out", model, samples],
     outputs=[model],
     compute_target="gpu",  # a pool: whichever of its boxes has a card free
@@ -39,11 +41,9 @@ train = PythonScriptStep(
     retry=Retry(attempts=2),
     timeout="2h",
 )
-evaluate = PythonScriptStep(
+evaluate = Script(
     "evaluate.py",
     name="evaluate",
-    source_directory="boxes",
-    code="imports",
     arguments=["--model", model, "--test", unseen, "--out", report],
     outputs=[report],
     compute_target="box",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlpiped.artifacts.collecting import OutputFault
+from mlpiped.artifacts.checking import OutputFault
 from mlpiped.artifacts.store import Store
 
 __all__ = ["OutputFault", "Store"]

@@ -9,8 +9,8 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mlpiped.artifacts.collecting import MARKER, measure, place_of, placing
 from mlpiped.artifacts.copying import discard, protect, sync
+from mlpiped.artifacts.places import MARKER, measure, place_of, placing
 from mlpiped.errors import MlpipedError
 from mlpiped.files.hashing import Unreadable
 from mlpiped.files.portable import portable_digest

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mlpiped.artifacts import admitting, collecting, copying
-from mlpiped.artifacts.collecting import OutputFault
+from mlpiped.artifacts.checking import OutputFault
 from mlpiped.artifacts.copying import sync_folder
 from mlpiped.artifacts.crew import Crew
+from mlpiped.artifacts.places import place_of, placing
 from mlpiped.errors import Conflict, UnknownName
 from mlpiped.files.hashing import printable, stamp_of, tree_digest
 from mlpiped.files.portable import is_portable
@@ -126,7 +127,7 @@ class Store:
 
     def path_of(self, digest: str, file_name: str) -> str:
         """Where a content lies in the store under that name, if it does."""
-        return f"{collecting.place_of(str(self.root), digest)}/{file_name}"
+        return f"{place_of(str(self.root), digest)}/{file_name}"
 
     async def admit(self, came: Path, fact: OutputFact) -> bool:
         """Take what a compute kept to `fact.path`, durable on return; `came` is gone then. False: it is not that."""
@@ -168,7 +169,7 @@ class Store:
 
     async def bytes_of(self, digests: Iterable[str]) -> int:
         """What `remove` would free."""
-        places = [collecting.place_of(str(self.root), digest) for digest in digests]
+        places = [place_of(str(self.root), digest) for digest in digests]
         return await self._hop(lambda: sum(_size(place) for place in places))
 
     async def sweep(self, *, min_age: float = 86_400.0) -> int:
@@ -268,9 +269,9 @@ def _make_folders(folder: Path, root: Path | None) -> None:
 
 # --- room ------------------------------------------------------------------------------------------------------------
 def _removed(root: str, digest: str, incoming: str, before: float | None) -> int:
-    place = collecting.place_of(root, digest)
+    place = place_of(root, digest)
     try:
-        with collecting.placing(digest):
+        with placing(digest):
             if before is not None and os.stat(place).st_mtime >= before:
                 return 0
             size = _size(place)

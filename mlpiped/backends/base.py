@@ -16,10 +16,11 @@ The job folder, the same on every kind of machine (`FOLDER_*`), named by the att
     scratch/        thrown away; there with a code snapshot only: without one `work/` serves as both
     metrics.jsonl   one JSON line a metric
     params.json     the parameters that the step uses; missing without any ($MLPIPED_PARAMS is always a JSON file)
+    refused         why the command was not started, by what should have made its surroundings and then ended with 78
     exit.json       the witness: {"v": 1, "code": int|null, "signal": int|null, "timed_out": bool, "cancelled": bool,
-                    "error": str|null, "out_of_memory": bool, "started": s, "ended": s, "cpu": s, "max_rss": bytes,
-                    "synced": bool}, by rename. Not synced: a success is worth nothing after a reboot, for its outputs
-                    may not have survived
+                    "error": str|null, "final": bool, "out_of_memory": bool, "started": s, "ended": s, "cpu": s,
+                    "max_rss": bytes, "synced": bool}, by rename. Not synced: a success is worth nothing after a reboot,
+                    for its outputs may not have survived
 
 Trust, in order: exit.json, what the engine or queue says, absence for longer than a deadline. A query that failed is
 no answer. Liveness is read *before* the witness: the other order calls a step lost that ended in between.
@@ -74,6 +75,7 @@ class Job:
     code: str | None = None  # absolute folder of the code snapshot; copied into work/
     requirements: str | None = None  # text of requirements.txt: build (once per content) and use that environment
     python: str | None = None  # "3.11"; None: the daemon's own
+    modules: tuple[str, ...] = ()  # names for `module load`, in this order
     image: str | None = None  # `Image.run`: the container's image, by digest
     network: bool = False  # of a container: whether it reaches anything
     shm_size: int | None = None  # of a container: bytes of /dev/shm
@@ -116,6 +118,7 @@ class Exited:
     timed_out: bool = False
     cancelled: bool = False
     error: str | None = None  # the command could not be started: a sentence
+    final: bool = False  # … and another try would end as this one
     out_of_memory: bool = False  # it was killed for going over its limit
     started: float | None = None  # seconds since the epoch, by the machine's own clock
     ended: float | None = None
@@ -161,6 +164,8 @@ class Capacity:
     memory: int | None = None  # bytes
     cards: tuple[Card, ...] = ()
     images: bool = False  # it runs steps in containers, and those only (`spec_images`: who has one)
+    modules: bool = False  # it loads environment modules
+    sifs: bool = False  # it runs steps in images that are files, besides others
     no_cards: str | None = None  # why its cards cannot be used, in a sentence
     cluster: bool = False  # it starts steps on several nodes at once
     nodes: int | None = 1  # None: not known yet
@@ -170,12 +175,13 @@ class Capacity:
 class Image:
     """A container's image: `identity` enters the step's key, `run` is what an engine starts."""
 
-    identity: str  # "sha256:…" of an image named by tag; of a Dockerfile "b3:…" over its text and its base images
-    run: str  # "sha256:…"
+    identity: str  # "sha256:…" of an image named by tag; of a Dockerfile "b3:…" over its text and its base images, of a
+    # file over its content
+    run: str  # "sha256:…"; of a file its stamp and path
 
 
 class Images(Protocol):
-    """What a backend with `Capacity.images` offers beside `Backend`."""
+    """What a backend with `Capacity.images` or `Capacity.sifs` offers beside `Backend`."""
 
     async def image(self, reference: str | None, dockerfile: str | None) -> Image:
         """The image of that tag, pulled when it is not there; or the one that the Dockerfile's text makes, built once.
@@ -265,6 +271,15 @@ class Queues(Protocol):
 
     def cluster(self) -> Cluster:
         """As last seen. From memory."""
+        ...
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """What a backend offers beside `Backend` where metrics.jsonl is not here while its step runs."""
+
+    def measured(self, handle: Handle, offset: int) -> AsyncIterator[bytes]:
+        """What is in it by now, from `offset` on. Raises BackendUnavailable."""
         ...
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
-LOST_CLAIM = 75
+LOST_CLAIM, REFUSED = 75, 78
 WAKES = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})  # blocked, and waited for
 CANCELS = frozenset({signal.SIGTERM, signal.SIGINT})
 IGNORED = tuple(number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN)  # here
@@ -93,8 +93,7 @@ def _stat(pid: int) -> list[bytes] | None:
 
 def start_time(pid: int) -> int | None:
     """In clock ticks since the boot; None when there is no such process."""
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None
+    return int(fields[19]) if (fields := _stat(pid)) else None
 
 
 def open_process(pid: int, start: int | None) -> int | None:
@@ -354,6 +353,8 @@ def run(folder: str, job: dict[str, Any], children: Children, lasts: Callable[[]
         if group and end["code"] != 0 and group.killed():
             end["out_of_memory"] = True
             end["error"] = f"out of memory: it needed more than its limit of {job['memory'] / 2**20:.0f} MiB"
+        if end["code"] == REFUSED and os.path.exists(folder + "/refused"):
+            end.update(code=None, final=True, error=_read(folder + "/refused").decode("utf-8", "replace").strip()[:500])
         return end
     finally:
         if group:

@@ -28,67 +28,40 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
 
-    serve = verbs.add_parser("serve", help="run the daemon in the foreground (what systemd starts)")
-    _add_config(serve)
-    serve.set_defaults(call=_serve)
+    def add(name: str, call: Verb, text: str, more: str | None = None, *, config: bool = True) -> Parser:
+        verb: Parser = verbs.add_parser(name, help=text, description=more)
+        if config:
+            verb.add_argument("--config", type=Path, metavar="FILE", help="the config file")
+        verb.set_defaults(call=call)
+        return verb
 
-    check = verbs.add_parser(
-        "check",
-        help="check config and plugins: every fault with file:line",
-        description="Checks the config and every plugin in its folders, or the named ones. Exit status 1 if any fault.",
-    )
-    _add_config(check)
-    check.add_argument("--json", action="store_true", help="print one JSON document")
-    check.add_argument("files", nargs="*", type=Path, metavar="FILE", help="plugin files to check in place of all")
-    check.set_defaults(call=_check)
-
-    trust = verbs.add_parser(
-        "trust",
-        help="look at the host key of a box, and trust it",
-        description="Shows the key with which the box of `[compute.NAME]` names itself, and after a yes keeps it where "
-        "that compute looks for it. A box whose key is not trusted, or is another than before, is not used.",
-    )
-    _add_config(trust)
-    trust.add_argument("--yes", action="store_true", help="trust it without a question: it was compared already")
-    trust.add_argument("name", metavar="NAME", help='a compute with kind = "ssh"')
-    trust.set_defaults(call=_trust)
-
-    init = verbs.add_parser("init", help="make a folder with a working config, datastore and example plugin")
-    init.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
-    init.set_defaults(call=_init)
-
-    demo = verbs.add_parser("demo", help="show the main job, end to end, on a temporary state folder")
-    demo.add_argument("--out", metavar="DIR", help="for the picture and the model")
-    demo.set_defaults(call=_demo)
-
-    backup = verbs.add_parser(
-        "backup",
-        help="copy the ledger, while the daemon runs or while it does not",
-        description="Writes a consistent, checked copy of the ledger to FILE. A running daemon makes it and sends it; "
-        "who asks must be its own user, root or an operator. The bytes of artifacts are not in it.",
-    )
-    _add_config(backup)
-    backup.add_argument("file", type=Path, metavar="FILE", help="replaced when the copy is complete")
-    backup.set_defaults(call=_backup)
-
-    restore = verbs.add_parser(
-        "restore",
-        help="put a backup in the ledger's place",
-        description="Checks the backup FILE and puts a copy of it in the ledger's place; the present ledger is moved "
-        "aside. Refuses while a daemon runs on the state folder.",
-    )
-    _add_config(restore)
-    restore.add_argument("file", type=Path, metavar="FILE", help="what `mlpiped backup` wrote")
-    restore.set_defaults(call=_restore)
-
-    completion = verbs.add_parser("completion", help="print the completion script of a shell")
-    completion.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
-    completion.set_defaults(call=_completion)
+    add("serve", _serve, "run the daemon in the foreground (what systemd starts)")
+    verb = add("check", _check, "check config and plugins: every fault with file:line", CHECK)
+    verb.add_argument("--json", action="store_true", help="print one JSON document")
+    verb.add_argument("files", nargs="*", type=Path, metavar="FILE", help="plugin files to check in place of all")
+    verb = add("trust", _trust, "look at the host key of a box, and trust it", TRUST)
+    verb.add_argument("--yes", action="store_true", help="trust it without a question: it was compared already")
+    verb.add_argument("name", metavar="NAME", help='a compute with kind = "ssh"')
+    verb = add("init", _init, "make a folder with a working config, datastore and example plugin", config=False)
+    verb.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
+    verb = add("demo", _demo, "show the main job, end to end, on a temporary state folder", config=False)
+    verb.add_argument("--out", metavar="DIR", help="for the picture and the model")
+    verb = add("backup", _backup, "copy the ledger, while the daemon runs or while it does not", BACKUP)
+    verb.add_argument("file", type=Path, metavar="FILE", help="replaced when the copy is complete")
+    verb = add("restore", _restore, "put a backup in the ledger's place", RESTORE)
+    verb.add_argument("file", type=Path, metavar="FILE", help="what `mlpiped backup` wrote")
+    verb = add("completion", _completion, "print the completion script of a shell", config=False)
+    verb.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
     return top
 
 
-def _add_config(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--config", type=Path, metavar="FILE", help="the config file")
+CHECK = "Checks the config and every plugin in its folders, or the named ones. Exit status 1 if any fault."
+TRUST = """Shows the key with which the box of `[compute.NAME]` names itself, and after a yes keeps it where that
+compute looks for it. A box whose key is not trusted, or is another than before, is not used."""
+BACKUP = """Writes a consistent, checked copy of the ledger to FILE. A running daemon makes it and sends it; who asks
+must be its own user, root or an operator. The bytes of artifacts are not in it."""
+RESTORE = """Checks the backup FILE and puts a copy of it in the ledger's place; the present ledger is moved aside.
+Refuses while a daemon runs on the state folder."""
 
 
 def _run(argv: Sequence[str] | None) -> int:

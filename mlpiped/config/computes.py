@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from mlpiped.config.fields import AbsolutePath, Amount, Bytes, Count, Seconds, Section, Text, filled
+from mlpiped.spec import MODULES, SIF
 
 if TYPE_CHECKING:
     from mlpiped.config.faults import FaultList
@@ -112,6 +113,14 @@ def _command(text: str) -> str:
     return text
 
 
+def _apptainer(value: object) -> object:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or not value or value.startswith("-") or any(c.isspace() for c in value):
+        raise ValueError('must be true, or one command\nwrite true, or its path on the nodes: "/opt/bin/apptainer"')
+    return value
+
+
 def _slurm_name(text: str) -> str:
     if not _SLURM_NAME.match(text):
         raise ValueError("is not a name that Slurm knows: letters, digits, `_`, `.`, `-` and `,` alone")
@@ -147,6 +156,7 @@ RemoteMount = Annotated[str, AfterValidator(_remote_mount)]
 SlurmName = Annotated[str, AfterValidator(_slurm_name)]
 SlurmVia = Annotated[str, AfterValidator(_slurm_via)]
 SlurmOption = Annotated[str, AfterValidator(_slurm_option)]
+Apptainer = Annotated[bool | str, BeforeValidator(_apptainer)]
 RemoteCommand = Annotated[str, AfterValidator(_command)]
 
 
@@ -212,6 +222,8 @@ class SlurmCompute(Section):
     poll_interval: Seconds = 10.0
     work_dir: AbsolutePath | None = None  # None: the state folder
     options: tuple[SlurmOption, ...] = ()
+    apptainer: Apptainer = False  # whether the nodes have it; or what it is called there
+    modules_init: AbsolutePath | None = None  # on the nodes: what defines `module` in a shell; None: the usual places
 
 
 KINDS: dict[str, type[Section]] = {
@@ -290,6 +302,14 @@ def _there(path: Path) -> bool:
     return True
 
 
+def own_image(table: Mapping[str, Any]) -> str | None:
+    """What a compute's table, as written or as read, adds to what its kind offers: see `images_of`."""
+    if table.get("kind") == "slurm":
+        return SIF if table.get("apptainer") else None
+    image = table.get("image") if table.get("kind") == "docker" else None
+    return image if isinstance(image, str) else None
+
+
 def clusters_of(computes: Mapping[str, str], pools: Mapping[str, tuple[str, ...]]) -> frozenset[str]:
     """The computes that start steps on several nodes, and the pools with such a one. `computes`: name -> kind."""
     found = {name for name, kind in computes.items() if kind == "slurm"}
@@ -301,9 +321,11 @@ def images_of(
 ) -> dict[str, frozenset[bool | str]]:
     """What `spec_images.Images` says of each compute and pool.
 
-    `computes` maps a name to its kind, `images` to its `image`.
+    `computes` maps a name to its kind, `images` to its `image`, or to SIF.
     """
     found: dict[str, frozenset[bool | str]] = {name: frozenset({kind == "docker"}) for name, kind in computes.items()}
+    for name in (name for name, kind in computes.items() if kind == "slurm"):
+        found[name] |= {MODULES}
     for name, image in images.items():
         found[name] |= {image}
     for pool, members in pools.items():

@@ -192,7 +192,7 @@ def outline(path: Path) -> Outline | None:
     images = {
         name: image
         for name, table in _tables(raw, "compute")
-        if kinds[name] == "docker" and isinstance(image := table.get("image"), str)
+        if (image := config_computes.own_image(table)) is not None
     }
     pools = raw["pools"] if isinstance(raw.get("pools"), dict) else {}
     members = {

@@ -27,8 +27,9 @@ async def of_run(service: Service, run: RunRow) -> dict[str, Any]:
         token = await token_of(service, run, step)
         if token is None:
             continue
+        why = None if service.live is None else await service.live.measured(token)
         lines, cut = await anyio.to_thread.run_sync(read, service.job_folder(token) / "metrics.jsonl")
-        if lines:
+        if lines or why is not None:
             reused = step.reused_from
             found.append(
                 {
@@ -37,6 +38,7 @@ async def of_run(service: Service, run: RunRow) -> dict[str, Any]:
                     "last": {line["name"]: line["value"] for line in lines if is_metric(line)},
                     "metrics": lines,
                     "truncated": cut,
+                    "note": why,
                 }
             )
     return {"run": run.id, "pipeline": run.pipeline, "steps": found}

@@ -78,12 +78,15 @@ class Actions(Protocol):
 
 
 class Live(Protocol):
-    """Logs that are elsewhere while their steps run."""
+    """Logs and metrics that are elsewhere while their steps run."""
 
     def far(self, compute: str) -> bool: ...
 
     async def bring(self, token: str) -> str | None:
         """All that is not here yet into the job folder; why not all of it could be had, as a sentence."""
+
+    async def measured(self, token: str) -> str | None:
+        """The same of its metrics."""
 
 
 class LoadedPipeline(Protocol):

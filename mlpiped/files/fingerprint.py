@@ -11,12 +11,12 @@ import stat
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio
 from anyio import to_thread
 
-from mlpiped.files.hashing import CHUNK, FileHash, Hashed, Stamp, Unreadable, stamp_of, vouches
+from mlpiped.files.hashing import CHUNK, FileHash, Hashed, Stamp, StatRow, Unreadable, stamp_of, vouches
 from mlpiped.files.references import Digests, Missing, RefFact, Resolution, Seen, member_digest
 from mlpiped.files.walking import Beneath, Member, PathRefused, walk
 
@@ -35,19 +35,6 @@ SLICE = 0.25
 """Seconds after which hashing hands its thread to whoever waits for one."""
 
 TWO_THREADS_FROM = 8 << 20
-
-
-class StatRow(NamedTuple):
-    """A row of the ledger's stat cache. `hashed_ns`: from when on the stamp may vouch for the digest."""
-
-    path: bytes
-    dev: int
-    ino: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    hashed_ns: int
-    digest: str
 
 
 class StatTable(Protocol):

@@ -40,6 +40,20 @@ class Hashed(NamedTuple):
     began_ns: int
 
 
+class StatRow(NamedTuple):
+    """A row of the ledger's stat cache: a digest, and what `stat` said. `hashed_ns`: wall clock at which hashing began,
+    from when on the stamp may vouch for the digest."""
+
+    path: bytes
+    dev: int
+    ino: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    hashed_ns: int
+    digest: str
+
+
 def stamp_of(st: os.stat_result) -> Stamp:
     return (st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
 

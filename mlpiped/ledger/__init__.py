@@ -19,7 +19,6 @@ from mlpiped.ledger.rows import (
     RunRow,
     ScheduleRow,
     Seen,
-    StatRow,
     StepRow,
 )
 from mlpiped.ledger.store import Ledger
@@ -39,7 +38,6 @@ __all__ = [
     "RunRow",
     "ScheduleRow",
     "Seen",
-    "StatRow",
     "StepRow",
     "moves",
     "restore",

@@ -224,3 +224,16 @@ class Db:
 
     async def close(self) -> None:
         await self._db.close()
+
+
+class Reads:
+    """Named statements on a connection that cannot write: parameters in, rows out."""
+
+    def __init__(self, reader: Db) -> None:
+        self._reader = reader
+
+    async def _every(self, statement: str, /, **parameters: Any) -> list[Any]:
+        return await self._reader.call(lambda c: every(c, statement, parameters))
+
+    async def _one(self, statement: str, /, **parameters: Any) -> Any:
+        return await self._reader.call(lambda c: one(c, statement, parameters))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from mlpiped.ledger.db import SQL, every, one
+from mlpiped.files.hashing import StatRow
+from mlpiped.ledger.db import SQL, Reads, every
 from mlpiped.ledger.rows import (
     RUN_STATES,
     STEP_STATES,
@@ -21,7 +22,6 @@ from mlpiped.ledger.rows import (
     RunRow,
     ScheduleRow,
     Seen,
-    StatRow,
     StepRow,
     attempt_row,
     run_row,
@@ -35,22 +35,13 @@ from mlpiped.model import OutputFact, RunOutcome, RunState
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mlpiped.ledger.db import Connection, Db
+    from mlpiped.ledger.db import Connection
 
 CHUNK = 1000  # keys, names or paths in one statement
 
 
-class Queries:
+class Queries(Reads):
     """Reads, on a connection that cannot write. Each shows one moment, with every write that had returned before."""
-
-    def __init__(self, reader: Db) -> None:
-        self._reader = reader
-
-    async def _every(self, statement: str, /, **parameters: Any) -> list[Any]:
-        return await self._reader.call(lambda c: every(c, statement, parameters))
-
-    async def _one(self, statement: str, /, **parameters: Any) -> Any:
-        return await self._reader.call(lambda c: one(c, statement, parameters))
 
     # --- runs -------------------------------------------------------------------------------------------------
     async def run(self, run_id: int) -> RunRow | None:

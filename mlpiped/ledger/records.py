@@ -12,7 +12,7 @@ from mlpiped.ledger.text import clean, compact
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mlpiped.ledger.rows import StatRow
+    from mlpiped.files.hashing import StatRow
 
 
 def save_definition(version: str, pipeline: str, spec_json: str, now: int) -> Op[None]:

@@ -160,20 +160,6 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class StatRow:
-    """A file's digest, and what `stat` said before it was hashed. `hashed_ns`: wall clock at which hashing began."""
-
-    path: bytes
-    dev: int
-    ino: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    hashed_ns: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
 class AuditRow:
     id: int
     at: int

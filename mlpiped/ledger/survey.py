@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from mlpiped.ledger.db import every, one
+from mlpiped.ledger.db import Reads
 from mlpiped.ledger.rows import ArtifactRow
 from mlpiped.ledger.text import fs_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from mlpiped.ledger.db import Db
 
 
 class JobRow(NamedTuple):
@@ -23,17 +21,8 @@ class JobRow(NamedTuple):
     finished_at: int | None
 
 
-class Survey:
+class Survey(Reads):
     """Times are microseconds. The connection can neither write nor checkpoint."""
-
-    def __init__(self, reader: Db) -> None:
-        self._reader = reader
-
-    async def _every(self, statement: str, /, **parameters: Any) -> list[Any]:
-        return await self._reader.call(lambda c: every(c, statement, parameters))
-
-    async def _one(self, statement: str, /, **parameters: Any) -> Any:
-        return await self._reader.call(lambda c: one(c, statement, parameters))
 
     async def old_runs(self, before: int, limit: int, *, after: tuple[int, int] = (-1, 0)) -> list[tuple[int, int]]:
         """(created_at, id) of finished runs that may be forgotten, in order, after the last of an earlier page.

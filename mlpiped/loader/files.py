@@ -60,10 +60,6 @@ class Digests:
         """Whether all of `files` still have these digests."""
         return all(self.of(path) == digest for path, digest in files.items())
 
-    def keep_only(self, paths: Iterable[str]) -> None:
-        wanted = set(paths)
-        self._seen = {path: seen for path, seen in self._seen.items() if path in wanted}
-
     def forget(self) -> None:
         self._seen.clear()
 

@@ -37,10 +37,6 @@ class Broken:
     since: int
     serving: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def serving_version(self) -> str | None:
-        return next(iter(self.serving.values()), None)
-
 
 @dataclass(slots=True)
 class Good:

@@ -17,18 +17,19 @@ leaves nothing half done that the next one does not finish.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import structlog
 from anyio import to_thread
 
-from mlpiped.backends.base import BuildsImages, Keeps
+from mlpiped.backends.base import BuildsImages
 from mlpiped.errors import BackendUnavailable, MlpipedError
 from mlpiped.ledger import moves
 from mlpiped.retention import keeping
-from mlpiped.retention.plan import JobFolder, Removal, Span, gc_plan, leapt, spent_jobs
+from mlpiped.retention.artifacts import Artifacts
+from mlpiped.retention.plan import PAGE, TICK, JobFolder, Part, Removal, Span, leapt, pages, spent_jobs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -47,25 +48,12 @@ log = structlog.get_logger("keeper")
 FIRST = 120.0  # seconds after the start: a daemon that starts has other things to do
 HOUR = 3600.0
 DISTRUST = 86_400.0  # seconds that nothing is removed by itself after the clock leapt forward
-PAGE = 500  # runs, tokens or digests asked about at once
 SLICE = 0.2  # seconds of removing files in one go: what is cancelled waits no longer
-STRAY_AGE = 7 * 86_400.0  # seconds: a younger store entry may belong to a commit on its way, or to a ledger put aside
-TICK = 0.1  # seconds: no file system that holds a state folder notes times more coarsely
 STAT_ROWS = 50_000  # of the stat cache, looked at in one pass
 STAT_TIME = 60.0  # seconds for all of that
 STAT_AGE = 30 * 86_400.0  # seconds since it was hashed
 JUST_NOW = 60.0  # seconds after its end in which a job's last processes may still go
 SHOWN = 1000  # artifacts that are listed one by one
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What goes, or went, of one kind. `seconds`: what it took to make."""
-
-    what: str
-    count: int
-    bytes: int = 0
-    seconds: float = 0.0
 
 
 class Keeper:
@@ -91,6 +79,7 @@ class Keeper:
         self.jobs, self.envs, self.code = state / "jobs", state / "envs", state / "code"
         self._one = anyio.Lock()
         self._limiter = anyio.CapacityLimiter(1)
+        self.artifacts = Artifacts(ledger, store, backends, clock, self._limiter)
         self._stat_after = b""
 
     # --- by itself --------------------------------------------------------------------------------------------
@@ -118,9 +107,9 @@ class Keeper:
             began = time.monotonic()
             parts, faults = await self._all(
                 ("logs", self._clean_logs),
-                ("artifacts", self._clean_artifacts),
-                ("strays", self._clean_strays),
-                ("kept", self._clean_kept),
+                ("artifacts", lambda: self.artifacts.clean(self.retention.artifacts)),
+                ("strays", self.artifacts.clean_strays),
+                ("kept", self.artifacts.clean_kept),
                 ("code", self._clean_code),
                 ("environments", self._clean_environments),
                 ("images", self._clean_images),
@@ -138,7 +127,7 @@ class Keeper:
         listed: list[dict[str, Any]] = []
 
         async def artifacts() -> Part:
-            rows, plan = await self._artifacts_to_go()
+            rows, plan = await self.artifacts.to_go(self.retention.artifacts)
             by_digest = {row.digest: row for row in rows}
             dearest = sorted(plan, key=lambda removal: -removal.seconds)[:SHOWN]
             listed.extend(_removal_json(by_digest[removal.digest], removal) for removal in dearest)
@@ -146,7 +135,7 @@ class Keeper:
 
         async def strays() -> Part:
             async with self.ledger.survey() as survey:
-                digests = [digest async for page in self._strays(survey) for digest in page]
+                digests = [digest async for page in self.artifacts.strays(survey) for digest in page]
             return Part("strays", len(digests), await self.store.bytes_of(digests))
 
         async def runs() -> Part:
@@ -206,7 +195,7 @@ class Keeper:
     async def _spent(self, survey: Survey) -> AsyncIterator[tuple[list[str], dict[str, str]]]:
         """Pages of (tokens whose folders go, token -> compute of those that are known)."""
         folders: list[tuple[str, int]] = await self._hop(lambda: keeping.listed(self.jobs))
-        for page in _pages(folders):
+        for page in pages(folders):
             rows = await survey.jobs([token for token, _ in page])
             found = []
             for token, changed_at in page:
@@ -244,66 +233,6 @@ class Keeper:
         while more:
             more = await self._hop(go)
         return found
-
-    # --- artifacts --------------------------------------------------------------------------------------------
-    async def _artifacts_to_go(self) -> tuple[list[ArtifactRow], list[Removal]]:
-        budget = self.retention.artifacts
-        if budget is None:
-            return [], []
-        async with self.ledger.survey() as survey:
-            if await survey.artifact_bytes() <= budget:
-                return [], []
-            rows, needed = await survey.artifacts(), await survey.needed()
-        now = self.clock.now()
-        plan: list[Removal] = await self._hop(lambda: gc_plan(rows, now=now, budget=budget, keep=needed))
-        return rows, plan
-
-    async def _clean_artifacts(self) -> Part:
-        """The ledger first: from then on nobody builds on them, and a crash leaves strays, which go in their time."""
-        planned = self.clock.now()
-        _, plan = await self._artifacts_to_go()
-        seconds = {removal.digest: removal.seconds for removal in plan}
-        gone: list[str] = []
-        size = 0
-        for page in _pages(list(seconds), PAGE // 5):
-            (lost,) = await self.ledger.write(moves.lose_artifacts(page, self.clock.now(), planned=planned))
-            size += await self.store.remove(lost, min_age=(self.clock.now() - planned) / 1e6 + TICK)
-            gone += lost
-        return Part("artifacts", len(gone), size, sum(seconds[digest] for digest in gone))
-
-    async def _strays(self, survey: Survey) -> AsyncIterator[list[str]]:
-        """Pages of store entries that no output has. What an attempt that lives has collected is too young for it."""
-        for page in _pages(await self.store.listed(min_age=await self._stray_age(survey))):
-            if strays := await survey.unknown(page):
-                yield sorted(strays)
-
-    async def _stray_age(self, survey: Survey) -> float:
-        oldest = await survey.oldest_intent()
-        return STRAY_AGE if oldest is None else max(STRAY_AGE, (self.clock.now() - oldest) / 1e6 + 60.0)
-
-    async def _clean_kept(self) -> Part:
-        """On machines that can be asked now; how much of it was too young to go, nobody tells."""
-        async with self.ledger.survey() as survey:
-            age = await self._stray_age(survey)
-            for backend in self.backends.values():
-                if not isinstance(backend, Keeps):
-                    continue
-                try:
-                    for page in _pages(await backend.listed()):
-                        unknown = await survey.unknown([digest.rpartition(":")[2] for digest in page])
-                        if strays := [digest for digest in page if digest.rpartition(":")[2] in unknown]:
-                            await backend.drop(strays, age)
-                except BackendUnavailable as fault:
-                    log.info("left for later", compute=backend.name, why=fault.message)
-        return Part("kept", 0)
-
-    async def _clean_strays(self) -> Part:
-        count = size = 0
-        async with self.ledger.survey() as survey:
-            async for page in self._strays(survey):
-                freed = await self.store.remove(page, min_age=STRAY_AGE)
-                count, size = count + len(page), size + freed
-        return Part("strays", count, size)
 
     # --- code and environments ----------------------------------------------------------------------------------
     async def _horizon(self, survey: Survey) -> float | None:
@@ -434,7 +363,3 @@ def _removal_json(row: ArtifactRow, removal: Removal) -> dict[str, Any]:
         "seconds": removal.seconds,
         "why": removal.reason,
     }
-
-
-def _pages(values: Sequence[Any], size: int = PAGE) -> list[Any]:
-    return [values[i : i + size] for i in range(0, len(values), size)]

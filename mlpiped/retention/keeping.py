@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 METRICS = "metrics.jsonl"
-_HEX_REST = re.compile(r"[0-9a-f]{62}")
 _ENVIRONMENT = re.compile(r"[0-9a-f]{32}")
 _BUILT = ".mlpiped-complete"
 NOATIME = 1024  # ST_NOATIME of statvfs

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+
+T = TypeVar("T")
+
+
+PAGE = 500  # runs, tokens or digests asked about at once
+TICK = 0.1  # seconds: no file system that holds a state folder notes times more coarsely
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What goes, or went, of one kind. `seconds`: what it took to make."""
+
+    what: str
+    count: int
+    bytes: int = 0
+    seconds: float = 0.0
 
 
 class ArtifactLike(Protocol):
@@ -138,3 +155,8 @@ def _bytes(size: int) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} TB"
+
+
+def pages(values: Sequence[T], size: int = PAGE) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 
 from mlpiped.sdk import place, values
 from mlpiped.sdk.errors import DefinitionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _DEEPEST_INCLUDE = 10
+_MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/@:=~-]*\Z")
 
 
 class Resources:
@@ -90,9 +92,11 @@ class Retry:
 class Environment:
     """What a step's code finds around it: packages (`requirements=`, a file beside the plugin), Python, variables.
 
-    With `image=` ("name:tag") or `dockerfile=` (a file beside the plugin, without a build context) the step runs in a
-    container, which brings its own Python and packages. Built once per content and cached; a part of the step's
-    identity. Files are read when the plugin is loaded; what a tag means is asked before each run.
+    With `image=` ("name:tag", or a `.sif` file that a cluster runs by Apptainer) or `dockerfile=` (a file beside the
+    plugin, without a build context) the step runs in a container, which brings its own Python and packages. `modules=`
+    are loaded before the step, in this order, on a compute that has environment modules (Slurm). Built once per content
+    and cached; a part of the step's identity. Files are read when the plugin is loaded; what a tag means and what an
+    image file holds is asked before each run.
     """
 
     def __init__(
@@ -103,9 +107,13 @@ class Environment:
         image: str | None = None,
         dockerfile: str | None = None,
         env: Mapping[str, str] | None = None,
+        modules: Sequence[str] | None = None,
     ) -> None:
         where = self.where = place.here()
         _one_base({"image": image, "dockerfile": dockerfile, "requirements": requirements}, python, where)
+        self.modules = [] if modules is None else _modules(modules, where)
+        if self.modules and (image is not None or dockerfile is not None):
+            raise DefinitionError("`modules=` beside a container's image", where, "a container brings its own packages")
         self.image = None if image is None else _image(image, where)
         self.dockerfile: str | None = None
         if dockerfile is not None:
@@ -132,7 +140,17 @@ class Environment:
             "image": self.image,
             "dockerfile": self.dockerfile,
             "env": self.env,
+            "modules": self.modules,
         }
+
+
+def _modules(modules: Sequence[str], where: place.Place) -> list[str]:
+    if isinstance(modules, str) or not isinstance(modules, (list, tuple)):
+        raise DefinitionError(f"modules is not a list: {values.shown(modules)}", where, 'write `modules=["cuda/12"]`')
+    for name in modules:
+        if not isinstance(name, str) or not _MODULE.match(name):
+            raise DefinitionError(f"not the name of a module: {values.shown(name)}", where, 'write it like "cuda/12"')
+    return list(modules)
 
 
 def _one_base(given: Mapping[str, object], python: object, where: place.Place) -> None:
@@ -153,7 +171,7 @@ def _image(image: object, where: place.Place) -> str:
         raise DefinitionError(
             f"not the name of an image: {values.shown(form)}", where, 'write it like "name:tag" or "name@sha256:…"'
         )
-    return form
+    return place.absolute(form, where) if form.endswith(".sif") else form
 
 
 def _version(python: object, where: place.Place) -> str:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.bench import docker, durability, figures, moments, slurm, ssh, work
+from tests.bench import docker, durability, figures, moments, slurm, slurm_queue, ssh, work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +37,7 @@ BENCHES: dict[str, Callable[[], Iterator[figures.Figure]]] = {
     "ssh-large": ssh.large,
     "slurm-array": slurm.array,
     "slurm-many": slurm.many,
+    "slurm-queue": slurm_queue.queue,
     "commits": durability.commits,
     "adopt": durability.adopt,
 }

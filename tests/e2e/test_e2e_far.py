@@ -104,6 +104,28 @@ def test_what_a_step_on_a_box_prints_is_seen_while_it_runs(daemon: Daemon) -> No
     assert logs(daemon, f"{number}/say") == "one\ntwo\nthree\n"
 
 
+def test_what_a_step_on_a_box_measures_is_seen_while_it_runs(daemon: Daemon, box: ssh_rig.Box) -> None:
+    gate, script = daemon.root / "gate", daemon.root / "fit.sh"
+    loss = """printf '{"name": "loss", "value": %d}\\n' $1 >> "$MLPIPED_METRICS"\n"""
+    script.write_text(f"loss() {{\n{loss}}}\nloss 3; loss 2\nwhile [ ! -e {gate} ]; do sleep 0.05; done\nloss 1\n")
+    fit = f'CommandStep(["sh", "{script}"], name="fit", compute_target="gpu1")'
+    daemon.install("learn", f'pipeline = Pipeline("learn", steps=[{fit}])')
+    number = daemon.run("learn")
+
+    def losses() -> list[int]:
+        return [line["value"] for step in daemon.json("metrics", str(number))["steps"] for line in step["metrics"]]
+
+    until(lambda: losses() == [3, 2], "what it has measured", 60)
+    assert steps(daemon.show(number)) == {"fit": "running"}
+    box.stop()
+    until(lambda: daemon.json("metrics", str(number))["steps"][0]["note"], "why there is no more")
+    assert losses() == [3, 2]
+    box.start()
+    gate.touch()
+    assert daemon.end(number)["outcome"] == "succeeded"
+    assert losses() == [3, 2, 1]
+
+
 def test_H1_a_step_on_a_box_outlives_the_daemon_and_its_log_is_whole(daemon: Daemon) -> None:
     gates = talker(daemon)
     number = daemon.run("talk")

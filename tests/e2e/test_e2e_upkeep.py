@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from harness import BIN, Daemon, step, steps, until
 
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "ledger-v1.sqlite3"
 
 HELLO = """
@@ -124,6 +126,22 @@ def test_what_root_restores_belongs_to_the_owner_of_the_state_folder(own: Daemon
     for name in ("ledger.sqlite3", "pid"):
         assert (own.state / name).stat().st_uid == 12345, name
     os.chown(own.state, 0, 0)
+
+
+def test_a_state_folder_holds_what_the_operations_manual_names_and_nothing_else(own: Daemon) -> None:
+    install(own)
+    (own.lab / "open").write_text("")
+    own.go("hello")
+    table = OPERATIONS.read_text().partition("## What lies in the state folder\n")[2].partition("\n## ")[0]
+    named = {name.rstrip("/") for row in re.findall(r"^\| (`.+?`) \|", table, re.MULTILINE) for name in words(row)}
+    there = {path.name for path in own.state.iterdir()}
+    assert {"ledger.sqlite3", "ledger.sqlite3-wal", "jobs"} <= there <= named
+
+
+def words(row: str) -> list[str]:
+    """The names in a cell; one that begins with a dash is an end of the first."""
+    first, *others = re.findall("`(.+?)`", row)
+    return [first, *(first + other if other.startswith("-") else other for other in others)]
 
 
 def test_gc_frees_what_is_old_and_leaves_what_a_running_run_needs() -> None:

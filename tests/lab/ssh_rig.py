@@ -67,7 +67,7 @@ class Box:
 
     def __init__(
         self, folder: Path, key: Path, number: int = 1, *, max_sessions: int = 10, path: Sequence[Path | str] = (),
-        **environment: str,
+        force: str = "", **environment: str,
     ) -> None:  # fmt: skip
         self.folder = folder
         folder.mkdir(parents=True)
@@ -84,6 +84,8 @@ class Box:
         if path:
             self.environment["PATH"] = ":".join(str(one) for one in path)
         self.max_sessions = max_sessions
+        self.force = force
+        """What is executed in the place of a command, which it has in $SSH_ORIGINAL_COMMAND."""
         self.process: subprocess.Popen[bytes] | None = None
         shutil.copy(f"{key}.pub", folder / "authorized_keys")
         self.new_host_key()
@@ -108,6 +110,7 @@ class Box:
                 port=self.port, address=self.address, folder=self.folder, max_sessions=self.max_sessions,
                 environment=environment,
             )
+            + (f"ForceCommand {self.force}\n" if self.force else "")
         )  # fmt: skip
         log = (self.folder / "log").open("ab")
         self.process = subprocess.Popen(

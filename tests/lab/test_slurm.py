@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -201,6 +202,24 @@ async def test_J3_a_requeue_cannot_start_the_step_again(desk: Desk) -> None:
     assert len(lines(desk.effects)) == 1
 
 
+async def test_J3_a_node_that_cannot_start_a_job_has_not_cancelled_the_step(tmp_path: Path) -> None:
+    prolog, broken = tmp_path / "prolog", tmp_path / "broken"
+    prolog.write_text(f"#!/bin/sh\ntest ! -e {broken}\n")
+    prolog.chmod(0o755)
+    with slurm_rig.running(more=f"Prolog={prolog}\n") as cluster:
+        async with AsyncExitStack() as stack:
+            desk = Desk(cluster, tmp_path, stack)
+            backend = await desk.backend()
+            broken.touch()
+            outcome = await backend.wait(await backend.submit(desk.effect()))
+            assert isinstance(outcome, NeverRan) and "its node did not start" in outcome.reason
+            broken.unlink()
+            await anyio.to_thread.run_sync(cluster.ready)
+            again = await backend.submit(desk.effect())
+            assert isinstance(await backend.wait(again), Exited)
+            assert lines(desk.effects) == [again["token"]]
+
+
 # --- J4: forgotten --------------------------------------------------------------------------------------------------
 @BOTH
 async def test_J4_a_job_that_slurm_has_forgotten_is_told_by_its_exit_file(desk: Desk) -> None:
@@ -292,6 +311,33 @@ async def test_J7_a_job_that_a_killed_controller_forgot_never_ran_and_its_id_is_
     await anyio.to_thread.run_sync(desk.cluster.ready)
     await desk.until(lambda: lines(desk.effects), "the other job has run")
     assert set(lines(desk.effects)) == {"other"}
+
+
+async def test_J7_what_a_killed_controller_holds_again_after_its_end_is_taken_out(desk: Desk) -> None:
+    backend = await desk.backend()
+    desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
+    handle = await backend.submit(desk.effect())
+    desk.cluster.command("scontrol", "uhold", str(handle["job"]))  # as it was before it was released
+    state, before = desk.cluster.folder / "state", desk.cluster.folder / "state.before"
+    desk.cluster.kill("slurmctld", signal.SIGTERM)
+    shutil.copytree(state, before)
+    desk.cluster.restart()
+    desk.cluster.command("scontrol", "release", str(handle["job"]))
+    await anyio.to_thread.run_sync(desk.cluster.ready)
+    outcome = await backend.wait(handle)
+    assert isinstance(outcome, Exited) and outcome.code == 0
+    desk.cluster.kill("slurmctld")
+    shutil.rmtree(state)
+    before.rename(state)
+    desk.cluster.restart()
+    await anyio.to_thread.run_sync(desk.cluster.ready)
+    other = await backend.submit(desk.job(WAIT))  # somebody looks at the queue
+    async with anyio.create_task_group() as group:
+        group.start_soon(backend.wait, other)
+        gone = lambda: desk.cluster.jobs().get(handle["job"], ("",))[0] != "PENDING"  # noqa: E731
+        await desk.until(gone, "it is out of the queue")
+        desk.go(other)
+    assert lines(desk.effects) == [handle["token"]]
 
 
 # --- J8: ended by others, or by its limits --------------------------------------------------------------------------

@@ -293,7 +293,7 @@ def make_wheel(folder: Path) -> Path:
     return wheel
 
 
-@pytest.mark.parametrize("shell_name", ["dash", "bash"])
+@pytest.mark.parametrize("shell_name", ["dash", "bash", "busybox"])
 async def test_a_box_with_nothing_but_sh_and_coreutils_is_enough(
     ssh_lab: Lab, tmp_path: Path, stack: AsyncExitStack, shell_name: str
 ) -> None:

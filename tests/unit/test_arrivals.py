@@ -27,12 +27,11 @@ def lab(tmp_path: Path) -> Path:
 
 
 # --- firing -------------------------------------------------------------------------------------------------
-async def test_a_file_fires_once_within_moments_of_its_settle_time(tmp_path: Path, lab: Path) -> None:
+async def test_a_file_fires_once_and_not_before_its_settle_time(tmp_path: Path, lab: Path) -> None:
     async with rig(tmp_path / "state") as world, landing(world, lab, arrival()) as place:
         path = place.drop("a.csv", "1,2")
         assert await world.fired(1) == ["in/a.csv is new"]
-        late = time.time() - path.stat().st_ctime - 0.3
-        assert 0 <= late < 0.15
+        assert time.time() - path.stat().st_ctime >= 0.3
         (event,) = world.events
         (taken,) = event.arrivals
         assert (taken.path, taken.size) == (os.fsencode(path), 3)
@@ -69,7 +68,7 @@ async def test_a_rename_into_place_counts_after_the_settle_time(tmp_path: Path, 
         os.rename(old, lab / "in" / "a.csv")
         began = time.time()
         await world.fired(1)
-        assert 0.28 < time.time() - began < 0.6
+        assert time.time() - began > 0.28
         await place.still(1)
 
 

@@ -16,7 +16,7 @@ from files_rig import Table, byte_path, fingerprinter, names, settle, settle_all
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlpiped.artifacts import OutputFault, Store, collecting
+from mlpiped.artifacts import OutputFault, Store, places
 from mlpiped.backends.base import JobOutput
 from mlpiped.errors import Conflict, UnknownName
 from mlpiped.files.walking import PathRefused
@@ -270,7 +270,7 @@ async def test_a_marker_that_the_step_forged_leads_nowhere(lab: Lab) -> None:
     for target in ("b3:../../jobs/secret", f"b3:{'0' * 64}", str(secret), "b3:"):
         folder = lab.job()
         (folder / "out" / "model").mkdir()
-        (folder / "out" / "model" / collecting.MARKER).symlink_to(target)
+        (folder / "out" / "model" / places.MARKER).symlink_to(target)
         with pytest.raises(OutputFault):
             await lab.store.collect(folder, [MODEL])
 
@@ -339,7 +339,7 @@ async def test_equal_outputs_are_placed_one_after_the_other(lab: Lab, monkeypatc
         time.sleep(0.02)  # so that without a lock all of them see an empty place
         return found
 
-    monkeypatch.setattr(collecting.os, "listdir", slow)
+    monkeypatch.setattr(places.os, "listdir", slow)
     async with anyio.create_task_group() as tasks:
         for _ in range(4):
             tasks.start_soon(lab.keep, b"same")

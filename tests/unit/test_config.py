@@ -131,7 +131,8 @@ def test_computes_of_every_kind_are_read_with_their_defaults(tmp_path: Path) -> 
         | {"ssh_config": None, "agent": False, "work_dir": "~/.mlpiped", "slots": 1, "gpus": "auto", "mounts": {}}
         | {"max_sessions": 8, "keepalive": 15.0, "unreachable_timeout": 86_400.0, "python": "python3"},
         "s": {"kind": "slurm", "slots": 1000, "max_jobs": None, "partition": None, "account": None, "qos": None}
-        | {"time": None, "via": "local", "poll_interval": 10.0, "work_dir": None, "options": ()},
+        | {"time": None, "via": "local", "poll_interval": 10.0, "work_dir": None, "options": ()}
+        | {"apptainer": False, "modules_init": None},
         "l": room | {"kind": "local", "slots": cpus, "gpus": "auto"},
     }
 
@@ -198,6 +199,8 @@ via = "local"
 poll_interval = "30s"
 work_dir = "shared"
 options = ["--constraint=a100", "--exclusive"]
+apptainer = "/opt/bin/apptainer"
+modules_init = "/etc/profile.d/lmod.sh"
 """
     )
     found = config.load(write(tmp_path, text)).compute["s"]
@@ -346,6 +349,7 @@ SINGLE = [
     (SSH + "max_sessions = 0", 5, "must be at least 1: 0", None),
     (SSH + 'python = "-c x"', 5, "is not one command", "python3"),
     (SLURM + 'via = "gpu1"', 3, 'can only be "local" yet: "gpu1"', "on a host that has `sbatch`"),
+    (SLURM + 'apptainer = "a b"', 3, "must be true, or one command", None),
     (SLURM + 'partition = "a b"', 3, "is not a name that Slurm knows", None),
     (SLURM + 'partition = "-x"', 3, "is not a name that Slurm knows", None),
     (SLURM + 'options = ["--constraint a100"]', 3, "is not an option of sbatch", "--constraint=a100"),

@@ -153,6 +153,26 @@ def test_an_adopted_attempt_holds_its_place_and_its_key(lab: Lab) -> None:
     assert lab.dispatch.places["local"].used_slots == 2
 
 
+def test_nothing_is_leased_before_all_runs_have_said_what_they_hold(lab: Lab) -> None:
+    two, three = lab.run(2), lab.run(3)
+    lab.dispatch.expect([1, 2, 3])
+    lab.dispatch.restored(2)
+    for index, share in enumerate(("key", None, None)):
+        lab.ask(two, index, share)
+    lab.ask(three, 0)
+    lab.dispatch.withdraw(cast(Any, three), 0)
+    nothing = None, None, None, None
+    live = AttemptRow("mlp-1-0-1-a", 1, 0, 1, "local", "key", AttemptState.SUBMITTED, None, {}, *nothing, 1, 1, None)
+    lab.dispatch.occupy(Need(1, 0), live, "key")
+    lab.dispatch.restored(1)
+    assert two.granted_to == []
+    lab.dispatch.forget(3)  # its walk was interrupted
+    assert two.granted_to == [(1, "local")]
+    assert lab.dispatch.places["local"].used_slots == 2
+    lab.dispatch.forget(1)
+    assert (two.again, three.granted_to) == ([0], [])
+
+
 def test_a_pool_is_any_of_its_computes() -> None:
     lab = Lab(slots=1, pools={"gpu": ["other", "local"]})
     one = lab.run(1)

@@ -21,7 +21,8 @@ from mlpiped.clock import SystemClock
 from mlpiped.config.settings import Retention
 from mlpiped.errors import BackendUnavailable
 from mlpiped.files.fingerprint import Fingerprinter
-from mlpiped.ledger import Ledger, StatRow, StepRow, moves
+from mlpiped.files.hashing import StatRow
+from mlpiped.ledger import Ledger, StepRow, moves
 from mlpiped.model import OutputFact, RunOutcome, StepOutcome, StepState
 from mlpiped.retention import keeping
 from mlpiped.retention.keeper import Keeper

@@ -24,7 +24,8 @@ from mlpiped.kept import Kept, digest_for, is_home
 from mlpiped.ledger import moves
 from mlpiped.model import OutputFact
 from mlpiped.needs import bytes_to_travel
-from mlpiped.retention.keeper import STRAY_AGE, Keeper
+from mlpiped.retention.artifacts import STRAY_AGE
+from mlpiped.retention.keeper import Keeper
 from mlpiped.spec import PipelineSpec, Upstream, version_of
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ async def test_a_step_on_the_box_is_given_what_lies_there_only_when_it_is_what_i
         assert s.box.dropped == [([fact.digest], 0)], "what came home is sent instead"
 
 
-async def test_a_box_that_is_away_is_waited_for_with_a_reason(tmp_path: Path) -> None:
+async def test_a_box_that_is_away_is_waited_for_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlpiped.kept.FIRST_PAUSE", 0.01)
     async with scene(tmp_path) as s:
         fact, told = s.made(), []
         s.box.unavailable_for = 1

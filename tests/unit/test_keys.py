@@ -77,12 +77,19 @@ def test_what_does_not_make_the_result_is_not_in_the_key(changed: dict[str, Any]
         {"environment": {"requirements": "numpy==2"}},
         {"environment": {"env": {"A": "1"}}},
         {"environment": {"python": "3.99"}},
+        {"environment": {"modules": ["cuda/12"]}},
         {"salt": "2"},
     ],
     ids=lambda c: next(iter(c)),
 )
 def test_what_makes_the_result_is_in_the_key(changed: dict[str, Any]) -> None:
     assert key(step(**changed)) != key(step())
+
+
+def test_modules_are_in_the_key_in_the_order_in_which_they_are_loaded() -> None:
+    one, other = (step(environment={"modules": modules}) for modules in (["a", "b"], ["b", "a"]))
+    assert key(one) != key(other)
+    assert keys.changes(parts(one), parts(other)) == ['environment: modules ["a", "b"] -> ["b", "a"]']
 
 
 def test_the_name_of_an_input_in_the_arguments_is_not_in_the_key() -> None:

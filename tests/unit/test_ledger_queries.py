@@ -9,9 +9,10 @@ import pytest
 from ledger_scene import NOW, committed, event, made, opened, opening, running
 
 from mlpiped.errors import StaleReuse
+from mlpiped.files.hashing import StatRow
 from mlpiped.ledger import moves
 from mlpiped.ledger.db import SQL, connect
-from mlpiped.ledger.rows import StatRow, StepRow
+from mlpiped.ledger.rows import StepRow
 from mlpiped.model import Arrival, RunOutcome, RunState, StepOutcome, StepState
 
 pytestmark = pytest.mark.anyio

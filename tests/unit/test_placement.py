@@ -178,6 +178,10 @@ SHARED_TOO_FAR = (
         ),
         (Need(1, 0), box(drained=True), "away", "gpu1 is drained: its steps finish, nothing new starts"),
         (Need(1, 0, images=True), Place("local", 2), "never", "local runs no containers"),
+        (Need(1, 0, sif=True), Place("local", 2), "never", "local runs no images that are files"),
+        (Need(1, 0, sif=True), Place("box", 2, images=True), "never", "box runs no images that are files"),
+        (Need(1, 0, images=True), Place("cluster", 2, sifs=True), "never", "cluster runs no containers"),
+        (Need(1, 0, modules=True), Place("local", 2), "never", "local loads no environment modules"),
         (
             Need(1, 0, nodes=2, cluster=True),
             Place("local", 2),

@@ -136,7 +136,7 @@ async def test_a_file_that_breaks_keeps_its_last_good_version(house: House) -> N
         (broken,) = house.registry.broken()
         assert broken.file == str(path)
         assert [(f.line, f.message) for f in broken.faults] == [(2, "NameError: name 'boom' is not defined")]
-        assert broken.serving_version == good.version
+        assert broken.serving == {"a": good.version}
         assert broken.since >= good.loaded_at
         house.pipeline("a.py", "a", "two")
         await house.until(lambda: house.command("a") == "two" and house.registry.broken() == [])

@@ -517,6 +517,11 @@ def test_what_is_no_size(form: object) -> None:
         (lambda: Environment(env={"A B": "x"}), "not the name of an environment variable"),
         (lambda: Environment(env={"MLPIPED_TOKEN": "x"}), "set by mlpiped itself"),
         (lambda: Environment(python="3"), "not a version of Python"),
+        (lambda: Environment(modules="cuda/12"), "modules is not a list"),
+        (lambda: Environment(modules=["cuda 12"]), "not the name of a module: 'cuda 12'"),
+        (lambda: Environment(modules=["-f"]), "not the name of a module"),
+        (lambda: Environment(modules=[12]), "not the name of a module"),  # type: ignore[list-item]
+        (lambda: Environment(modules=["a"], image="b"), "a container's image"),
         (lambda: Environment(image=""), "image is empty"),
         (lambda: Environment(image="a b"), "not the name of an image: 'a b'"),
         (lambda: Environment(image="--privileged"), "not the name of an image"),
@@ -559,7 +564,7 @@ def test_requirements_are_one_text_with_their_includes(tmp_path: Path) -> None:
     (tmp_path / "all.txt").write_text("-r base.txt\npandas  # of the lab\n")
     made = Environment(requirements=str(tmp_path / "all.txt"), python="3.11", env={"A": "1"})
     text = "numpy==2.0\npandas  # of the lab"
-    none = {"image": None, "dockerfile": None}
+    none = {"image": None, "dockerfile": None, "modules": []}
     assert made.plain() == {"requirements": text, "python": "3.11", "env": {"A": "1"}} | none
     for line in ("-e .", "-c x.txt", "./local", "-r all.txt"):
         (tmp_path / "base.txt").write_text(f"\n{line}\n")

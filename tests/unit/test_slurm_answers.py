@@ -127,6 +127,12 @@ def test_the_id_of_a_submission(said: str, job: int | None) -> None:
     assert commands.submitted(said) == job
 
 
+def test_what_has_ended_says_whether_it_was_given_a_node() -> None:
+    text = "7|CANCELLED|mlp-a|None|n1\n8|CANCELLED|mlp-b|Priority|n/a\n9|RUNNING|mlp-c|None|n1\n10|FAILED|mlp-d|None|"
+    reasons = {job: one.reason for job, one in commands.listed(text).items()}
+    assert reasons == {7: commands.ON_NODE, 8: "Priority", 9: "None"}
+
+
 def test_accounting_is_asked_for_ends_alone() -> None:
     said = "7|CANCELLED by 0\n8|RUNNING\n9|COMPLETED\n9|NODE_FAIL\n10.batch|COMPLETED\nx\n"
     assert commands.accounted(said) == {7: "CANCELLED", 9: "NODE_FAIL"}
@@ -251,6 +257,14 @@ def test_a_witness_of_an_end_of_its_own_needs_no_word_of_slurm(state: str | None
 def test_J3_what_machines_do_is_a_loss(state: str) -> None:
     assert isinstance(judge(look(witness=TERMINATED), state), Lost)
     assert isinstance(judge(look(), state), Lost)
+
+
+@pytest.mark.parametrize(("state", "reason"), [("CANCELLED", commands.ON_NODE), ("COMPLETED", ""), ("COMPLETED", "x")])
+def test_J3_what_slurm_ends_before_its_node_has_started_it_has_never_run(state: str, reason: str) -> None:
+    assert judge(look(claimed=False), state, 0, reason) == "fence"
+    assert isinstance(judge(look(claimed=False, fenced=True), state, 0, reason), NeverRan)
+    ours = judge(look(claimed=False, fenced=True, cancelled=True), state, 0, reason)
+    assert isinstance(ours, Exited) and ours.cancelled
 
 
 @pytest.mark.parametrize("said", [TERMINATED, KILLED, None])

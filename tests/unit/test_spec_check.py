@@ -400,6 +400,10 @@ def test_an_image_and_the_compute_that_is_named_fit_together(
             {"environment": {"image": "a", "requirements": "x"}},
             "`a` has an image and requirements: an environment is of",
         ),
+        (
+            {"resources": {"cluster": True}, "environment": {"image": "/a.sif"}},
+            "step `a` is started by srun, and has an image that is a file: no srun is in it",
+        ),
         ({"resources": {"gpu_memory": 5}}, "`a` asks for memory of a card, and for no card"),
     ],
 )

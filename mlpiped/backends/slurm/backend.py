@@ -19,9 +19,10 @@ import anyio.to_thread
 import structlog
 
 from mlpiped.backends import folder as folders
-from mlpiped.backends.base import Capacity, Card, Cluster, Handle, Job, NeverRan, Outcome
+from mlpiped.backends.base import Capacity, Card, Cluster, Handle, Image, Job, NeverRan, Outcome
 from mlpiped.backends.environments import Environments
-from mlpiped.backends.slurm import commands, submission, verdict
+from mlpiped.backends.slurm import commands, submission, surroundings, verdict
+from mlpiped.backends.slurm.apptainer import Sifs
 from mlpiped.backends.slurm.arrays import Lists
 from mlpiped.backends.slurm.commands import Ref
 from mlpiped.backends.slurm.controller import Controller
@@ -77,6 +78,7 @@ class SlurmBackend:
         self._lists = Lists(self.root)
         self._counter = Counter(self._controller, self._queue, self._lists, f"mlpiped:{instance}", self._do)
         self._tools: str | None = None
+        self._sifs = Sifs()
         self._nodes: Nodes | None = None
         self._turns: dict[str, anyio.Lock] = {}
         self._sentenced: set[Ref] = set()  # held jobs that were taken out of the queue
@@ -103,7 +105,14 @@ class SlurmBackend:
         slots = min(self.settings.slots, self.settings.max_jobs or self.settings.slots)
         nodes = None if self._nodes is None else self._nodes.up + self._nodes.down
         trouble = None if self._nodes is not None else NOT_SEEN
-        return Capacity(slots=slots, cards=cards, no_cards=trouble, cluster=True, nodes=nodes)
+        sifs = bool(self.settings.apptainer)
+        return Capacity(slots, cards=cards, no_cards=trouble, cluster=True, nodes=nodes, modules=True, sifs=sifs)
+
+    async def image(self, reference: str | None, dockerfile: str | None) -> Image:
+        return await self._sifs.image(reference)
+
+    def bringing(self, reference: str | None, dockerfile: str | None) -> str | None:
+        return None
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return 0
@@ -145,12 +154,13 @@ class SlurmBackend:
             if name in job.env:
                 env[name] = f"{job.env[name]}:{base[name]}"
         order = folders.order(job.argv(folders.output_paths(folder, job)), env, job)
+        assert self._tools is not None
+        order = surroundings.around(order, job, folder, self._tools, self.settings)
         order["inherit"] = list(submission.INHERITED)
         folders.build(folder, job, json.dumps(order))
         link = self._home / job.token
         if self._home != self.jobs_dir and not link.is_symlink():
             link.symlink_to(folder)
-        assert self._tools is not None
         return submission.script(folder, self._tools, self._python)
 
     # --- found and fenced -------------------------------------------------------------------------------------
@@ -219,14 +229,18 @@ class SlurmBackend:
         return None if record is None or record.get("fenced") else submission.handle_of(folder, record)
 
     async def _on_strangers(self, held: list[Listed]) -> None:
-        """Take out of the queue what never will be released: its token was fenced, or another job has it."""
+        """Take out of the queue what nobody will release: its token was fenced or has ended, or another job has it."""
 
         def look() -> list[Listed]:
             found = []
             for one in held:
                 token = self._lists.token(one.name)
-                record = None if token is None else submission.record_of(folders.at(self._jobs, token))
-                if record is not None and record.get("job") != one.job:
+                folder = None if token is None else folders.at(self._jobs, token)
+                record = None if folder is None else submission.record_of(folder)
+                if folder is None or record is None:
+                    continue
+                over = folders.fenced(folder) or folders.witness(folder) is not None
+                if over or record.get("job") != one.job:  # a controller that was killed may hold again what has ended
                     found.append(one)
             return found
 

@@ -33,6 +33,8 @@ HELD = "JobHeldUser"  # Slurm's reason for a job that was submitted with --hold
 MOST_ELEMENTS = 4_000_001  # of an array, whatever its site allows
 IMPOSSIBLE = "BadConstraints"  # … for one that no node can ever hold: sbatch does not look for that in a held job
 
+ON_NODE = "on a node"  # … in its place, of one that has ended: it had been given a node
+
 WAITING = frozenset(
     "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT RESV_DEL_HOLD".split()
 )  # not (or not any more) on a node
@@ -43,7 +45,7 @@ ENDED = frozenset(
 
 _LISTED = re.compile(
     r"([0-9]{1,10})(?:_([0-9]{1,7}))?\|([A-Z_]{1,32})\|"
-    r"(?:mlp-([a-z0-9][a-z0-9_.-]{0,127})|mlpa-([0-9a-f]{16}))\|([ -{}~]{0,500})"
+    r"(?:mlp-([a-z0-9][a-z0-9_.-]{0,127})|mlpa-([0-9a-f]{16}))\|([ -{}~]{0,500})(?:\|([A-Za-z0-9_.-]{1,255}|n/a))?"
 )
 _ACCOUNTED = re.compile(
     r"([0-9]{1,10})(?:_([0-9]{1,7})|_\[([0-9,-]{1,200000})(?:%[0-9]+)?\])?\|([A-Z_]{1,32})(?: by [0-9]{1,10})?"
@@ -228,7 +230,7 @@ def terminate(job: Ref, name: str) -> list[str]:
 def squeue(jobs: Iterable[int] = ()) -> list[str]:
     """All of ours, or these and their elements: a line each."""
     some = f"--jobs={','.join(map(str, jobs))}" if jobs else "--me"
-    return command("squeue", some, "--noheader", "--states=all", "--array", "--format=%i|%T|%j|%r")
+    return command("squeue", some, "--noheader", "--states=all", "--array", "--format=%i|%T|%j|%r|%B")
 
 
 def listed(stdout: str) -> dict[Ref, Listed]:
@@ -239,7 +241,9 @@ def listed(stdout: str) -> dict[Ref, Listed]:
         match = _LISTED.fullmatch(line)
         if match is None:
             continue
-        job, index, state, token, array, reason = match.groups()
+        job, index, state, token, array, reason, host = match.groups()
+        if state in ENDED and host not in (None, "n/a"):
+            reason = ON_NODE
         if token is not None and index is None:
             one = Listed(int(job), token, state, reason)
         elif array is not None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlpiped.backends import folder as folders
 from mlpiped.backends import memory_group, supervisor
+from mlpiped.backends.slurm import surroundings
 from mlpiped.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 FENCED = folders.FENCED
 WRAPPER = Path(__file__).with_name("wrapper.sh")
-TOOLS = (Path(supervisor.__file__), Path(memory_group.__file__))
+TOOLS = (Path(supervisor.__file__), Path(memory_group.__file__), *surroundings.SCRIPTS)
 INHERITED = ("SLURM_", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 
 

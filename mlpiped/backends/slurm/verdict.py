@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from mlpiped.backends.base import Exited, Lost, NeverRan, Outcome
-from mlpiped.backends.slurm.commands import ENDED, IMPOSSIBLE, WAITING
+from mlpiped.backends.slurm.commands import ENDED, IMPOSSIBLE, ON_NODE, WAITING
 
 if TYPE_CHECKING:
     from mlpiped.backends.slurm.commands import Ref
@@ -84,8 +84,12 @@ def _never_started(look: Look, job: Ref, word: str | None, reason: str) -> Outco
         return Exited(code=None, cancelled=True)
     if reason == IMPOSSIBLE:
         return Exited(code=None, error=f"Slurm says that no node can ever hold it: {reason}")
+    if word == "CANCELLED" and reason == ON_NODE:  # by Slurm, or in the very moment of its start
+        return NeverRan(f"Slurm cancelled job {job}, which its node did not start")
     if word == "CANCELLED":
         return Exited(code=None, error=f"{BY_OTHERS}, before it started")
+    if word == "COMPLETED":  # a controller that was killed gives ids out again: that was the end of another
+        return NeverRan(f"Slurm calls job {job} completed, and it had not started")
     if word is None:
         return NeverRan(f"Slurm does not know job {job} any more, and it had not started")
     if word in MACHINES:

@@ -26,6 +26,7 @@ SCRIPTS = ("step.sh", "agent.sh", "tree.sh", "keep.sh", "env.sh")
 ANSWER = 60.0  # seconds; a request that takes longer means that the box, or the way to it, is stuck
 LINE = 8000  # bytes: what a shell reads as one line; longer orders go as a file
 HELLO = 30.0
+MARK = "--mlpiped--"
 PLAIN = (string.ascii_letters + string.digits + "._/,=+@%-~").encode()
 
 
@@ -52,6 +53,7 @@ class Box:
     boot: str = ""
     python: str = ""  # path of its interpreter, or nothing
     tar: bool = False
+    greets: bool = False
     contents: set[str] = field(default_factory=set)
     scripts: str = ""
 
@@ -64,6 +66,8 @@ class Agent(asyncssh.SSHClientSession[bytes]):
         self.name = name
         self.box = Box(scripts=scripts_digest())
         self.closed = False
+        self.begun = False
+        """Whether what comes is from our scripts, and not from a login shell that greets."""
         self._news, self._ended = news, ended
         self._channel: asyncssh.SSHClientChannel[bytes] | None = None
         self._rest = b""
@@ -82,7 +86,7 @@ class Agent(asyncssh.SSHClientSession[bytes]):
     ) -> Agent:  # fmt: skip
         """Raises BackendUnavailable, and what asyncssh raises."""
         boot = script("boot.sh")
-        command = f"sh -c 'eval \"$(head -c {len(boot)})\"'"
+        command = f"sh -c 'eval \"$(dd bs={len(boot)} count=1 iflag=fullblock 2>/dev/null)\"'"
         agent = cls(name, news, ended)
         channel, _ = await connection.create_session(lambda: agent, command, encoding=None)
         agent._channel = channel
@@ -169,6 +173,10 @@ class Agent(asyncssh.SSHClientSession[bytes]):
             self._take(line.decode("utf-8", "surrogateescape"))
 
     def _take(self, line: str) -> None:
+        if not self.begun:
+            self.begun = line == MARK
+            self.box.greets = self.box.greets or bool(line and not self.begun)
+            return
         kind, _, rest = line.partition(" ")
         if kind == "r":
             number, _, answer = rest.partition(" ")
@@ -191,7 +199,6 @@ class Agent(asyncssh.SSHClientSession[bytes]):
             self._errors = rest.encode("utf-8", "surrogateescape")
         elif kind in ("e", "n", "l"):
             self._news(kind, rest)
-        # anything else is a login shell that greets
 
     def _hello(self, name: str, value: str) -> None:
         if name == "ready":

@@ -214,7 +214,7 @@ while IFS= read -r line; do
     launch) launch "${rest%% *}" "${rest#* }" ;;
     launchfile)
         draft=.new/order.$$.$mine.$id
-        (umask 077; head -c "${rest#* }" >"$draft") || : >"$draft"
+        (umask 077; dd bs="${rest#* }" count=1 iflag=fullblock of="$draft" 2>/dev/null) || : >"$draft"
         launch "${rest%% *}" "@$draft"
         ;;
     find) seek $rest; put_line "r $id ok" ;;

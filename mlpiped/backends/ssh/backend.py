@@ -180,6 +180,11 @@ class SshBackend:
             else:
                 await anyio.sleep(FOLLOW)
 
+    async def measured(self, handle: Handle, offset: int) -> AsyncIterator[bytes]:
+        while chunk := (await self._tails.read(_token(handle), "metrics.jsonl", offset))[1]:
+            offset += len(chunk)
+            yield chunk
+
     async def _bring_logs(self, token: str, end: End) -> None:
         """What it has printed and measured, and then its exit.json."""
         folder = Path(folders.at(self.jobs_dir, token))

@@ -1,5 +1,11 @@
 # The first bytes on a channel: puts the scripts where they stay, and becomes one of them.
 # Reads `WORK INSTANCE DIGEST` (%b-encoded), then `NAME SIZE` and so many bytes for each script, then `go`.
+echo
+echo --mlpiped--
+# So many bytes and no more, in one piece: `head` of some boxes reads on.
+take() {
+    dd bs="$1" count=1 iflag=fullblock 2>/dev/null
+}
 umask_before=$(umask)
 umask 077
 read -r work instance digest
@@ -16,9 +22,9 @@ root=$(cd "$root" && pwd -P)
 bin=$root/.bin/$digest
 while read -r name size && [ "$name" != go ]; do
     if [ -s "$bin/$name" ]; then # also where the disk is full by now
-        head -c "$size" >/dev/null
+        take "$size" >/dev/null
     else
-        head -c "$size" >"$bin/$name.$$" && mv -T "$bin/$name.$$" "$bin/$name" ||
+        take "$size" >"$bin/$name.$$" && mv -T "$bin/$name.$$" "$bin/$name" ||
             { echo "x a file cannot be written: $bin/$name"; exit 1; }
     fi
 done

@@ -17,7 +17,7 @@ import anyio
 import anyio.to_thread
 import asyncssh
 
-from mlpiped.backends.ssh.link import quoted
+from mlpiped.backends.ssh.agent import MARK
 from mlpiped.backends.ssh.parcels import Start
 from mlpiped.errors import BackendUnavailable
 
@@ -143,17 +143,24 @@ class Carrier:
     # --- a child ------------------------------------------------------------------------------------------------
     async def _child(self, command: Sequence[str], work: Work) -> bytes:
         """What `work` brought, else what it said on stderr."""
-        argv = [*self.link.command(), quoted(*command)]
+        argv = [*self.link.command(), self.link.remote(command)]
         with tempfile.TemporaryFile() as errors:
             child = _started(argv, errors)
             try:
-                said = await anyio.to_thread.run_sync(work, child, abandon_on_cancel=True)
+                said = await anyio.to_thread.run_sync(self._worked, child, work, abandon_on_cancel=True)
             finally:
                 child.kill()
                 with anyio.CancelScope(shield=True):
                     await anyio.to_thread.run_sync(child.wait)
             errors.seek(0)
             return said or errors.read(65536)
+
+    def _worked(self, child: subprocess.Popen[bytes], work: Work) -> bytes:
+        assert child.stdout is not None
+        while self.link.greets and (line := child.stdout.readline()) != MARK.encode() + b"\n":
+            if not line:
+                return b""
+        return work(child)
 
 
 Work = Callable[["subprocess.Popen[bytes]"], bytes]

@@ -75,9 +75,11 @@ class Keeper:
     async def _open(self) -> Agent:
         connection = await self.link.open()
         try:
-            return await Agent.open(connection, self.link.name, *self._words, self._news, self._lost)
+            agent = await Agent.open(connection, self.link.name, *self._words, self._news, self._lost)
         except (OSError, asyncssh.Error) as fault:
             raise BackendUnavailable(f"the connection to `{self.link.name}` was lost") from fault
+        self.link.greets = agent.box.greets
+        return agent
 
     def close(self) -> None:
         if self._timer is not None:

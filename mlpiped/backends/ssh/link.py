@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shlex
 import time
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import asyncssh
 
+from mlpiped.backends.ssh.agent import MARK, encoded
+from mlpiped.backends.ssh.routes import CONNECT, LOGIN, AtJump, Blocked, Route, agent_keys
 from mlpiped.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -24,21 +27,13 @@ if TYPE_CHECKING:
 
     from mlpiped.config.computes import SshCompute
 
-CONNECT, LOGIN = 10.0, 20.0  # seconds
-LOST_AFTER = 3  # keepalives without an answer
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 REFUSALS = 3  # so often in a row may the box refuse our key: more looks like an attack to it
-NOBODY = b"# no host is known\n"  # None would mean that any host will do
 KEPT = 2  # sessions that last: the agent and the logs
-CROWDED = 60.0  # seconds to wait for a session
+CROWDED, ALONE = 60.0, 5.0  # seconds to wait for a session; when it would be the only one beside the agent's
+
+PLAIN = re.compile(r"[A-Za-z0-9._/-]+\Z")
 SHUT = 3600.0  # seconds for which nothing is tried after that, or after a changed host key
-CIPHERS = (
-    "aes128-gcm@openssh.com",
-    "aes256-gcm@openssh.com",
-    "chacha20-poly1305@openssh.com",
-    "aes128-ctr",
-    "aes256-ctr",
-)
 
 
 class Link:
@@ -46,6 +41,7 @@ class Link:
         self.name = name
         self.settings = settings
         self.known_hosts = known_hosts
+        self.route = Route(settings, known_hosts)
         self.connects = 0
         """How often a connection came about."""
         self._connection: asyncssh.SSHClientConnection | None = None
@@ -56,6 +52,8 @@ class Link:
         self._mended: tuple[float, ...] | None = None  # of the files that would have to change before the next try
         self._channels = anyio.CapacityLimiter(max(1, settings.max_sessions - KEPT))
         self._used = 0
+        self.greets = False
+        """Whether its login shell prints something before it does what it is told."""
 
     # --- the connection -----------------------------------------------------------------------------------------
     async def open(self) -> asyncssh.SSHClientConnection:
@@ -67,9 +65,10 @@ class Link:
                 if time.monotonic() < self._closed_until and self._mended in (None, self._stamps()):
                     raise self._again()
                 try:
-                    self._connection = await self._connect()
-                except (OSError, asyncssh.Error, TimeoutError) as fault:
-                    self._failed(fault)
+                    with anyio.fail_after(CONNECT + LOGIN):
+                        self._connection = await self.route.connect()
+                except (OSError, asyncssh.Error, TimeoutError, ValueError, Blocked, AtJump) as fault:
+                    await self._failed(fault)
                     raise self._again() from fault
                 self.connects += 1
                 self._failures = self._refusals = 0
@@ -82,40 +81,20 @@ class Link:
     def _again(self) -> BackendUnavailable:
         return BackendUnavailable(self._trouble.message, hint=self._trouble.hint)
 
-    async def _connect(self) -> asyncssh.SSHClientConnection:
-        settings = self.settings
-        options: dict[str, Any] = {
-            "config": [str(settings.ssh_config)] if settings.ssh_config is not None else [],
-            "known_hosts": str(self.known_hosts) if self.known_hosts.exists() else NOBODY,
-            "preferred_auth": "publickey",
-            "keepalive_interval": settings.keepalive,
-            "keepalive_count_max": LOST_AFTER,
-            "connect_timeout": CONNECT,
-            "login_timeout": LOGIN,
-            "encryption_algs": CIPHERS,
-        }
-        if settings.user is not None:
-            options["username"] = settings.user
-        if settings.key_file is not None:
-            options["client_keys"] = [str(settings.key_file)]
-        if not settings.agent:
-            options["agent_path"] = None
-        port = {} if settings.ssh_config is not None and settings.port == 22 else {"port": settings.port}
-        with anyio.fail_after(CONNECT + LOGIN):
-            return await asyncssh.connect(settings.host, **port, **options)
-
-    def _failed(self, fault: Exception) -> None:
+    async def _failed(self, fault: Exception) -> None:
         self._failures += 1
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)
         self._mended = None
-        where = f"`{self.name}` ({self.settings.host})"
+        where, host = f"`{self.name}` ({self.settings.host})", self.settings.host
+        if isinstance(fault, AtJump):
+            where, host, fault = f"the jump host `{fault.host}` of `{self.name}`", fault.host, fault.fault
         if isinstance(fault, asyncssh.HostKeyNotVerifiable):
             pause, self._mended = SHUT, self._stamps()
-            self._trouble = self._unverified(where)
+            self._trouble = self._unverified(where, host)
         elif isinstance(fault, asyncssh.PermissionDenied):
             self._refusals += 1
             self._trouble = BackendUnavailable(
-                f"{where} does not let us in: {_words(fault)}", hint="is our public key in its `authorized_keys`?"
+                f"{where} does not let us in: {_words(fault)}", hint=await self._missing_key()
             )
             if self._refusals >= REFUSALS:
                 pause, self._mended = SHUT, self._stamps()
@@ -123,27 +102,36 @@ class Link:
                     f"{where} is disabled: it refused our key {self._refusals} times",
                     hint="put our public key into its `authorized_keys`, then `mlpipectl reload`",
                 )
+        elif isinstance(fault, Blocked):
+            self._trouble = BackendUnavailable(f"{where} cannot be reached: {fault}", hint=fault.hint)
         else:
             self._trouble = BackendUnavailable(f"{where} cannot be reached: {_words(fault)}")
         self._closed_until = time.monotonic() + pause
 
-    def _unverified(self, where: str) -> BackendUnavailable:
-        if self._known():
+    async def _missing_key(self) -> str:
+        if self.settings.agent:
+            keys = await agent_keys()
+            if keys is None:
+                return "there is no agent at `$SSH_AUTH_SOCK`: set it in the daemon's unit, or name a `key_file`"
+            if keys == 0:
+                return "the agent has no key: `ssh-add`, as the daemon's user"
+        return "is our public key in its `authorized_keys`?"
+
+    def _unverified(self, where: str, host: str) -> BackendUnavailable:
+        name, port = self.route.known_as(host)
+        if self._known(name, port):
             return BackendUnavailable(
                 f"the host key of {where} has changed: nothing is sent there until that is explained",
                 hint=f"if the box was installed anew, replace its line in {self.known_hosts}",
             )
-        scan = f"ssh-keyscan -p {self.settings.port} {self.settings.host} >> {self.known_hosts}"
+        scan = f"ssh-keyscan -p {port or 22} {name} >> {self.known_hosts}"
         return BackendUnavailable(
             f"the host key of {where} is not known", hint=f"`{scan}`, and compare it with the box's own"
         )
 
-    def _known(self) -> bool:
+    def _known(self, name: str, port: int | None) -> bool:
         with suppress(OSError, ValueError, asyncssh.Error):
-            found = asyncssh.match_known_hosts(
-                str(self.known_hosts), self.settings.host, "", None if self.settings.port == 22 else self.settings.port
-            )
-            return bool(found[0])
+            return bool(asyncssh.match_known_hosts(str(self.known_hosts), name, "", port)[0])
         return False
 
     def _stamps(self) -> tuple[float, ...]:
@@ -186,39 +174,50 @@ class Link:
         until = time.monotonic() + CROWDED
         while True:
             try:
-                return await connection.create_process(quoted(*command), encoding=None)
-            except asyncssh.ChannelOpenError:
-                if time.monotonic() > until or connection.is_closed():
+                process = await connection.create_process(self.remote(command), encoding=None)
+            except asyncssh.ChannelOpenError as fault:
+                if connection.is_closed():
                     raise
                 self.narrow()
+                if time.monotonic() > until - (CROWDED - ALONE if self._used == 1 else 0):
+                    raise BackendUnavailable(
+                        f"the sshd of `{self.name}` opens no session beside the first",
+                        hint="its sshd_config: `MaxSessions 10`",
+                    ) from fault
                 await anyio.sleep(random.uniform(0.1, 0.5))
+                continue
+            try:
+                with anyio.fail_after(CROWDED):
+                    while self.greets and (line := await process.stdout.readline()) != MARK.encode() + b"\n":
+                        if not line:
+                            raise ConnectionError("its shell ended at once")
+            except BaseException:
+                process.channel.abort()
+                raise
+            return process
+
+    def remote(self, command: Sequence[str]) -> str:
+        """For the login shell there, whichever it is."""
+        return quoted(*command, first=MARK if self.greets else "")
 
     def narrow(self) -> None:
         """The server takes fewer sessions than we were told."""
         self._channels.total_tokens = max(1, min(self._used - 1, int(self._channels.total_tokens) - 1))
 
     def command(self) -> list[str]:
-        """OpenSSH's client for the same box, key and known hosts."""
-        settings = self.settings
-        words = ["ssh", "-T", "-oBatchMode=yes", "-oStrictHostKeyChecking=yes", "-oClearAllForwardings=yes"]
-        words += [f"-oUserKnownHostsFile={self.known_hosts}", "-oGlobalKnownHostsFile=/dev/null"]
-        words += [f"-oConnectTimeout={CONNECT:.0f}", f"-oServerAliveInterval={max(1, round(settings.keepalive))}"]
-        words += [f"-oServerAliveCountMax={LOST_AFTER}", "-oControlMaster=no", "-oControlPath=none"]
-        words += ["-oCompression=no", f"-oCiphers={','.join(CIPHERS)}"]
-        words += ["-F", str(settings.ssh_config or "/dev/null")]
-        if settings.key_file is not None:
-            words += ["-i", str(settings.key_file), "-oIdentitiesOnly=yes"]
-        if not settings.agent:
-            words += ["-oIdentityAgent=none"]
-        if settings.user is not None:
-            words += ["-l", settings.user]
-        if settings.ssh_config is None or settings.port != 22:
-            words += ["-p", str(settings.port)]
-        return [*words, "--", settings.host]
+        """OpenSSH's client on the same way. Raises BackendUnavailable."""
+        try:
+            return self.route.command()
+        except Blocked as fault:
+            raise BackendUnavailable(f"`{self.name}` cannot be reached: {fault}", hint=fault.hint) from fault
 
 
-def quoted(*words: str) -> str:
-    return shlex.join(words)
+def quoted(*words: str, first: str = "") -> str:
+    """In what any shell takes as it is, csh and fish too. `first`: a line to be said before."""
+    if not first and all(PLAIN.match(word) for word in words):
+        return " ".join(words)
+    text = (f"echo; echo {first}; " if first else "") + "exec " + shlex.join(words)
+    return f"exec sh -c 'eval \"$(printf %b \"$0\")\"' '{encoded(text).decode()}'"
 
 
 def _words(fault: Exception) -> str:

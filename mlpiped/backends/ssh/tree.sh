@@ -66,11 +66,17 @@ put() {
     echo ok
 }
 
+# So many bytes and no more: `head` of some boxes reads on.
+take() {
+    [ "$1" -lt $BLOCK ] || dd bs=$BLOCK count=$(($1 / BLOCK)) iflag=fullblock 2>/dev/null || return
+    [ $(($1 % BLOCK)) = 0 ] || dd bs=$(($1 % BLOCK)) count=1 iflag=fullblock 2>/dev/null
+}
+
 # One unit of what comes; said again, it is made again.
 entry() {
     case $kind in
     T)
-        head -c "$one" | tar -xomf -
+        take "$one" | tar -xomf -
         return
         ;;
     d | l) decode "$one" ;;
@@ -78,8 +84,8 @@ entry() {
     esac
     case $kind in
     d) mkdir -p "./$decoded" ;;
-    [fx]) head -c "$one" >"./$decoded" ;;
-    [fx]+) head -c "$one" >>"./$decoded" ;;
+    [fx]) take "$one" >"./$decoded" ;;
+    [fx]+) take "$one" >>"./$decoded" ;;
     l) link=$decoded && decode "$two" && ln -sfn "$decoded" "./$link" ;;
     *) false ;;
     esac || return
@@ -254,7 +260,7 @@ logs() {
     done
 }
 
-some='' count=0 bare= limit=
+some='' count=0 bare= limit= BLOCK=65536
 while [ "$count" -lt 200 ]; do
     count=$((count + 1))
     some="$some \"\${$count}\""

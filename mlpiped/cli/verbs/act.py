@@ -56,34 +56,26 @@ def cancel(call: Call) -> int:
 
 
 def pause(call: Call) -> int:
-    return _switch(call, "pause", "fires no more until it is resumed")
+    return _switch(call, "pipelines", "pipeline", "pause", "fires no more until it is resumed")
 
 
 def resume(call: Call) -> int:
-    return _switch(call, "resume", "fires again")
-
-
-def _switch(call: Call, verb: str, sentence: str) -> int:
-    answer = call.client.post(path("pipelines", call.args.pipeline, verb))
-    if call.as_json:
-        return call.document(answer)
-    call.note(f"`{shown(answer['pipeline'])}` {sentence}")
-    return 0
+    return _switch(call, "pipelines", "pipeline", "resume", "fires again")
 
 
 def drain(call: Call) -> int:
-    return _drain(call, "drain", "is drained: its steps finish, nothing new starts")
+    return _switch(call, "compute", "compute", "drain", "is drained: its steps finish, nothing new starts")
 
 
 def undrain(call: Call) -> int:
-    return _drain(call, "undrain", "takes steps again")
+    return _switch(call, "compute", "compute", "undrain", "takes steps again")
 
 
-def _drain(call: Call, verb: str, sentence: str) -> int:
-    answer = call.client.post(path("compute", call.args.compute, verb))
+def _switch(call: Call, where: str, kind: str, verb: str, sentence: str) -> int:
+    answer = call.client.post(path(where, getattr(call.args, kind), verb))
     if call.as_json:
         return call.document(answer)
-    call.note(f"`{shown(answer['compute'])}` {sentence}")
+    call.note(f"`{shown(answer[kind])}` {sentence}")
     return 0
 
 

@@ -88,7 +88,7 @@ def synchronous_normal() -> None:
 
 def commit_before_rename() -> None:
     """The row that says where an output lies is written before the output lies there."""
-    from mlpiped.artifacts import Store, collecting
+    from mlpiped.artifacts import Store, checking, places
     from mlpiped.attempt import Attempt
     from mlpiped.model import OutputFact
 
@@ -98,14 +98,14 @@ def commit_before_rename() -> None:
     async def only_look(self: Store, folder: Any, outputs: Any, wanted: Any = None) -> list[OutputFact]:
         def look() -> list[OutputFact]:
             store = f"{self.state_dir}/artifacts"
-            found = [collecting.check(str(folder), output, store) for output in outputs]
+            found = [checking.check(str(folder), output, store) for output in outputs]
             return [
                 OutputFact(
                     each.output.name,
                     each.digest,
                     each.output.kind,
                     each.size,
-                    f"{collecting.place_of(store, each.digest)}/{each.output.file_name}",
+                    f"{places.place_of(store, each.digest)}/{each.output.file_name}",
                 )
                 for each in found
             ]
