@@ -467,19 +467,20 @@ async def test_a_controller_that_holds_no_more_jobs_means_wait(tmp_path: Path) -
         async with AsyncExitStack() as stack:
             desk = Desk(cluster, tmp_path, stack)
             backend = await desk.backend()
-            first = await submitted(backend, [desk.job(WAIT) for _ in range(4)])
-            for handle in first:
-                await desk.started(handle)
-            found: list[Handle] = []
+            jobs = [desk.job(WAIT) for _ in range(6)]
+            folders = [desk.place / "jobs" / job.token for job in jobs]
+            found: list[Handle | Exception] = []
 
             async def submit() -> None:
-                found.append(await backend.submit(desk.effect()))
+                found.extend(await together(backend, jobs))
 
             async with anyio.create_task_group() as group:
                 group.start_soon(submit)
-                await desk.until(lambda: backend._controller.full is not None, "it is told that it is full", 150)
+                await desk.until(lambda: backend._controller.full is not None, "it is told that it is full", 100)
+                await desk.until(lambda: len(started(folders)) >= 2, "some run", 100)
+                await desk.until(lambda: backend._controller.full is not None, "it is full again", 100)
                 assert found == [] and "temporarily unable to accept" in str(backend._controller.full)
-                for handle in first:
-                    desk.go(handle)
-            assert good(await ends(backend, [*first, *found]))
-            assert lines(desk.effects) == [found[0]["token"]]
+                for folder in folders:
+                    folder.joinpath("work", "go").touch()
+            handles = [one for one in found if not isinstance(one, Exception)]
+            assert len(handles) == 6 and good(await ends(backend, handles))
