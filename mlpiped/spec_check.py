@@ -266,6 +266,9 @@ class _Check:
 
     def _cluster(self, step: StepSpec) -> None:
         resources, where = step.resources, step.where
+        if resources.cluster and runs_in_container(step):
+            hint = 'give it its packages by `requirements=`, or start it on one machine: `launcher="torchrun"`'
+            self.fault(where, f"step `{step.name}` is started by srun, which its container does not have", hint)
         if self.clusters is None or not resources.cluster:
             return
         if step.compute and not set(step.compute).isdisjoint(self.clusters):
