@@ -76,8 +76,7 @@ def backends_of(settings: Settings) -> dict[str, Backend]:
                 (state / "known_hosts").touch(0o644)
             found[name] = ssh.SshBackend(name, state, compute, instance=instance, datastores=datastores)
         elif isinstance(compute, SlurmCompute):
-            slurm = import_module("mlpiped.backends.slurm")
-            found[name] = slurm.SlurmBackend(name, state, compute, instance=instance, python=python)
+            continue  # it may go through one of the others
         else:
             found[name] = LocalBackend(
                 name,
@@ -90,4 +89,11 @@ def backends_of(settings: Settings) -> dict[str, Backend]:
                 gpus=compute.gpus,
                 instance=instance,
             )
-    return found
+    for name, compute in settings.compute.items():
+        if isinstance(compute, SlurmCompute):
+            slurm, runner = import_module("mlpiped.backends.slurm"), None
+            if compute.via != "local":
+                ssh = import_module("mlpiped.backends.ssh")
+                runner = slurm.LoginRunner(ssh.LoginShell(found[compute.via].link))  # type: ignore[attr-defined]
+            found[name] = slurm.SlurmBackend(name, state, compute, instance=instance, runner=runner, python=python)
+    return {name: found[name] for name in settings.compute}

@@ -27,7 +27,7 @@ def warnings_of(settings: Settings) -> list[str]:
             found += _of_engine(name, Path(compute.url.removeprefix("unix://")))
         elif isinstance(compute, SshCompute):
             found += _of_box(name, compute, settings.daemon.state_dir / "known_hosts")
-        elif isinstance(compute, SlurmCompute):
+        elif isinstance(compute, SlurmCompute) and compute.via == "local":
             absent = [f"`{program}`" for program in SLURM if shutil.which(program) is None]
             found += [f"compute `{name}`: not on the PATH: {', '.join(absent)}"] if absent else []
     return found

@@ -127,12 +127,6 @@ def _slurm_name(text: str) -> str:
     return text
 
 
-def _slurm_via(text: str) -> str:
-    if text != "local":
-        raise ValueError('can only be "local" yet\nrun mlpiped on a host that has `sbatch`')
-    return text
-
-
 def _slurm_option(text: str) -> str:
     found = _SLURM_OPTION.match(filled(text))
     if found is None:
@@ -154,7 +148,6 @@ Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 RemoteFolder = Annotated[str, AfterValidator(_remote)]
 RemoteMount = Annotated[str, AfterValidator(_remote_mount)]
 SlurmName = Annotated[str, AfterValidator(_slurm_name)]
-SlurmVia = Annotated[str, AfterValidator(_slurm_via)]
 SlurmOption = Annotated[str, AfterValidator(_slurm_option)]
 Apptainer = Annotated[bool | str, BeforeValidator(_apptainer)]
 RemoteCommand = Annotated[str, AfterValidator(_command)]
@@ -218,7 +211,7 @@ class SlurmCompute(Section):
     account: SlurmName | None = None
     qos: SlurmName | None = None
     time: Seconds | None = None  # the limit of a step that has no timeout; None: the partition's
-    via: SlurmVia = "local"  # who runs Slurm's commands
+    via: Text = "local"  # who runs Slurm's commands: this host, or the ssh compute of that name
     poll_interval: Seconds = 10.0
     work_dir: AbsolutePath | None = None  # None: the state folder
     options: tuple[SlurmOption, ...] = ()
@@ -247,12 +240,26 @@ def check(raw: Mapping[str, Any], base: Path, state_dir: Path, socket: Path, fau
             faults.add(("compute", name, "kind"), message, f"pip install 'mlpiped[{kind}]'")
         if kind == "docker":
             _check_mounts(name, table, {"the state folder": state_dir, "the control socket": socket}, faults)
+        if kind == "slurm" and isinstance(via := table.get("via", "local"), str) and via != "local":
+            _check_via(name, via, found or {}, faults)
         if kind == "ssh" and isinstance(mounts := table.get("mounts"), dict):
             known = faults.names_written("datastores")
             for datastore in mounts:
                 if datastore not in known:
                     message = f"no datastore named `{datastore}` in `mounts` of `[compute.{name}]`"
                     faults.add_unknown(("compute", name, "mounts", datastore), message, datastore, known)
+
+
+def _check_via(name: str, via: str, computes: Mapping[str, Any], faults: FaultList) -> None:
+    kinds = {each: table.get("kind") for each, table in computes.items() if isinstance(table, dict)}
+    boxes = [each for each, kind in kinds.items() if kind == "ssh"]
+    path = ("compute", name, "via")
+    if via not in kinds:
+        message = f"no compute named `{via}`, which is the `via` of `[compute.{name}]`"
+        faults.add_unknown(path, message, via, ["local", *boxes])
+    elif via not in boxes:
+        message = f'the `via` of `[compute.{name}]` must have `kind = "ssh"`: `{via}` has not'
+        faults.add(path, message, f"known: {', '.join(f'`{each}`' for each in ('local', *boxes))}")
 
 
 def _check_mounts(name: str, table: Mapping[str, Any], ours: Mapping[str, Path], faults: FaultList) -> None:

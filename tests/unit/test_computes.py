@@ -49,7 +49,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, module, room)
 
 
-def settings(folder: Path) -> config.Settings:
+def settings(folder: Path, of_cluster: str = "") -> config.Settings:
     path = folder / "mlpiped.toml"
     path.write_text(
         """
@@ -71,6 +71,7 @@ slots = 2
 [compute.cluster]
 kind = "slurm"
 """
+        + of_cluster
     )
     (folder / "state").mkdir(exist_ok=True)
     return config.load(path)
@@ -112,8 +113,16 @@ def test_each_compute_is_built_by_its_kind(tmp_path: Path, rooms: None) -> None:
     instance = {"instance": computes.instance_of(tmp_path / "state")}
     assert (box.state_dir, box.settings, box.more) == (tmp_path / "state", found.compute["box"], instance)
     assert isinstance(cluster, Built) and cluster.settings is found.compute["cluster"]
-    assert cluster.more == instance | {"python": "/bin/sh"}
+    assert cluster.more == instance | {"python": "/bin/sh", "runner": None}
     assert (gpu1.settings, gpu1.more) == (found.compute["gpu1"], instance | {"datastores": {"lab": tmp_path / "lab"}})
+
+
+def test_a_cluster_that_is_reached_through_a_box_uses_the_connection_of_that_box(tmp_path: Path) -> None:
+    found = settings(tmp_path, 'via = "gpu1"')
+    built = computes.backends_of(found)
+    assert list(built) == ["local", "box", "gpu1", "cluster"]
+    runner: Any = built["cluster"]._controller._runner  # type: ignore[attr-defined]
+    assert runner._shell.link is built["gpu1"].link  # type: ignore[attr-defined]
 
 
 def test_a_daemon_with_local_computes_alone_loads_no_library_of_the_others(tmp_path: Path) -> None:

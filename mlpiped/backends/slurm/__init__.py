@@ -1,3 +1,4 @@
 from mlpiped.backends.slurm.backend import SlurmBackend
+from mlpiped.backends.slurm.runner import LoginRunner
 
-__all__ = ["SlurmBackend"]
+__all__ = ["LoginRunner", "SlurmBackend"]

@@ -19,10 +19,26 @@ LONGEST = 64 << 20  # bytes of an answer
 SCRUBBED_PREFIXES = ("SBATCH_", "SQUEUE_", "SCANCEL_", "SACCT_", "SINFO_", "SLURM_")  # settings of the commands, and
 KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER"})  # what a daemon that itself runs in a job has around it
 
+CLEANED = """\
+for name in $(env | sed -n 's/^\\([A-Z][A-Z0-9_]*\\)=.*/\\1/p'); do
+    case $name in KEPT) ;; SCRUBBED) unset "$name" ;; esac
+done
+exec "$@"
+""".replace("KEPT", "|".join(sorted(KEPT))).replace("SCRUBBED", "|".join(f"{one}*" for one in SCRUBBED_PREFIXES))
+
 
 class Runner(Protocol):
     async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
-        """(exit status, stdout, stderr). Raises OSError (TimeoutError too) when there is no answer. Safe to cancel."""
+        """(exit status, stdout, stderr). Raises OSError (TimeoutError too), or BackendUnavailable, when there is no
+        answer. Safe to cancel."""
+        ...
+
+
+class Shell(Protocol):
+    """Where commands are run on another machine."""
+
+    async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, bytes, bytes]:
+        """Raises OSError or BackendUnavailable when there is no answer."""
         ...
 
 
@@ -45,6 +61,18 @@ class HostRunner:
         if len(done.stdout) > LONGEST:
             raise OSError(f"the answer of `{argv[0]}` is longer than {LONGEST >> 20} MiB")
         return done.returncode, _text(done.stdout), _text(done.stderr)
+
+
+class LoginRunner:
+    """On a login node, with the environment that a login has there, cleaned as the host's is."""
+
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+
+    async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
+        with anyio.fail_after(PATIENCE):
+            code, stdout, stderr = await self._shell.run(["sh", "-c", CLEANED, "sh", *argv], stdin)
+        return code, _text(stdout), _text(stderr)
 
 
 def _text(answer: bytes) -> str:
