@@ -22,7 +22,7 @@ from mlpiped.backends.slurm.queue import Queue
 from mlpiped.backends.slurm.submission import Look
 from mlpiped.config.computes import SlurmCompute
 from mlpiped.errors import BackendUnavailable
-from mlpiped.placement import Need, Place
+from mlpiped.placement.decide import Need, Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from crash.scenario import ARRIVING, ASKED, FLAKY, PERIOD, STEPS, TICKING, Mark
-from mlpiped.tries import LOST_LIMIT
+from mlpiped.execution.tries import LOST_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

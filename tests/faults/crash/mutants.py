@@ -106,7 +106,7 @@ def synchronous_normal() -> None:
 def commit_before_rename() -> None:
     """The row that says where an output lies is written before the output lies there."""
     from mlpiped.artifacts import Store, checking, places
-    from mlpiped.attempt import Attempt
+    from mlpiped.execution.attempt import Attempt
     from mlpiped.model import OutputFact
 
     place, rest = Store.collect, Attempt._collect
@@ -160,8 +160,8 @@ def witness_before_outputs() -> None:
 
 def intent_after_submit() -> None:
     """What is to be submitted is written down when there is time for it."""
-    from mlpiped.attempt import Attempt
     from mlpiped.backends.local import LocalBackend
+    from mlpiped.execution.attempt import Attempt
 
     run, submit = Attempt.run, LocalBackend.submit
     due: ContextVar[Callable[[], Any]] = ContextVar("due")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mlpiped.model import AttemptEnd, StepOutcome, StepState
 
 if TYPE_CHECKING:
-    from mlpiped.attempt import Attempt, Ended
+    from mlpiped.execution.attempt import Attempt, Ended
     from mlpiped.spec import RetrySpec, StepSpec
 
 LOST_LIMIT = 3
