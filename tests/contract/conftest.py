@@ -20,13 +20,16 @@ from mlpiped.backends.base import Backend, Exited, Job, Part
 from mlpiped.backends.docker import DockerBackend
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.backends.local import LocalBackend
-from mlpiped.backends.slurm import SlurmBackend
+from mlpiped.backends.slurm import LoginRunner, SlurmBackend
 from mlpiped.backends.slurm.runner import HostRunner
-from mlpiped.backends.ssh import SshBackend
+from mlpiped.backends.ssh import LoginShell, SshBackend
+from mlpiped.backends.ssh.link import Link
 from mlpiped.config.computes import DockerCompute, SlurmCompute, SshCompute
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from lab.slurm_rig import Cluster
 
 
 def command(*arguments: str | Part) -> tuple[tuple[Part, ...], ...]:
@@ -165,9 +168,38 @@ class SlurmBench(Bench):
         return SlurmBackend("cluster", self.place, settings, instance="0" * 32, runner=runner, patience=5.0)
 
 
-BENCHES = {"local": LocalBench, "fake": FakeBench, "docker": DockerBench, "ssh": SshBench, "slurm": SlurmBench}
+class SlurmViaBench(Bench):
+    """The same cluster, its commands run on a login node: a real sshd, over one connection."""
+
+    needs = "slurm_login"
+    marks = (pytest.mark.lab,)
+
+    def make(self) -> SlurmBackend:
+        _, box = self.machine
+        (self.place / "known_hosts").write_text(box.known())
+        link = Link("login", SshCompute(**box.settings()), self.place / "known_hosts")
+        self.stack.push_async_callback(link.close)
+        settings = SlurmCompute(kind="slurm", via="login", slots=2, poll_interval="200ms")
+        runner = LoginRunner(LoginShell(link))
+        return SlurmBackend("cluster", self.place, settings, instance="0" * 32, runner=runner, patience=5.0)
+
+
+BENCHES = {
+    "local": LocalBench,
+    "fake": FakeBench,
+    "docker": DockerBench,
+    "ssh": SshBench,
+    "slurm": SlurmBench,
+    "slurm-via": SlurmViaBench,
+}
 EVERY = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items()]
 EXECUTING = [pytest.param(name, marks=bench.marks) for name, bench in BENCHES.items() if bench.executes]
+
+
+@pytest.fixture(scope="session")
+def slurm_login(slurm_cluster: Cluster, ssh_lab: ssh_rig.Lab) -> tuple[Cluster, ssh_rig.Box]:
+    paths = slurm_cluster.env["PATH"].split(":")
+    return slurm_cluster, ssh_lab.box(path=paths, SLURM_CONF=str(slurm_cluster.conf))
 
 
 @pytest.fixture
