@@ -115,7 +115,8 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
     now = scheduler.clock.now()
     if t.state is StepState.QUEUED:
         if t.not_before is not None:
-            return f"tried again in {max(0, t.not_before - now) / 1e6:.0f} s: {t.again}"
+            held = "held, " if t.refused else ""
+            return f"{held}tried again in {max(0, t.not_before - now) / 1e6:.0f} s: {t.again}"
         if t.held is not None:
             return _bringing(execution, index) or f"held: {t.held}"
         waits = scheduler.dispatch.why_waiting(run_id, index) or "about to start"
