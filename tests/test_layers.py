@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "decisions": (2, ("keys", "resolve")),
     "paths and digests": (2, ("files", "files.hashing", "files.portable", "files.walking")),
     "retention's rules": (2, ("retention", "retention.plan")),
-    "spec check": (2, ("spec_check", "spec_cycles", "spec_images")),
+    "spec check": (2, ("spec_check", "spec_cycles", "spec_images", "spec_places")),
     "publish": (2, ("publish",)),
     "protocol": (2, ("protocol",)),
     "backend seam": (

@@ -51,7 +51,7 @@ class Ended:
     outputs: tuple[OutputFact, ...] = ()
     final: bool = False  # trying again cannot help
     usage: dict[str, float | int | None] = field(default_factory=dict)
-    refused: bool = False  # its machine did not start it
+    refused: bool = False  # its machine had taken it, and did not start it
 
 
 class Attempt:
@@ -237,7 +237,9 @@ class Attempt:
     def _judged_never_ran(self, outcome: NeverRan) -> Ended:
         if self.cancelled:
             return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
-        return Ended(None, f"it had not started: {outcome.reason}", AttemptEnd.NEVER_RAN, refused=True)
+        return Ended(
+            None, f"it had not started: {outcome.reason}", AttemptEnd.NEVER_RAN, refused=self.handle is not None
+        )
 
     async def _collect(self, handle: Handle, outcome: Exited, usage: dict[str, float | int | None]) -> Ended:
         told = json.dumps(usage)

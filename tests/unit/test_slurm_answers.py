@@ -214,7 +214,6 @@ def test_resources_become_options() -> None:
         ("options", ["-p", "x"], "is not an option of sbatch"),
         ("partition", "a b", "is not a name that Slurm knows"),
         ("partition", "--wrap", "is not a name that Slurm knows"),
-        ("via", "login", 'can only be "local" yet'),
     ],
 )
 def test_J6_a_config_cannot_make_arrays_or_other_commands(key: str, value: object, words: str) -> None:
