@@ -30,7 +30,7 @@ from mlpiped.spec_cycles import cycles_of
 from mlpiped.spec_places import faults_of_place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable
 
     from mlpiped.spec import Arg, Output, ParameterSpec, PipelineSpec, StepSpec, Trigger, Where
     from mlpiped.spec_images import Images
