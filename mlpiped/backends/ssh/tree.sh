@@ -57,7 +57,11 @@ put() {
     fi
     cd "$root" || exit 1
     case $place in
-    .cas/*) chmod -R a-w,a+rX "$tree"; chmod u+w "$tree" ;; # steps share it
+    .cas/*) # steps share it
+        chmod -R a-w,a+rX "$tree"
+        chmod u+w "$tree"
+        true >".used/${place#.cas/}"
+        ;;
     */*) mkdir -p -m 700 "${place%/*}" ;;
     esac
     case $place in */*/*) mkdir -p -m 700 "${place%%/*}" "${place%/*}" ;; esac
