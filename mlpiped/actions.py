@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from mlpiped import inquiry
 from mlpiped.errors import ConfigError, PluginError, UsageError
-from mlpiped.scheduler import parameters_for
+from mlpiped.scheduling.scheduler import parameters_for
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from mlpiped.loader import LoadResult, Registry
     from mlpiped.protocol import ActiveJson, ComputeJson
-    from mlpiped.scheduler import Scheduler
+    from mlpiped.scheduling.scheduler import Scheduler
     from mlpiped.spec import PipelineSpec
 
 

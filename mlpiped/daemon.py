@@ -34,20 +34,20 @@ from mlpiped.config.computes import clusters_of, images_of, own_image
 from mlpiped.control.access import Access
 from mlpiped.control.server import ControlServer
 from mlpiped.control.service import About, Service
-from mlpiped.dispatch import Dispatch
 from mlpiped.errors import LedgerError, MlpipedError
-from mlpiped.facts import World
+from mlpiped.execution.facts import World
+from mlpiped.execution.images import Finder
+from mlpiped.execution.kept import Kept
 from mlpiped.files.fingerprint import Fingerprinter
-from mlpiped.hosts import Hosts
-from mlpiped.images import Finder
-from mlpiped.kept import Kept
 from mlpiped.ledger import Ledger, moves, sqlite_version
 from mlpiped.live_logs import LiveLogs
 from mlpiped.loader import Known, Registry, load_file
 from mlpiped.log_cap import LogCap
-from mlpiped.placement import Place
+from mlpiped.placement.decide import Place
 from mlpiped.retention.keeper import Keeper
-from mlpiped.scheduler import Scheduler
+from mlpiped.scheduling.dispatch import Dispatch
+from mlpiped.scheduling.hosts import Hosts
+from mlpiped.scheduling.scheduler import Scheduler
 from mlpiped.triggers import Arrivals, Clockwork, LedgerMemory, cron
 
 if TYPE_CHECKING:

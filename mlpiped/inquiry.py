@@ -9,10 +9,10 @@ import anyio
 
 from mlpiped.backends.base import Queues
 from mlpiped.errors import BackendUnavailable
-from mlpiped.facts import Facts
-from mlpiped.images import wanted_by
+from mlpiped.execution.facts import Facts
+from mlpiped.execution.images import wanted_by
+from mlpiped.execution.needs import need_of
 from mlpiped.model import OutputFact, StepOutcome, StepState
-from mlpiped.needs import need_of
 from mlpiped.resolve import Graph, Plan
 from mlpiped.spec import version_of
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from mlpiped.backends.base import Backend, Images
-    from mlpiped.dispatch import Dispatch
-    from mlpiped.facts import World
-    from mlpiped.placement import Need, Spot
+    from mlpiped.execution.facts import World
+    from mlpiped.execution.run import Execution
+    from mlpiped.execution.tries import Try
+    from mlpiped.placement.decide import Need, Spot
     from mlpiped.protocol import ActiveJson, ClusterJson, ComputeJson, DoingJson, HolderJson
     from mlpiped.resolve import Decision
-    from mlpiped.run import Execution
-    from mlpiped.scheduler import Scheduler
+    from mlpiped.scheduling.dispatch import Dispatch
+    from mlpiped.scheduling.scheduler import Scheduler
     from mlpiped.spec import PipelineSpec, Scalar
-    from mlpiped.tries import Try
 
 
 SHOWN = 3  # steps of a run of which it is told how far their transfers are
@@ -115,7 +115,8 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
     now = scheduler.clock.now()
     if t.state is StepState.QUEUED:
         if t.not_before is not None:
-            return f"tried again in {max(0, t.not_before - now) / 1e6:.0f} s: {t.again}"
+            held = "held, " if t.refused else ""
+            return f"{held}tried again in {max(0, t.not_before - now) / 1e6:.0f} s: {t.again}"
         if t.held is not None:
             return _bringing(execution, index) or f"held: {t.held}"
         waits = scheduler.dispatch.why_waiting(run_id, index) or "about to start"

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
-    from mlpiped.attempt import Attempt
     from mlpiped.backends.base import Backend, Handle
-    from mlpiped.run import Execution
+    from mlpiped.execution.attempt import Attempt
+    from mlpiped.execution.run import Execution
 
     From = Callable[[int], AsyncIterator[bytes]]
     """What there is from an offset on."""

@@ -11,7 +11,9 @@ import ctypes
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import anyio
 import structlog
@@ -24,6 +26,8 @@ MOST = HEAD + TAIL + (128 << 20)  # bytes on the disk above which the middle goe
 HOLE = 1 << 20  # bytes: a smaller gap is one that the step made itself
 BLOCK = 1 << 16  # file systems give back whole blocks
 EVERY = 1.0  # seconds: a fast disk takes a gigabyte or two in that time
+FILLED = MOST // 4  # bytes: so much less is free when a log has grown by as much
+ROUND = 30.0  # seconds: what others remove meanwhile hides how a log grows
 KEEP_SIZE, PUNCH_HOLE = 0x01, 0x02
 STREAMS = ("stdout", "stderr")
 
@@ -71,11 +75,16 @@ def bounds(fd: int, offset: int) -> tuple[int, int | None]:
 
 
 class LogCap:
-    """`running` names the folders of the attempts that run now."""
+    """`running` names the folders of the attempts that run now: there may be thousands of them that print nothing, so
+    all are looked at when a disk has filled by `filled` bytes since, or `round` seconds are over; else the new ones."""
 
-    def __init__(self, running: Callable[[], Iterable[str]], every: float = EVERY) -> None:
-        self._running, self._every = running, every
+    def __init__(
+        self, running: Callable[[], Iterable[str]], every: float = EVERY, round: float = ROUND, filled: int = FILLED
+    ) -> None:
+        self._running, self._every, self._round, self._filled = running, every, round, filled
         self._limiter = anyio.CapacityLimiter(1)
+        self._disks: dict[int, _Disk] = {}
+        self._looked = 0.0  # at all of them; monotonic
         self._cut: set[str] = set()  # logs of attempts that run, which were cut
         self._told = False  # that it cannot be done here
 
@@ -84,13 +93,34 @@ class LogCap:
         before: set[str] = set()
         while True:
             now = set(self._running())
-            if wanted := now | before:  # what has ended since had its last word
-                await to_thread.run_sync(self._look, wanted, limiter=self._limiter)
+            if now or before:
+                await to_thread.run_sync(self._look, now, before, limiter=self._limiter)
             self._cut = {path for path in self._cut if os.path.dirname(path) in now}
             before = now
             await anyio.sleep(self._every)
 
-    def _look(self, folders: Iterable[str]) -> None:
+    def _look(self, now: set[str], before: set[str]) -> None:
+        for folder in now - before:
+            self._note(folder)
+        due = time.monotonic() >= self._looked + self._round
+        filled = [disk.has_filled(self._filled) for disk in self._disks.values()]  # each is asked
+        if due or any(filled):
+            self._looked = time.monotonic()
+            for disk in self._disks.values():
+                disk.free = disk.left()
+            self._trim(now | before)
+        else:
+            self._trim(now ^ before)  # what has ended since had its last word
+
+    def _note(self, folder: str) -> None:
+        """That logs are on its disk."""
+        home = os.path.dirname(os.path.realpath(folder))
+        with suppress(OSError):
+            device = os.stat(home).st_dev
+            if device not in self._disks:
+                self._disks[device] = _Disk(home)
+
+    def _trim(self, folders: Iterable[str]) -> None:
         for folder in folders:
             for stream in STREAMS:
                 path = f"{folder}/{stream}"
@@ -102,3 +132,23 @@ class LogCap:
                     if not self._told:
                         self._told = True
                         log.warning("logs are not kept from filling the disk", path=path, why=fault.strerror)
+
+
+class _Disk:
+    """`free`: bytes that nobody used when its logs were looked at last, or more that were since."""
+
+    def __init__(self, home: str) -> None:
+        self.home = home
+        self.free = self.left()
+
+    def left(self) -> int:
+        try:
+            found = os.statvfs(self.home)
+        except OSError:
+            return 0
+        return found.f_bfree * found.f_frsize
+
+    def has_filled(self, by: int) -> bool:
+        left = self.left()
+        self.free = max(self.free, left)
+        return self.free - left >= by

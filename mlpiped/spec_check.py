@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 
 from mlpiped.errors import Fault
 from mlpiped.spec import (
-    MODULES,
     NAME,
-    SIF,
     ArrivalSpec,
     Concat,
     CronSpec,
@@ -27,14 +25,12 @@ from mlpiped.spec import (
     SuccessSpec,
     Text,
     Upstream,
-    is_sif,
-    runs_in_container,
 )
 from mlpiped.spec_cycles import cycles_of
-from mlpiped.spec_images import defaults, offered
+from mlpiped.spec_places import faults_of_place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable
 
     from mlpiped.spec import Arg, Output, ParameterSpec, PipelineSpec, StepSpec, Trigger, Where
     from mlpiped.spec_images import Images
@@ -194,93 +190,11 @@ class _Check:
             for name in step.compute:
                 if name not in self.computes:
                     self._near("compute or pool", name, self.computes, where, "add it to the config: `[compute.NAME]`")
-        self._container(step)
-        self._cluster(step)
+        for message, hint in faults_of_place(step, self.images, self.clusters):
+            self.fault(where, message, hint)
         for what, seconds in (("timeout", step.timeout), ("grace", step.grace)):
             if seconds is not None and not 0 <= seconds < _FINITE[1]:
                 self.fault(where, f"{what} is not a duration: {seconds}")
-
-    def _container(self, step: StepSpec) -> None:
-        """A step with an image runs in a container; one without does where every compute of its would give it the same
-        image, and else nowhere in one."""
-        environment, resources, where = step.environment, step.resources, step.where
-        bases = {"an image": environment.image, "a Dockerfile": environment.dockerfile}
-        bases["requirements"] = environment.requirements
-        given = [name for name, value in bases.items() if value is not None]
-        if len(given) > 1:
-            self.fault(where, f"step `{step.name}` has {' and '.join(given)}: an environment is of one kind")
-        if is_sif(step) and resources.cluster:
-            self.fault(
-                where, f"step `{step.name}` is started by srun, and has an image that is a file: no srun is in it"
-            )
-        if resources.gpu_memory is not None and not resources.gpus:
-            self.fault(where, f"step `{step.name}` asks for memory of a card, and for no card", "add `gpus=1`")
-        if self.images is None:
-            return
-        wanted = runs_in_container(step)
-        known = [name for name in step.compute if name in self.images]
-        if len(known) < len(step.compute) or not self.images:
-            return  # named already
-        if self._lacks_what_clusters_have(step, known):
-            return
-        found = offered(step, self.images) if wanted else defaults(step, self.images)
-        if is_sif(step) or (True in found if wanted else len(found) == 1):
-            return
-        names = " and ".join(f"`{name}`" for name in known) or "no compute of the config"
-        if wanted:
-            lead, hint = f"step `{step.name}` runs in a container", 'with `kind = "docker"`'
-            able = " or ".join(f"`{name}`" for name, found in self.images.items() if True in found)
-            verb = ("runs none" if len(known) == 1 else "run none") if known else "runs any"
-            self.fault(where, f"{lead}, and {names} {verb}", f"{able} can" if able else f"add a compute {hint}")
-        elif found:
-            where_to = " or ".join(
-                f"in image `{one}`" if one else "outside of a container" for one in sorted(found, key=str)
-            )
-            names = names if known else "the computes of the config"
-            self.fault(
-                where,
-                f"step `{step.name}` has no image, and {names} would run it {where_to}: it may make something else",
-                "give it `Environment(image=…)`, or name computes that treat it alike",
-            )
-        else:
-            verb = "runs" if len(known) == 1 else "run"
-            rest = f"{names} {verb} containers only" if known else "every compute of the config runs containers only"
-            hint = "give it `Environment(image=…)`" + (", or name another compute" if known else "")
-            self.fault(where, f"step `{step.name}` has no image, and {rest}", hint)
-
-    def _lacks_what_clusters_have(self, step: StepSpec, known: Sequence[str]) -> bool:
-        """Whether it needs modules or an image that is a file, and no compute that it may run on has that."""
-        assert self.images is not None
-        where_to = offered(step, self.images)
-        if step.environment.modules and MODULES not in where_to:
-            what, verb, hint = "needs environment modules", "load", 'name a compute with `kind = "slurm"`'
-        elif is_sif(step) and SIF not in where_to:
-            what, verb = "runs in an image that is a file", "run"
-            hint = 'where the nodes of a compute with `kind = "slurm"` have Apptainer, write `apptainer = true` there'
-        else:
-            return False
-        names = " and ".join(f"`{name}`" for name in known)
-        rest = f"{names} {verb}{'s' if len(known) == 1 else ''} none" if known else f"no compute {verb}s any"
-        self.fault(step.where, f"step `{step.name}` {what}, and {rest}", hint)
-        return True
-
-    def _cluster(self, step: StepSpec) -> None:
-        resources, where = step.resources, step.where
-        if self.clusters is None or not resources.cluster:
-            return
-        if step.compute and not set(step.compute).isdisjoint(self.clusters):
-            return
-        asked = f"needs {resources.nodes} nodes" if resources.nodes > 1 else "is started by srun"
-        if step.compute:
-            names = " and ".join(f"`{name}`" for name in step.compute)
-            verb = "is no cluster" if len(step.compute) == 1 else "are no clusters"
-            self.fault(where, f"step `{step.name}` {asked}, and {names} {verb}", self._clusters())
-        elif not self.clusters:
-            self.fault(where, f"step `{step.name}` {asked}, and the config has no cluster", self._clusters())
-
-    def _clusters(self) -> str:
-        able = " or ".join(f"`{name}`" for name in sorted(self.clusters or ()))
-        return f"{able} can start it" if able else 'add a compute with `kind = "slurm"`'
 
     def _upstream(self, source: Upstream, where: Where) -> None:
         if source.step not in self.outputs:

@@ -206,6 +206,18 @@ class BuildsImages(Protocol):
         ...
 
 
+@runtime_checkable
+class Prunes(Protocol):
+    """What a backend offers beside `Backend` whose machine holds on to what was sent to it, for the next job."""
+
+    async def prune(self, *, only_look: bool) -> tuple[int, int]:
+        """Remove what is beyond its bounds and no job uses that has not ended: (how many went, or would; their bytes).
+
+        Raises BackendUnavailable.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class KeptOutput:
     """What a machine keeps of an output: content by the rules of `files.portable`."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from mlpiped.config.fields import AbsolutePath, Amount, Bytes, Count, Seconds, Section, Text, filled
+from mlpiped.config.fields import AbsolutePath, Amount, Bytes, Count, KeptBytes, Seconds, Section, Text, filled
 from mlpiped.spec import MODULES, SIF
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ class SshCompute(Section):
     keepalive: Seconds = 15.0
     unreachable_timeout: Seconds = 86_400.0
     python: RemoteCommand = "python3"
+    store: KeptBytes = 100 << 30  # of what is sent to it and built there; None: whatever room it takes
 
 
 class SlurmCompute(Section):

@@ -5,6 +5,7 @@
     artifacts     by `gc_plan`, when they take more room than `retention.artifacts`; their digests stay
     strays        store entries that no output has: what a crash or a failed commit left
     kept          what other machines keep (`keep="remote"`) and no output has
+    sent          to other machines for steps, and built there: beyond the age and the size that these have for it
     code          snapshots that nothing was run from, or is explained against, for `retention.runs`
     environments  virtual environments that no step has started in for `retention.runs`
     images        that engines made of Dockerfiles and no run has asked for in that time
@@ -24,7 +25,7 @@ import anyio
 import structlog
 from anyio import to_thread
 
-from mlpiped.backends.base import BuildsImages
+from mlpiped.backends.base import BuildsImages, Prunes
 from mlpiped.errors import BackendUnavailable, MlpipedError
 from mlpiped.ledger import moves
 from mlpiped.retention import keeping
@@ -110,6 +111,7 @@ class Keeper:
                 ("artifacts", lambda: self.artifacts.clean(self.retention.artifacts)),
                 ("strays", self.artifacts.clean_strays),
                 ("kept", self.artifacts.clean_kept),
+                ("sent", self._clean_sent),
                 ("code", self._clean_code),
                 ("environments", self._clean_environments),
                 ("images", self._clean_images),
@@ -148,6 +150,7 @@ class Keeper:
             ("strays", strays),
             ("code", lambda: self._clean_code(only_look=True)),
             ("environments", lambda: self._clean_environments(only_look=True)),
+            ("sent", lambda: self._clean_sent(only_look=True)),
             ("images", lambda: self._clean_images(only_look=True)),
             ("runs", runs),
         )
@@ -279,6 +282,17 @@ class Keeper:
                 except BackendUnavailable as fault:
                     log.info("left for later", compute=backend.name, why=fault.message)
         return Part("images", count)
+
+    async def _clean_sent(self, *, only_look: bool = False) -> Part:
+        count = size = 0
+        for backend in self.backends.values():
+            if isinstance(backend, Prunes):
+                try:
+                    more, freed = await backend.prune(only_look=only_look)
+                    count, size = count + more, size + freed
+                except BackendUnavailable as fault:
+                    log.info("left for later", compute=backend.name, why=fault.message)
+        return Part("sent", count, size)
 
     # --- rows -------------------------------------------------------------------------------------------------
     async def _runs_to_go(self, survey: Survey) -> AsyncIterator[list[int]]:

@@ -18,6 +18,7 @@ import stat
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,7 @@ class Cluster:
         self.within = list(within)
         self.servers: dict[str, subprocess.Popen[bytes]] = {}
         self._commands: dict[str, list[str]] = {}
+        self._starter = ThreadPoolExecutor(1)  # what dies with its parent dies with the thread that started it
         self.ctld, self.first, self.last, self.dbd, self.sql = free_ports(5)
         self.conf = self.folder / "slurm.conf"
         self.env = {**os.environ, "SLURM_CONF": str(self.conf), "LC_ALL": "C", "PATH": packages.PATH}
@@ -186,13 +188,22 @@ class Cluster:
         """Until both nodes take jobs."""
 
         def look() -> bool:
-            said = self.command("sinfo", "-h", "-p", "main", "-o", "%T %D", check=False)
-            if "drain" in said or "down" in said or "unk" in said:
-                self.command("scontrol", "update", "nodename=n[1-2]", "state=resume", check=False)
+            said = self.resume()
             states = [line.split() for line in said.splitlines()]
             return sum(int(count) for state, count in states if state in ("idle", "mixed", "allocated")) == len(NODES)
 
         self.wait_for(look, "both nodes are up")
+
+    def resume(self) -> str:
+        """What an administrator does to nodes that are not well; how they were."""
+        said = self.command("sinfo", "-h", "-p", "main", "-o", "%T %D", check=False)
+        if "drain" in said or "down" in said or "unk" in said:
+            self.command("scontrol", "update", "nodename=n[1-2]", "state=resume", check=False)
+        return said
+
+    def compare(self) -> None:
+        """Let the nodes tell the controller what they run, as they do by themselves every few minutes."""
+        self.command("scontrol", "reconfigure", check=False)
 
     def _start_accounting(self) -> None:
         data, password = self.folder / "sql", secrets.token_hex(8)
@@ -242,10 +253,11 @@ class Cluster:
         """Start a server, or start it again as it was."""
         self._commands[name] = command = command or self._commands[name]
         with open(self.folder / f"{name}.out", "ab") as out:
-            self.servers[name] = subprocess.Popen(
-                [*self.within, *command], env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=out, start_new_session=True, preexec_fn=die_with_parent,
+            started = self._starter.submit(
+                subprocess.Popen, [*self.within, *command], env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL,
+                stdout=out, stderr=out, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
+            self.servers[name] = started.result()
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """Signal a server; returns when it is gone, where that is what the signal means."""
@@ -323,7 +335,18 @@ class Cluster:
         for pid in self._left():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self._starter.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def stepds(self) -> set[int]:
+        """Who looks after the jobs that run; they outlive slurmd."""
+
+        def name(pid: int) -> bytes:
+            with contextlib.suppress(OSError):
+                return Path("/proc", str(pid), "cmdline").read_bytes()
+            return b""
+
+        return {pid for pid in self._left() if name(pid).startswith(b"slurmstepd")}
 
     def _left(self) -> Iterator[int]:
         """Processes that this cluster has started: its slurmstepd, and steps of its jobs."""

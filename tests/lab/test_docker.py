@@ -345,6 +345,26 @@ async def test_A2_a_container_that_was_claimed_and_not_started_never_starts(
     assert "hush" not in "".join(p.read_text() for p in folder(bench, job).rglob("*") if p.is_file())
 
 
+async def test_I1_a_container_that_a_killed_engine_forgot_to_have_started_is_no_step_that_never_ran(
+    bench: DockerBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such an engine says `created`, and removes it; what the step has done is done. Here it is as if it had run."""
+    job = bench.job("true")
+    async with served(bench) as backend:
+
+        async def crash(container: str) -> None:
+            raise BackendUnavailable("crashed during the start")
+
+        monkeypatch.setattr(backend._engine, "start", crash)
+        with pytest.raises(BackendUnavailable):
+            await backend.submit(job)
+        subprocess.run(["sh", folder(bench, job) / "start.sh"], check=True)
+        handle = await backend.fence(job.token)
+        assert isinstance(handle, dict)
+        outcome = await backend.wait(handle)
+    assert isinstance(outcome, Exited) and outcome.code == 0
+
+
 async def test_A3_a_container_whose_start_was_under_way_at_the_crash_is_adopted_and_starts_once(
     bench: DockerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

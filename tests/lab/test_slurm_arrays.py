@@ -7,6 +7,7 @@ import secrets
 import shutil
 import signal
 import sys
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -22,6 +23,7 @@ from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from mlpiped.backends.base import Handle, Job, Outcome
     from mlpiped.backends.slurm import SlurmBackend
@@ -415,3 +417,70 @@ async def test_an_array_that_asks_for_what_there_is_not_is_refused_for_good(desk
     for job in jobs:
         assert isinstance(await backend.fence(job.token), NeverRan)
     assert not any(os.path.exists(desk.place / "jobs" / job.token / "job.json") for job in jobs)
+
+
+# --- a full queue ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cluster", ["accounted"], indirect=True)  # such limits come with accounting
+@pytest.mark.parametrize(
+    ("what", "limit", "words"),
+    [
+        (("user", "root"), "MaxSubmitJobs", "AssocMaxSubmitJobLimit"),
+        (("qos", "normal"), "MaxSubmitJobsPerUser", "QOSMaxSubmitJobPerUserLimit"),
+    ],
+)
+async def test_an_array_that_is_more_than_the_site_takes_goes_in_parts_and_waits(
+    desk: Desk, what: tuple[str, str], limit: str, words: str
+) -> None:
+    desk.cluster.command("sacctmgr", "-i", "modify", *what, "set", f"{limit}=3")
+    try:
+        backend, runner = await counted(desk)
+        jobs = [desk.job(WAIT) for _ in range(7)]
+        found: list[Handle | Exception] = []
+
+        async def submit() -> None:
+            found.extend(await together(backend, jobs))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(submit)
+            folders = [desk.place / "jobs" / job.token for job in jobs]
+            await desk.until(lambda: len(started(folders)) == 3, "as many as may run do")
+            await desk.until(lambda: backend._controller.full is not None, "the queue is full")
+            waits = [job.token for job in jobs if backend.waiting(job.token) is not None]
+            assert len(waits) == 4 and all(words in (backend.waiting(token) or "") for token in waits)
+            for folder in folders:
+                folder.joinpath("work", "go").touch()
+        assert not [one for one in found if isinstance(one, Exception)]
+        assert good(await ends(backend, [one for one in found if not isinstance(one, Exception)]))
+        assert runner.arrays[:2] == [7, 3]
+    finally:
+        desk.cluster.command("sacctmgr", "-i", "modify", *what, "set", f"{limit}=-1")
+
+
+def started(folders: Sequence[Path]) -> list[Path]:
+    return [folder for folder in folders if (folder / "stdout").exists()]
+
+
+@pytest.mark.timeout(400)
+async def test_a_controller_that_holds_no_more_jobs_means_wait(tmp_path: Path) -> None:
+    """It does not refuse: it lets sbatch ask again and again, for longer than anybody waits for a command."""
+    with slurm_rig.running(min_job_age=2, more="MaxJobCount=4\n") as cluster:
+        async with AsyncExitStack() as stack:
+            desk = Desk(cluster, tmp_path, stack)
+            backend = await desk.backend()
+            jobs = [desk.job(WAIT) for _ in range(6)]
+            folders = [desk.place / "jobs" / job.token for job in jobs]
+            found: list[Handle | Exception] = []
+
+            async def submit() -> None:
+                found.extend(await together(backend, jobs))
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(submit)
+                await desk.until(lambda: backend._controller.full is not None, "it is told that it is full", 100)
+                await desk.until(lambda: len(started(folders)) >= 2, "some run", 100)
+                await desk.until(lambda: backend._controller.full is not None, "it is full again", 100)
+                assert found == [] and "temporarily unable to accept" in str(backend._controller.full)
+                for folder in folders:
+                    folder.joinpath("work", "go").touch()
+            handles = [one for one in found if not isinstance(one, Exception)]
+            assert len(handles) == 6 and good(await ends(backend, handles))

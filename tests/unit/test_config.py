@@ -129,7 +129,8 @@ def test_computes_of_every_kind_are_read_with_their_defaults(tmp_path: Path) -> 
         "g": room
         | {"kind": "ssh", "host": "h", "user": None, "port": 22, "key_file": None, "known_hosts": None}
         | {"ssh_config": None, "agent": False, "work_dir": "~/.mlpiped", "slots": 1, "gpus": "auto", "mounts": {}}
-        | {"max_sessions": 8, "keepalive": 15.0, "unreachable_timeout": 86_400.0, "python": "python3"},
+        | {"max_sessions": 8, "keepalive": 15.0, "unreachable_timeout": 86_400.0, "python": "python3"}
+        | {"store": 100 << 30},
         "s": {"kind": "slurm", "slots": 1000, "max_jobs": None, "partition": None, "account": None, "qos": None}
         | {"time": None, "via": "local", "poll_interval": 10.0, "work_dir": None, "options": ()}
         | {"apptainer": False, "modules_init": None, "shared": True},
@@ -160,6 +161,7 @@ max_sessions = 4
 keepalive = "5s"
 unreachable_timeout = "2h"
 python = "/opt/python/bin/python3"
+store = "2T"
 [compute.box]
 kind = "docker"
 url = "unix:///run/user/1000/docker.sock"
@@ -179,6 +181,7 @@ any = ["gpu1", "box"]
         unset = set(type(one).model_fields) - one.model_fields_set
         assert unset <= {"memory", "cpus"}
     assert (gpu1.key_file, gpu1.known_hosts) == (tmp_path / "keys/id", tmp_path / "known")
+    assert gpu1.store == 2 << 40
     assert (gpu1.mounts, gpu1.keepalive, gpu1.unreachable_timeout) == ({"lab": "/mnt/lab"}, 5, 7200)
     assert box.allow_mounts == ("/data/lab", "/scratch:rw")
     said = config.outline(tmp_path / "mlpiped.toml")

@@ -11,10 +11,10 @@ from typing import Any, cast
 import pytest
 
 from mlpiped.backends.base import Card
-from mlpiped.dispatch import AHEAD, BRISK, Dispatch
 from mlpiped.ledger import AttemptRow
 from mlpiped.model import AttemptState
-from mlpiped.placement import Need, Place
+from mlpiped.placement.decide import Need, Place
+from mlpiped.scheduling.dispatch import AHEAD, BRISK, Dispatch
 
 
 @dataclass

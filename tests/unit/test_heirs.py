@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mlpiped.backends.base import Handle, Job
-    from mlpiped.dispatch import Dispatch
-    from mlpiped.run import Execution
+    from mlpiped.execution.run import Execution
+    from mlpiped.scheduling.dispatch import Dispatch
 
 __all__ = ["lab"]
 

@@ -13,15 +13,15 @@ from test_run import Lab, QuickClock
 
 from mlpiped.backends.base import Capacity, Card, Handle, Job
 from mlpiped.backends.fake import FakeBackend
-from mlpiped.breaker import FIRST_PAUSE, LONGEST_PAUSE, LOOK, SPREAD, SUBMITS, Breaker
 from mlpiped.clock import SystemClock
-from mlpiped.dispatch import Dispatch
 from mlpiped.errors import BackendUnavailable, UnknownName
-from mlpiped.hosts import Hosts
+from mlpiped.execution.run import Execution
 from mlpiped.ledger import Ledger
 from mlpiped.model import RunOutcome
-from mlpiped.placement import Place
-from mlpiped.run import Execution
+from mlpiped.placement.breaker import FIRST_PAUSE, LONGEST_PAUSE, LOOK, SPREAD, SUBMITS, Breaker
+from mlpiped.placement.decide import Place
+from mlpiped.scheduling.dispatch import Dispatch
+from mlpiped.scheduling.hosts import Hosts
 
 pytestmark = pytest.mark.anyio
 
@@ -418,7 +418,7 @@ async def test_two_computes_of_one_host_never_lease_the_same_card() -> None:
         def granted(self, index: int, compute: str, cards: Sequence[str]) -> None:
             found.append((compute, *cards))
 
-    from mlpiped.placement import Need
+    from mlpiped.placement.decide import Need
 
     dispatch.executions[1] = walk = Walk()  # type: ignore[assignment]
     dispatch.request(walk, 0, Need(1, 0, gpus=1), None)  # type: ignore[arg-type]

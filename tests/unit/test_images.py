@@ -12,13 +12,13 @@ from mlpiped import inquiry
 from mlpiped.backends.base import Capacity, Image
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.errors import BackendUnavailable, InvalidJob
-from mlpiped.facts import World
-from mlpiped.images import Finder, Wanted
+from mlpiped.execution.facts import World
+from mlpiped.execution.images import Finder, Wanted
 from mlpiped.model import AttemptEnd, RunOutcome, StepOutcome
 
 if TYPE_CHECKING:
     from mlpiped.backends.base import Handle, Job
-    from mlpiped.run import Execution
+    from mlpiped.execution.run import Execution
 
 __all__ = ["lab"]
 pytestmark = pytest.mark.anyio

@@ -435,6 +435,33 @@ async def test_what_goes_wrong_with_one_part_is_told_and_the_others_go_on(
     assert await scene.ledger.counts() and len(await scene.ledger.runs()) == 1
 
 
+class Boxes:
+    """What was sent to a box: a backend that prunes."""
+
+    name = "box"
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+        self.away = False
+
+    async def prune(self, *, only_look: bool) -> tuple[int, int]:
+        self.asked.append(only_look)
+        if self.away:
+            raise BackendUnavailable("`box` does not answer")
+        return 2, 3 << 20
+
+
+async def test_what_was_sent_to_boxes_goes_and_one_that_is_away_is_left_for_later(scene: Scene) -> None:
+    near, away = Boxes(), Boxes()
+    away.away = True
+    scene.keeper.backends = {"away": away, "near": near}  # type: ignore[dict-item]
+    answer = await scene.keeper.clean()
+    assert [(part["count"], part["bytes"]) for part in answer["parts"] if part["what"] == "sent"] == [(2, 3 << 20)]
+    assert answer["faults"] == [] and near.asked == away.asked == [False]
+    plan = await scene.keeper.plan()
+    assert [part["count"] for part in plan["parts"] if part["what"] == "sent"] == [2] and near.asked[1:] == [True]
+
+
 async def test_a_plan_removes_nothing(scene: Scene) -> None:
     run = await scene.run(OLD, made="xx")
     await scene.run(0)

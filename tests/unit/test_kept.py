@@ -17,13 +17,13 @@ from mlpiped.backends.fake import FakeBackend
 from mlpiped.clock import SystemClock
 from mlpiped.config.settings import Retention
 from mlpiped.errors import BackendUnavailable, Conflict
+from mlpiped.execution.kept import Kept, digest_for, is_home
+from mlpiped.execution.needs import bytes_to_travel
 from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.files.hashing import tree_digest
 from mlpiped.files.portable import portable_digest
-from mlpiped.kept import Kept, digest_for, is_home
 from mlpiped.ledger import moves
 from mlpiped.model import OutputFact
-from mlpiped.needs import bytes_to_travel
 from mlpiped.retention.artifacts import STRAY_AGE
 from mlpiped.retention.keeper import Keeper
 from mlpiped.spec import PipelineSpec, Upstream, version_of
@@ -159,7 +159,7 @@ async def test_a_step_on_the_box_is_given_what_lies_there_only_when_it_is_what_i
 
 
 async def test_a_box_that_is_away_is_waited_for_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlpiped.kept.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("mlpiped.execution.kept.FIRST_PAUSE", 0.01)
     async with scene(tmp_path) as s:
         fact, told = s.made(), []
         s.box.unavailable_for = 1

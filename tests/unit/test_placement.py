@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mlpiped.backends.base import Capacity, Card
-from mlpiped.placement import Need, Place, choose, refusals
-from mlpiped.waiting import Waiting
+from mlpiped.placement.decide import Need, Place, choose, refusals
+from mlpiped.placement.waiting import Waiting
 
 G = 1 << 30
 

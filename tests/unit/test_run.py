@@ -12,22 +12,22 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from mlpiped import attempt
 from mlpiped.artifacts import Store
 from mlpiped.backends.base import Exited
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.clock import SystemClock
 from mlpiped.code import CodeReader
-from mlpiped.dispatch import Dispatch
-from mlpiped.facts import World
+from mlpiped.execution import attempt
+from mlpiped.execution.facts import World
+from mlpiped.execution.run import Execution
+from mlpiped.execution.tries import LOST_LIMIT, TAINTED_LIMIT
 from mlpiped.files.fingerprint import Fingerprinter
 from mlpiped.ledger import Ledger, StepRow, moves
 from mlpiped.model import AttemptEnd, Cause, CauseKind, Event, RunOutcome, StepOutcome, StepState
-from mlpiped.placement import Place
+from mlpiped.placement.decide import Place
 from mlpiped.resolve import Graph
-from mlpiped.run import Execution
+from mlpiped.scheduling.dispatch import Dispatch
 from mlpiped.spec import PipelineSpec, canonical, version_of
-from mlpiped.tries import LOST_LIMIT, TAINTED_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

@@ -10,11 +10,11 @@ import pytest
 from test_run import WHERE, Lab
 
 from mlpiped.clock import SystemClock
-from mlpiped.dispatch import Dispatch
 from mlpiped.ledger import Ledger
 from mlpiped.model import RunState
-from mlpiped.placement import Place
-from mlpiped.scheduler import Scheduler
+from mlpiped.placement.decide import Place
+from mlpiped.scheduling.dispatch import Dispatch
+from mlpiped.scheduling.scheduler import Scheduler
 from mlpiped.spec import PipelineSpec, version_of
 
 if TYPE_CHECKING:

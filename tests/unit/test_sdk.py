@@ -346,6 +346,8 @@ def test_a_step_that_needs_a_cluster_and_may_only_go_elsewhere_is_a_fault_of_its
 
     assert faults({"hpc"}, compute_target=["local", "hpc"], node_count=2) == faults({"hpc"}) == []
     assert faults(set(), compute_target="local", launcher="torchrun") == []
+    (contained,) = faults({"hpc"}, environment=Environment(image="app:1"))
+    assert contained.startswith("True step `train` is started by srun, which its container does not have; ")
     assert faults({"hpc"}, compute_target="local", node_count=2) == [
         "True step `train` needs 2 nodes, and `local` is no cluster; `hpc` can start it"
     ]

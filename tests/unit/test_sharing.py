@@ -16,12 +16,12 @@ from test_run import MAKES, WHERE, Lab
 from mlpiped.backends.base import Capacity, Exited
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.clock import SystemClock
-from mlpiped.dispatch import Dispatch
 from mlpiped.errors import Conflict
 from mlpiped.ledger import Ledger
 from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome
-from mlpiped.placement import Place
-from mlpiped.scheduler import Scheduler
+from mlpiped.placement.decide import Place
+from mlpiped.scheduling.dispatch import Dispatch
+from mlpiped.scheduling.scheduler import Scheduler
 from mlpiped.spec import PipelineSpec, version_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-TRIALS = int(os.environ.get("MLPIPED_SHARING_TRIALS", "60"))
+TRIALS = int(os.environ.get("MLPIPED_SHARING_TRIALS", "24"))
 PEOPLE = {"p": ("alice", 0), "q": ("bob", 5), "r": ("carol", -5)}
 """Pipeline -> who runs it, and its priority. All have one step of the same key."""
 

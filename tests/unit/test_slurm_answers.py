@@ -23,7 +23,7 @@ from mlpiped.backends.slurm.queue import Queue
 from mlpiped.backends.slurm.submission import Look
 from mlpiped.config.computes import SlurmCompute
 from mlpiped.errors import BackendUnavailable
-from mlpiped.placement import Need, Place
+from mlpiped.placement.decide import Need, Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -182,6 +182,21 @@ def test_what_a_full_queue_says_is_not_what_an_impossible_job_is_told() -> None:
     assert (
         commands.complaint(down) == "Batch job submission failed: Unable to contact slurm controller (connect failure)"
     )
+
+
+def test_an_sbatch_that_asks_a_full_controller_again_and_again_has_an_end() -> None:
+    argv = commands.command("sbatch", "--hold")
+    head, end = ["env", "LC_ALL=C", "timeout", "--signal=KILL"], ["sbatch", "--hold"]
+    assert commands.limited(argv, {"MessageTimeout": "10 sec"}) == [*head, "25", *end]
+    assert commands.limited(argv, None) == [*head, "60", *end]
+    said = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying\n"
+    assert commands.is_full(said) and not commands.is_never(said)
+
+
+def test_several_processes_on_several_nodes_become_options() -> None:
+    job = Job(token="t-1", arguments=(), nodes=2, tasks=4, cpus=1.5)
+    argv = commands.sbatch(job, "/jobs/t-1", SlurmCompute(kind="slurm"), "mlpiped:x")
+    assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=2"} <= set(argv)
 
 
 def test_resources_become_options() -> None:

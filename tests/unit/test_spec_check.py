@@ -402,7 +402,7 @@ def test_an_image_and_the_compute_that_is_named_fit_together(
         ),
         (
             {"resources": {"cluster": True}, "environment": {"image": "/a.sif"}},
-            "step `a` is started by srun, and has an image that is a file: no srun is in it",
+            "step `a` is started by srun, which its container does not have",
         ),
         ({"resources": {"gpu_memory": 5}}, "`a` asks for memory of a card, and for no card"),
     ],

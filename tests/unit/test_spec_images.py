@@ -10,9 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mlpiped.config.computes import images_of
+from mlpiped.execution.needs import need_of
 from mlpiped.keys import StaticParts
-from mlpiped.needs import need_of
-from mlpiped.placement import Place, candidates
+from mlpiped.placement.decide import Place, candidates
 from mlpiped.resolve import Graph
 from mlpiped.spec import PipelineSpec, StepSpec, version_of
 from mlpiped.spec_check import faults_of

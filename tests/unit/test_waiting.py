@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpiped.backends.base import Card
-from mlpiped.placement import Need, Place, Spot
-from mlpiped.shares import HALF_LIFE, Shares
-from mlpiped.waiting import Waiting
+from mlpiped.placement.decide import Need, Place, Spot
+from mlpiped.placement.shares import HALF_LIFE, Shares
+from mlpiped.placement.waiting import Waiting
 
 G = 1 << 30
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpiped.backends.base import Card
-from mlpiped.dispatch import Dispatch
-from mlpiped.placement import Need, Place, Spot, candidates
+from mlpiped.placement.decide import Need, Place, Spot, candidates
+from mlpiped.scheduling.dispatch import Dispatch
 
 G = 1 << 30
 NAMES = ("local", "gpu1", "gpu2")

@@ -265,7 +265,7 @@ class DockerBackend:
                 if no.status == 409:  # it runs
                     return None
                 raise BackendUnavailable(f"a container cannot be removed on `{self.name}`: {no.words}") from None
-            return await self._do("end the job", lambda: self._folders.withdraw(folder))
+            return await self._do("end the job", lambda: self._folders.withdrawn(handle, folder))
 
     async def _enforce(self, handle: Handle, folder: str, state: Facts) -> float | None:
         """Do what the container should have done by itself; seconds until there may be more to do."""

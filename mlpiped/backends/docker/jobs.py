@@ -30,6 +30,7 @@ CANCELLED, WITHDRAWN = "claim/cancelled", "claim/withdrawn"
 LONGEST_ERROR = 1000  # characters: the witness has little room
 SDK = ("__init__.py", "errors.py", "sdk")  # of this package: what `from mlpiped import Run` needs
 NEVER_STARTED = "its container was never started"
+FORGOTTEN = "whether its container had started is not known; it has been removed"
 UNEXECUTABLE = b"[FATAL tini"
 
 
@@ -152,7 +153,7 @@ class Folders:
         if not os.path.isdir(folder):
             return Lost("its job folder is gone")
         if state is None and not self._began(handle, folder):
-            return self.withdraw(folder)
+            return self._never(folder)
         outcome = judging.judge(self._evidence(handle, folder, state))
         if isinstance(outcome, Lost):
             return outcome
@@ -180,8 +181,13 @@ class Folders:
         """The script empties itself first of all; of a container without a shell nobody knows."""
         return not handle.get("shell") or _size(f"{folder}/{script.START}") == 0
 
-    def withdraw(self, folder: str) -> NeverRan:
-        """It has not begun, and there is no container that could start it any more."""
+    def withdrawn(self, handle: Handle, folder: str) -> Outcome:
+        """The engine called its container created, and has removed it. It may have run all the same: an engine that is
+        killed during a start forgets it. The script tells; of a container without a shell nobody does."""
+        return self.end(handle, folder, None) if handle.get("shell", True) else Lost(FORGOTTEN)
+
+    def _never(self, folder: str) -> NeverRan:
+        """There is no container that could start it any more."""
         Path(folder, WITHDRAWN).touch()
         _empty(f"{folder}/{script.START}")
         return NeverRan(NEVER_STARTED)

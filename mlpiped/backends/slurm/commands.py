@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from mlpiped.backends.base import Job
     from mlpiped.config.computes import SlurmCompute
 
+NAMES = frozenset("sacct sbatch scancel scontrol sinfo squeue".split())
 PREFIX = "mlp-"
 ARRAYS = "mlpa-"
 Ref = int | str
 """A job's id: 77, or "77_4" for an element of an array."""
 
 LEAST_CONFIG = ("AccountingStorageType", "MinJobAge")
+UNKNOWN_PATIENCE = 60.0  # seconds for an sbatch, while it is not known how long an answer may take
 OVERHEAD = 32  # MiB of a job that are the supervisor's
 HELD = "JobHeldUser"  # Slurm's reason for a job that was submitted with --hold
 MOST_ELEMENTS = 4_000_001  # of an array, whatever its site allows
@@ -133,6 +135,14 @@ def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str, *, token:
     if seconds is not None:  # the supervisor ends the step in time; Slurm, which counts in minutes, is the backstop
         argv.append(f"--time={math.ceil(seconds / 60) + (job.timeout is not None)}")
     return command(*argv)
+
+
+def limited(argv: Sequence[str], config: Mapping[str, str] | None) -> list[str]:
+    """That command with an end. A controller that has all the jobs that it can hold is asked by sbatch again and again,
+    for two minutes: it says so at once, and is heard when it has ended."""
+    answer = seconds((config or {}).get("MessageTimeout", ""))
+    longest = 2 * answer + 5 if answer else UNKNOWN_PATIENCE
+    return [*argv[:2], "timeout", "--signal=KILL", f"{longest:.0f}", *argv[2:]]
 
 
 def submitted(stdout: str) -> int | None:

@@ -38,7 +38,11 @@ class Controller:
         self._limiter = anyio.CapacityLimiter(AT_ONCE)
 
     async def offer(self, argv: Sequence[str], script: bytes) -> int | None:
-        """The id of the held job; None while the queue is full. Raises InvalidJob for what never can run there."""
+        """The id of the held job; None while the queue is full. Raises InvalidJob for what never can run there.
+
+        An sbatch that was ended while the queue was full may have left a job all the same. It is held, and no record
+        names it: so it is taken out, and it is safe to ask again.
+        """
         code, stdout, stderr = await self._say(argv, script)
         number = commands.submitted(stdout) if code == 0 else None
         if number is not None:

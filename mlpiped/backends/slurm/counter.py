@@ -137,6 +137,7 @@ class Counter:
     async def _offer(self, batch: Sequence[Entry]) -> tuple[int | None, str | None]:
         first = batch[0]
         argv = commands.sbatch(first.job, first.folder, self._controller.compute, self._comment)
+        argv = commands.limited(argv, self._queue.config)
         if len(batch) == 1:
             return await self._controller.offer(argv, first.script), None
         tokens = [entry.job.token for entry in batch]

@@ -99,5 +99,5 @@ async def attempt(runner: Runner, argv: Sequence[str], stdin: bytes = b"") -> tu
 
 
 def _name(argv: Sequence[str]) -> str:
-    """Of the command, less what sets the environment for it."""
-    return next(word for word in argv[1:] if "=" not in word)
+    """Of the command, less what is around it."""
+    return next((word for word in argv if word in commands.NAMES), argv[0])

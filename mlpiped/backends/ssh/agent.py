@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     News = Callable[[str, str], None]
 
-SCRIPTS = ("step.sh", "agent.sh", "tree.sh", "keep.sh", "env.sh")
+SCRIPTS = ("step.sh", "agent.sh", "tree.sh", "keep.sh", "env.sh", "prune.sh")
 ANSWER = 60.0  # seconds; a request that takes longer means that the box, or the way to it, is stuck
 LINE = 8000  # bytes: what a shell reads as one line; longer orders go as a file
 HELLO = 30.0

@@ -49,18 +49,8 @@ sweep() {
         fi
         rm -f "$fifo"
     done
-    set +f
-    for left in .new/*; do # KIND.PID.START… of a process that is gone; what it started may be at it for a while
-        set -f
-        [ -e "$left" ] || continue
-        old=${left#.new/*.}
-        pid=${old%%.*} old=${old#*.}
-        born "$pid" && [ "$born" = "${old%%.*}" ] && continue
-        most=3600
-        case $left in .new/part.*) most=86400 ;; esac # of these the next try goes on
-        age=$(stat -c %Y "$left" 2>/dev/null) && [ $(($(date +%s) - age)) -gt $most ] || continue
-        rm -rf "$left" 2>/dev/null || { chmod -R u+rwX "$left"; rm -rf "$left"; } 2>/dev/null
-    done
+    set -f
+    leftovers
 }
 
 # A shell ignores SIGINT and SIGQUIT in what it runs in the background, which `env` can undo; twice in the background,

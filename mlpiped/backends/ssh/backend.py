@@ -25,6 +25,7 @@ from mlpiped.backends.ssh.keeper import End, Keeper
 from mlpiped.backends.ssh.kept import KeptThere
 from mlpiped.backends.ssh.link import Link
 from mlpiped.backends.ssh.orders import order
+from mlpiped.backends.ssh.pruning import Pruning
 from mlpiped.backends.ssh.returning import Returning
 from mlpiped.backends.ssh.staging import Staging
 from mlpiped.backends.ssh.tails import Tails
@@ -58,6 +59,7 @@ class SshBackend:
         self.keeper = Keeper(self.link, settings.work_dir, instance, settings.python)
         self.carrier = Carrier(self.link)
         self._staging = Staging(self.keeper, self.carrier, datastores, settings.mounts)
+        self._pruning = Pruning(self.keeper, self.carrier, self._staging, settings.store)
         self._returning = Returning(self.carrier)
         self._kept = KeptThere(self.keeper, self.carrier, self._returning)
         self._homecoming = Homecoming(self.keeper, self._returning, self._staging.progress)
@@ -105,8 +107,11 @@ class SshBackend:
                 known = (await self.find([job.token])).get(job.token)
                 if known is not None:
                     return known
-            text = order(job, await self._staging.place(job, self._cards.environment(job)))
-            said = await agent.launch(job.token, text)
+            try:
+                text = order(job, await self._staging.place(job, self._cards.environment(job)))
+                said = await agent.launch(job.token, text)
+            finally:
+                self._staging.placed(job.token)
             self.keeper.began(job.token)
             if said.startswith("handle "):
                 return _handle(job.token, said.partition(" ")[2])
@@ -222,6 +227,9 @@ class SshBackend:
 
     async def drop(self, digests: Sequence[str], min_age: float) -> None:
         await self._kept.drop(digests, min_age)
+
+    async def prune(self, *, only_look: bool) -> tuple[int, int]:
+        return await self._pruning.prune(only_look=only_look)
 
     async def discard(self, token: str, *, keep_logs: bool) -> None:
         folder = folders.at(self.jobs_dir, token)

@@ -16,7 +16,8 @@ case $work in
 esac
 root=$work/$instance
 bin=$root/.bin/$digest
-mkdir -p "$bin" "$root/.cas" "$root/.events" "$root/.new" "$root/.envs" || { echo "x the folder cannot be made: $root"; exit 1; }
+mkdir -p "$bin" "$root/.cas" "$root/.events" "$root/.new" "$root/.envs" "$root/.used" "$root/.pruning" 2>/dev/null ||
+    { echo "x the folder cannot be made: $root"; exit 1; }
 [ -s "$root/.no-params.json" ] || printf '{}' >"$root/.no-params.json"
 root=$(cd "$root" && pwd -P)
 bin=$root/.bin/$digest

@@ -98,6 +98,28 @@ class Carrier:
                 raise BackendUnavailable(f"the connection to `{self.link.name}` was lost") from fault
         return bytes(said)
 
+    # --- words --------------------------------------------------------------------------------------------------
+    async def lines(self, command: Sequence[str], patience: float, given: bytes = b"") -> list[str]:
+        """What it says before its `ok`. Raises BackendUnavailable, also when there was none."""
+        name = self.link.name
+        async with self.link.channel() as connection:
+            try:
+                process = await self.link.process(connection, command)
+                try:
+                    if given:
+                        process.stdin.write(given)
+                    with anyio.fail_after(patience):
+                        said = (await process.stdout.read()).decode("ascii", "replace").splitlines()
+                finally:
+                    process.channel.abort()
+            except TimeoutError:
+                raise BackendUnavailable(f"`{name}` does not answer") from None
+            except (OSError, asyncssh.Error) as fault:
+                raise BackendUnavailable(f"the connection to `{name}` was lost") from fault
+        if said[-1:] != ["ok"]:
+            raise BackendUnavailable(f"`{name}` does not say what it keeps")
+        return said[:-1]
+
     # --- home ---------------------------------------------------------------------------------------------------
     async def get(self, command: Sequence[str], into: Incoming) -> None:
         """Raises BackendUnavailable, Garbled, OSError."""

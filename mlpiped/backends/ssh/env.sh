@@ -18,7 +18,7 @@ while ! usable && ! mkdir "$name.lock" 2>/dev/null; do
     [ -n "$holder" ] && [ ! -d "/proc/$holder" ] && rm -rf "$name.lock"
     sleep 0.3
 done
-usable && { echo ok; exit 0; }
+usable && { true >"../.used/$name"; echo ok; exit 0; }
 echo $$ >"$name.lock/pid"
 trap 'rm -rf "$name.lock" "$name.$$.txt"' EXIT
 trap 'exit 1' HUP INT TERM
@@ -36,5 +36,6 @@ if [ -s "$name.$$.txt" ]; then
         exit 0
     }
 fi
+true >"../.used/$name"
 : >"$home/.mlpiped-complete"
 echo ok

@@ -102,21 +102,7 @@ class KeptThere:
     async def _said(self, *words: str) -> list[str]:
         agent = await self.keeper.agent()
         command = agent.box.script("keep.sh", words[0], agent.box.root, *words[1:])
-        async with self.carrier.link.channel() as connection:
-            try:
-                process = await self.carrier.link.process(connection, command)
-                try:
-                    with anyio.fail_after(ANSWER):
-                        said = (await process.stdout.read()).decode("ascii", "replace").splitlines()
-                finally:
-                    process.channel.abort()
-            except TimeoutError:
-                raise BackendUnavailable(f"`{agent.name}` does not answer") from None
-            except (OSError, asyncssh.Error) as fault:
-                raise BackendUnavailable(f"the connection to `{agent.name}` was lost") from fault
-        if said[-1:] != ["ok"]:
-            raise BackendUnavailable(f"`{agent.name}` does not say what it keeps")
-        return said[:-1]
+        return await self.carrier.lines(command, ANSWER)
 
 
 def _pages(contents: Sequence[str]) -> list[Sequence[str]]:

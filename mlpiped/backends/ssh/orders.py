@@ -25,6 +25,7 @@ class Place:
     root: str
     inputs: Mapping[str, Sequence[str]]  # port -> paths there
     needed: Sequence[str] = ()  # paths that must be there, or nothing starts
+    uses: Sequence[str] = ()  # contents and environments that stay until it has ended
     code: str | None = None
     sdk: str | None = None
     bins: Sequence[str] = ()  # go before the box's PATH
@@ -43,6 +44,7 @@ def order(job: Job, place: Place) -> bytes:
         "e_missing": json.dumps(f"command not found: {shown}"),
         "e_denied": json.dumps(f"permission denied: {shown} is not an executable file"),
         "code": place.code or "",
+        "uses": " ".join(place.uses),
         "params": params or "",
         "timeout": "" if job.timeout is None else f"{job.timeout:.3f}",
         "grace": f"{job.grace * 100:.0f}",
@@ -50,7 +52,7 @@ def order(job: Job, place: Place) -> bytes:
     make.remove("work")  # it is there
     lines = [f"{name}={quote(value)}" for name, value in words.items()]
     lines.append(" ".join(["set --", *map(quote, make)]))
-    lines += [f"[ -e {quote(path)} ] || lacks=1" for path in place.needed]
+    lines.append("needs() { " + " && ".join([":", *(f"[ -e {quote(path)} ]" for path in place.needed)]) + "; }")
     lines.append("step() { " + "; ".join([f"unset {NOT_THE_STEPS}", *_exports(env, place), _begin(argv)]) + "; }")
     return os.fsencode("; ".join(lines))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlpiped.backends.ssh.carrier import Carrier
     from mlpiped.backends.ssh.progress import Moving
 
-ASK = "ask"  # in the place of a limit: before its bytes the box asks how many of them are here
+ALL, ASK = "all", "ask"  # in the place of a limit; `ask`: before its bytes the box asks how many of them are here
 
 
 class Returning:
@@ -44,12 +44,13 @@ class Returning:
         async with self._locks.setdefault(part, anyio.Lock()):
             kept = False
             try:
-                if not await anyio.to_thread.run_sync(part.exists) and await self._small(command, names, part):
+                left = await anyio.to_thread.run_sync(part.exists)
+                if not left and await self._small(command, names, part):
                     yield
                     return
                 with moves() as moving:
                     kept = True
-                    await self._large(command, names, part, moving)
+                    await self._large([*command, ASK if left else ALL, *names], part, moving)
                     kept = False
                 yield
             except Garbled as fault:
@@ -73,9 +74,9 @@ class Returning:
             into.close()
         return not into.big
 
-    async def _large(self, command: Sequence[str], names: Sequence[str], part: Path, moving: Moving | None) -> None:
+    async def _large(self, command: Sequence[str], part: Path, moving: Moving | None) -> None:
         into = Incoming(part, moving)
         try:
-            await self.carrier.get_large([*command, ASK, *names], into)
+            await self.carrier.get_large(command, into)
         finally:
             into.close()

@@ -39,7 +39,10 @@ class Stage:
 
     async def place(self, job: Job) -> Place:
         """Bring what is missing. Raises InvalidJob, BackendUnavailable."""
-        return await self._staging.place(job, {})
+        try:
+            return await self._staging.place(job, {})
+        finally:
+            self._staging.placed(job.token)  # nothing is pruned there: nobody has to know what it uses
 
     def forget(self) -> None:
         """Something is not there that we believed there."""

@@ -30,7 +30,7 @@ from mlpiped.files.portable import is_portable
 from mlpiped.files.walking import PathRefused, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from mlpiped.backends.base import Job
     from mlpiped.backends.ssh.agent import Agent, Box
@@ -57,6 +57,7 @@ class Staging:
         self._names: set[tuple[str, str]] = set()  # (content, name) that are there
         self._environments: set[str] = set()
         self._locks: dict[str, anyio.Lock] = {}
+        self._uses: dict[str, set[str]] = {}  # token -> contents and environments, until its job is there
 
     def missing(self, contents: Mapping[str, int]) -> int:
         known = self.keeper.known
@@ -70,10 +71,27 @@ class Staging:
         if self.keeper.known is not None:
             self.keeper.known.box.contents.clear()
 
+    def lost(self, names: Iterable[str]) -> None:
+        """These contents and environments are gone from the box."""
+        gone = set(names)
+        self._names = {(content, name) for content, name in self._names if content not in gone}
+        self._environments -= gone
+        if self.keeper.known is not None:
+            self.keeper.known.box.contents -= gone
+
+    def used(self) -> set[str]:
+        """What is brought for jobs that are not there yet."""
+        return set().union(*self._uses.values())
+
+    def placed(self, token: str) -> None:
+        """The job itself says what it uses, or will not start."""
+        self._uses.pop(token, None)
+
     async def place(self, job: Job, env: Mapping[str, str]) -> Place:
         """Bring what is missing. `env` comes with the machine. Raises InvalidJob, BackendUnavailable."""
         agent = await self.keeper.agent()
         root = agent.box.root
+        uses = self._uses[job.token] = set()
         try:
             there = await self._inputs(job, root)
             code = await self._code(job)
@@ -83,14 +101,14 @@ class Staging:
         except OSError as fault:
             why = f"{fault.strerror}: {fault.filename}"
             raise BackendUnavailable(f"what the step needs cannot be read here: {why}") from fault
-        bins = [f"{root}/.python"]
+        bins, needed = [f"{root}/.python"], [path for path in there.values() if path.startswith(f"{root}/")]
+        needed += [f"{root}/{place}" for place in (code, sdk) if place is not None]
         if job.requirements is not None or job.python is not None:
             home = await self._environment(agent, job)
             bins, env = [f"{home}/bin", *bins], {**env, "VIRTUAL_ENV": home}
+            needed.append(f"{home}/.mlpiped-complete")
         paths = {port: [there[path] for path in mine] for port, mine in job.inputs.items()}
-        needed = [path for path in there.values() if path.startswith(f"{root}/")]
-        needed += [f"{root}/{place}" for place in (code, sdk) if place is not None]
-        return Place(root, paths, needed, code, f"{root}/{sdk}", bins, env)
+        return Place(root, paths, needed, sorted(uses), code, f"{root}/{sdk}", bins, env)
 
     # --- inputs -------------------------------------------------------------------------------------------------
     def _mapped(self, path: str) -> str | None:
@@ -134,6 +152,7 @@ class Staging:
     # --- contents -----------------------------------------------------------------------------------------------
     async def _bring(self, token: str, what: str, content: str, pieces: Sequence[Piece], name: str) -> bool:
         """Make `content` be there under `name`. False: what lies here is not that content."""
+        self._uses[token].add(content)
         if (content, name) in self._names and content in self._contents():
             return True
         with self.progress.wait(token, f".cas/{content}"):
@@ -229,6 +248,7 @@ class Staging:
             )
         text = f"{python}\0{job.requirements or ''}".encode("utf-8", "surrogateescape")
         name = hashlib.blake2b(text, digest_size=16).hexdigest()
+        self._uses[job.token].add(name)
         if name not in self._environments:
             with self.progress.wait(job.token, name):
                 await self._built_once(agent, name, python, job.requirements or "")

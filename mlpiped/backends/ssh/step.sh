@@ -9,6 +9,7 @@ set -f
 N='
 '
 mask=$(umask)
+uses=
 
 # --- who is who: a pid alone is no name
 
@@ -27,7 +28,7 @@ born() {
     born=$1
 }
 
-# Whether the claim of $T is there; $who is `pid start boot grace`, or `fenced`.
+# Whether the claim of $T is there; $who is `pid start boot grace`, or `fenced`. The second line is for prune.sh.
 claimed() {
     for look in first second; do # a claim may appear after the first: it is complete then
         { read -r who <"$T/claim/who"; } 2>/dev/null && return 0
@@ -54,10 +55,27 @@ record() {
 fill() {
     record
     printf '%s\n' "$record" >"$1/handle.json" &&
-        printf '%s\n' "$who" >"$1/who" &&
+        printf '%s\n%s\n' "$who" "$uses" >"$1/who" &&
         printf '%2048s' '' >"$1/exit.json" && # the space that the end will need
         printf '%1024s' '' >"$1/said"
 } 2>/dev/null
+
+# Removes drafts of processes that are gone: .new/KIND.PID.START… What such a process started may be at it for a while.
+leftovers() {
+    set +f
+    for left in .new/*; do
+        set -f
+        [ -e "$left" ] || continue
+        old=${left#.new/*.}
+        pid=${old%%.*} old=${old#*.}
+        born "$pid" && [ "$born" = "${old%%.*}" ] && continue
+        most=3600
+        case $left in .new/part.*) most=86400 ;; esac # of these the next try goes on
+        age=$(stat -c %Y "$left" 2>/dev/null) && [ $(($(date +%s) - age)) -gt $most ] || continue
+        rm -rf "$left" 2>/dev/null || { chmod -R u+rwX "$left"; rm -rf "$left"; } 2>/dev/null
+    done
+    set -f
+}
 
 # --- the processes of a step: its group, and all that has the mark in its environment
 
@@ -233,7 +251,8 @@ judge() {
     elif [ "$stuck" = 1 ]; then
         error='"some of its processes survive SIGKILL: they hang in the kernel"'
     fi
-    cpu=$((millis / 1000)).$(printf '%03d' $((millis % 1000)))
+    cpu=$((1000 + millis % 1000)) # no substitution: a fork is dear here
+    cpu=$((millis / 1000)).${cpu#1}
     end="{\"v\": 1, \"code\": $code, \"signal\": $signal, \"timed_out\": $timed_out, \"cancelled\": $cancelled,"
     end="$end \"error\": $error, \"started\": $began, \"ended\": $now, \"cpu\": $cpu, \"max_rss\": null}"
 }
@@ -267,12 +286,33 @@ build() {
     done
     [ $# = 0 ] || mkdir -p "$@" || return
     umask "$mask"
+    fill "$draft/claim" || return # says what it uses before it looks for it
+    present || { lacks=1; return 1; }
     if [ -n "$code" ]; then
         cp -R "$code/." "$draft/work" && chmod -R u+rwX "$draft/work" || return
     fi
-    [ -z "$params" ] || printf '%s' "$params" >"$draft/params.json" || return
-    fill "$draft/claim"
+    [ -z "$params" ] || printf '%s' "$params" >"$draft/params.json"
 } 2>/dev/null
+
+# Whether all that the job needs is there, to stay. While somebody prunes, that is not known.
+present() {
+    for name in $uses; do
+        true >".used/$name" # unlike `:` it may fail
+    done
+    set +f
+    for path in .pruning/*; do
+        set -f
+        tries=0
+        while [ -e "$path" ] && [ "$tries" -lt 1000 ]; do
+            by=${path#.pruning/}
+            born "${by%.*}" && [ "$born" = "${by#*.}" ] || break
+            tries=$((tries + 1))
+            sleep 0.02
+        done
+    done
+    set -f
+    needs
+}
 
 # One rename onto what is not there, or onto a folder that is not empty: one wins, and its claim is complete then.
 publish() {
@@ -305,9 +345,11 @@ run() {
     esac
     claimed && answer && leave 75
     eval "$order"
-    [ -z "$lacks" ] || { say "$events" "r $request missing"; leave 70; }
     who="$self $born $boot $grace"
-    build "$@" || refuse "its folder cannot be made on the box: is a disk full?"
+    if ! build "$@"; then
+        [ -z "$lacks" ] || { say "$events" "r $request missing"; leave 70; }
+        refuse "its folder cannot be made on the box: is a disk full?"
+    fi
     if ! publish; then
         claimed || refuse "its folder cannot be made on the box: is a disk full?"
         answer

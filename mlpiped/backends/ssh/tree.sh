@@ -8,7 +8,7 @@
 #
 # An entry is a line, and to us the bytes of a file behind it:
 #   d NAME · l NAME TARGET · f|x SIZE NAME (put) · f|x SIZE SHA256 NAME (get) · s NAME (neither) · t BYTES
-# (of all, get with `ask`) · end · T BYTES: an archive of small ones, where there is `tar` (put) · f+|x+ SIZE NAME:
+# (of all, get with `all` or `ask`) · end · T BYTES: an archive of small ones, where there is `tar` (put) · f+|x+ SIZE NAME:
 # the rest of a file (put) · end SHA256: and all that is here, as lines, sorted, has that digest (put)
 # From us several files come at once: their lines, `bytes`, and the bytes of them all; or with `ask` for a LIMIT their
 # lines, `ask`, and after a line with how many of their bytes are there the others.
@@ -57,7 +57,11 @@ put() {
     fi
     cd "$root" || exit 1
     case $place in
-    .cas/*) chmod -R a-w,a+rX "$tree"; chmod u+w "$tree" ;; # steps share it
+    .cas/*) # steps share it
+        chmod -R a-w,a+rX "$tree"
+        chmod u+w "$tree"
+        true >".used/${place#.cas/}"
+        ;;
     */*) mkdir -p -m 700 "${place%/*}" ;;
     esac
     case $place in */*/*) mkdir -p -m 700 "${place%%/*}" "${place%/*}" ;; esac
@@ -161,7 +165,7 @@ get() {
     done
     set -- $there
     [ $# -gt 0 ] || { echo "end"; exit 0; }
-    if [ "$limit" != ask ]; then
+    if [ "$limit" != ask ] && [ "$limit" != all ]; then
         total=$(du -sbc -- "$@" 2>/dev/null | tail -n 1)
         [ "${total%%[!0-9]*}" -le "$limit" ] || { echo big; exit 0; }
     else

@@ -6,5 +6,6 @@ judge       the verdict, from what the steps themselves wrote down
 elsewhere   … with steps on a machine that dies too
 power       a disk whose power can be cut
 mutants     daemons with one promise broken: the harness must notice each
+impatient   a daemon for a cluster whose nodes see the same files at once
 soak        the loop for as long as one likes (`make soak`)
 """

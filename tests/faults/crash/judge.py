@@ -10,7 +10,8 @@
 7. No process of ours is left, and no run is unfinished.
 
 After a harsh death (a power cut, or supervisors and steps killed too) 1 allows further starts and 4 allows `lost`;
-what the daemon has told anybody (a run's number, an event) must be in the ledger all the same.
+what the daemon has told anybody (a run's number, an event) must be in the ledger all the same. Where steps may be cut
+off by what they run on, a token that has started and not ended may be lost, and the step start once more.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from crash.scenario import ARRIVING, ASKED, FLAKY, PERIOD, STEPS, TICKING, Mark
-from mlpiped.tries import LOST_LIMIT
+from mlpiped.execution.tries import LOST_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -56,6 +57,7 @@ class Evidence:
     clocks_until: int = 0  # … and had fired for it by then
     harsh: int = 0  # deaths that took steps with them
     kept: dict[str, Path] = field(default_factory=dict)  # compute -> below which it keeps outputs that stay there
+    cuts: bool = False  # steps may be ended by what they run on
 
 
 @dataclass(slots=True)
@@ -112,7 +114,8 @@ class _Case:
         for mark in marks:
             self.said[mark.token].append(mark.word)
         lost = Counter((row["run_id"], row["idx"]) for row in self.attempts.values() if row["end"] == "lost")
-        self.given_up = {run for (run, _), count in lost.items() if evidence.harsh and count > LOST_LIMIT}
+        may = evidence.harsh or evidence.cuts
+        self.given_up = {run for (run, _), count in lost.items() if may and count > LOST_LIMIT}
 
     # --- 2, 3, 4 ---------------------------------------------------------------------------------------------------
     def tokens(self) -> Iterator[str]:
@@ -120,7 +123,7 @@ class _Case:
         for token, words in self.said.items():
             if words.count("start") != 1:
                 yield f"`{token}` has started {words.count('start')} times: {words}"
-            elif words not in whole and not (self.evidence.harsh and words == ["start"]):
+            elif words not in whole and not (self.evidence.harsh and words == ["start"]) and not self._cut(token):
                 yield f"`{token}` has started and left {words}"
             if token not in self.attempts:
                 yield f"`{token}` has started, and the ledger has no intent of it"
@@ -134,10 +137,14 @@ class _Case:
                 yield f"`{token}` is committed and has left {words}"
             elif end == "failed" and words != ["start", "fail"]:
                 yield f"`{token}` is recorded as failed and has left {words}: {row['reason']}"
-            elif end == "lost" and not self.evidence.harsh:
+            elif end == "lost" and not (self.evidence.harsh or self._cut(token)):
                 yield f"`{token}` is recorded as lost and has left {words}: {row['reason']}"
             elif end not in ("never_ran", "committed", "failed", "lost"):
                 yield f"`{token}` ended as {end} and has left {words}: {row['reason']}"
+
+    def _cut(self, token: str) -> bool:
+        """Whether it may have been ended by what it ran on."""
+        return self.evidence.cuts and self.said.get(token, []) in (["start"], [])
 
     # --- 7, and the ledger in itself -------------------------------------------------------------------------------
     def runs(self) -> Iterator[str]:
@@ -189,8 +196,9 @@ class _Case:
                 yield f"{what}: `{mark.token}` was alive when `{latest}` had started"
             latest = mark.token if mark.word == "start" else latest
         expected = 2 if (pipeline, step) == FLAKY else 1
-        if len(tokens) > expected and not self.evidence.harsh:
-            yield f"{what} is duplicated: {len(tokens)} tokens have started, of {expected}"
+        whole = [token for token in tokens if not self._cut(token)]
+        if len(whole) > expected and not self.evidence.harsh:
+            yield f"{what} is duplicated: {len(whole)} tokens have started, of {expected}"
 
     # --- 5 ---------------------------------------------------------------------------------------------------------
     def _opened(self) -> list[sqlite3.Row]:

@@ -42,6 +42,23 @@ async def _no_fence(self: Any, token: str) -> Any:
     return NeverRan("the fence has been removed")
 
 
+def sbatch_believed() -> None:
+    """What sbatch did not say it had submitted was not submitted, and need not be looked for."""
+    from mlpiped.backends.slurm import SlurmBackend, submission
+
+    async def recorded(self: Any, tokens: Any) -> dict[str, Any]:
+        folders = {token: f"{self.jobs_dir}/{token}" for token in tokens}
+        records = {token: submission.record_of(folder) for token, folder in folders.items()}
+        return {token: submission.handle_of(folders[token], found) for token, found in records.items() if found}
+
+    _replace(SlurmBackend, "find", recorded)
+    _replace(SlurmBackend, "fence", _no_fence_without_record)
+
+
+async def _no_fence_without_record(self: Any, token: str) -> Any:
+    return (await self.find([token])).get(token) or await _no_fence(self, token)
+
+
 def liveness_after_exit() -> None:
     """The exit file is read first, and then whether the supervisor lives: it may end between the two.
 
@@ -89,7 +106,7 @@ def synchronous_normal() -> None:
 def commit_before_rename() -> None:
     """The row that says where an output lies is written before the output lies there."""
     from mlpiped.artifacts import Store, checking, places
-    from mlpiped.attempt import Attempt
+    from mlpiped.execution.attempt import Attempt
     from mlpiped.model import OutputFact
 
     place, rest = Store.collect, Attempt._collect
@@ -143,8 +160,8 @@ def witness_before_outputs() -> None:
 
 def intent_after_submit() -> None:
     """What is to be submitted is written down when there is time for it."""
-    from mlpiped.attempt import Attempt
     from mlpiped.backends.local import LocalBackend
+    from mlpiped.execution.attempt import Attempt
 
     run, submit = Attempt.run, LocalBackend.submit
     due: ContextVar[Callable[[], Any]] = ContextVar("due")
@@ -183,11 +200,18 @@ def _replace(where: Any, name: str, by: Any) -> None:
     setattr(where, name, by)
 
 
+def replace_default(function: Callable[..., Any], name: str, by: Any) -> None:
+    defaults = function.__kwdefaults__
+    defaults[name]  # as above
+    defaults[name] = by
+
+
 MUTANTS = {
     each.__name__: each
     for each in (
         fence_removed,
         fence_removed_from_boxes,
+        sbatch_believed,
         liveness_after_exit,
         synchronous_normal,
         commit_before_rename,

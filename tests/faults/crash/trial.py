@@ -47,7 +47,7 @@ class Trial:
     """One daemon with its scenario, and what becomes of it.
 
     With `power` each death is a power cut; with `murder` it takes some of the supervisors with it, and leaves their
-    steps behind.
+    steps behind. With `cuts`, what steps run on ends some of them by itself.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Trial:
         program: Sequence[str | Path] | None = None,
         power: bool = False,
         murder: bool = False,
+        cuts: bool = False,
         clocks: bool = True,
         slots: int = 12,
         alive: int = ALIVE,
@@ -69,7 +70,7 @@ class Trial:
         self.daemon = Daemon(slots=slots)
         if program is not None:
             self.daemon.program = program
-        self.evidence = Evidence()
+        self.evidence = Evidence(cuts=cuts)
         self.disk: Disk | None = None
         self.murder = murder
         self.alive, self.points, self.finished = alive, points, finished
@@ -84,7 +85,7 @@ class Trial:
 
                 self.disk = Disk(self.daemon.state, self.daemon.root / "disk.img")
                 self.daemon.state.chmod(0o700)
-            self.scenario = Scenario(self.daemon, repeatable=power or murder, prelude=prelude)
+            self.scenario = Scenario(self.daemon, repeatable=power or murder or cuts, prelude=prelude)
             if not clocks:
                 for name in TICKING:
                     (self.daemon.plugins / f"{name}.py").unlink()

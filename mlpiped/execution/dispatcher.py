@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mlpiped.execution.run import Execution
     from mlpiped.ledger import AttemptRow
-    from mlpiped.placement import Need
-    from mlpiped.run import Execution
+    from mlpiped.placement.decide import Need
 
 
 class Dispatcher(Protocol):

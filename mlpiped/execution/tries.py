@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mlpiped.model import AttemptEnd, StepOutcome, StepState
 
 if TYPE_CHECKING:
-    from mlpiped.attempt import Attempt, Ended
+    from mlpiped.execution.attempt import Attempt, Ended
     from mlpiped.spec import RetrySpec, StepSpec
 
 LOST_LIMIT = 3
@@ -17,6 +17,11 @@ LOST_LIMIT = 3
 
 TAINTED_LIMIT = 3
 """So many times a step is run again because an input changed under it."""
+
+REFUSALS_HELD = 5
+"""So many times in a row its machine has not started it: then `why` calls it held. It is tried on."""
+
+LONGEST_PAUSE = 60.0  # seconds between two tries of a step that its machine does not start
 
 
 @dataclass(slots=True)
@@ -33,9 +38,14 @@ class Try:
     failures: int = 0  # attempts that were the code's fault
     losses: int = 0
     taints: int = 0
+    refusals: int = 0  # in a row: attempts that its machine did not start
     not_before: int | None = None  # µs: the pause of a retry ends
     attempt: Attempt | None = None
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def refused(self) -> bool:
+        return self.refusals >= REFUSALS_HELD
 
     @property
     def number(self) -> int:
@@ -48,6 +58,7 @@ class Try:
         `cancelled`: why nobody wants it any more, if so. Failures of the code cost a retry; failures of the machine,
         and inputs that changed meanwhile, do not.
         """
+        self.refusals = self.refusals + 1 if ended.refused else 0
         if ended.outcome in (StepOutcome.SUCCEEDED, StepOutcome.CANCELLED):
             return ended, None, 0.0
         if cancelled is not None:
@@ -69,6 +80,9 @@ class Try:
             if self.taints > TAINTED_LIMIT:
                 why = f"its inputs kept changing while it ran: {ended.why}"
                 return replace(ended, outcome=StepOutcome.FAILED, why=why), None, 0.0
+        if self.refusals > 1:
+            pause = min(2.0 ** (self.refusals - 2), LONGEST_PAUSE)
+            return ended, f"{ended.why} ({self.refusals} times in a row)", pause
         return ended, ended.why, 0.0
 
     def count(self, end: AttemptEnd | None) -> None:

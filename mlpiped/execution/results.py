@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlpiped.job import outputs_of
+from mlpiped.execution.job import outputs_of
 from mlpiped.publish import destination
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from mlpiped.attempt import Attempt
     from mlpiped.backends.base import Backend, Handle
-    from mlpiped.facts import World
+    from mlpiped.execution.attempt import Attempt
+    from mlpiped.execution.facts import World
     from mlpiped.model import OutputFact
     from mlpiped.spec import PipelineSpec, StepSpec
 

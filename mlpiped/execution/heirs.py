@@ -10,9 +10,9 @@ from mlpiped.ledger import AttemptRow, moves
 from mlpiped.model import AttemptState
 
 if TYPE_CHECKING:
-    from mlpiped.attempt import Attempt
     from mlpiped.backends.base import Handle
-    from mlpiped.run import Execution
+    from mlpiped.execution.attempt import Attempt
+    from mlpiped.execution.run import Execution
 
 
 async def take_over(attempt: Attempt, handle: Handle) -> str | None:

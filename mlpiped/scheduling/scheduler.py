@@ -14,11 +14,11 @@ import structlog
 
 from mlpiped import crash
 from mlpiped.errors import BadParameter, Conflict, IllegalMove, LedgerFull, MlpipedError, UnknownName
-from mlpiped.graphs import Graphs
+from mlpiped.execution.run import Execution
 from mlpiped.ledger import moves
 from mlpiped.model import Cause, CauseKind, Event, RunOutcome, RunState
 from mlpiped.protocol import typed_parameters
-from mlpiped.run import Execution
+from mlpiped.scheduling.graphs import Graphs
 from mlpiped.spec import SuccessSpec, version_of
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     from mlpiped.backends.base import Backend
     from mlpiped.clock import Clock
-    from mlpiped.dispatch import Dispatch
-    from mlpiped.facts import World
+    from mlpiped.execution.facts import World
     from mlpiped.ledger import RunRow
     from mlpiped.loader import Loaded, Registry
     from mlpiped.resolve import Graph
+    from mlpiped.scheduling.dispatch import Dispatch
     from mlpiped.spec import PipelineSpec
 
 log = structlog.get_logger("scheduler")

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
-from mlpiped.attempt import Attempt
 from mlpiped.errors import BackendUnavailable, MlpipedError, StaleReuse
-from mlpiped.facts import Facts
-from mlpiped.images import Lookups
+from mlpiped.execution.attempt import Attempt
+from mlpiped.execution.facts import Facts
+from mlpiped.execution.images import Lookups
+from mlpiped.execution.needs import bytes_to_travel, need_of
+from mlpiped.execution.restoring import restore
+from mlpiped.execution.results import publish
+from mlpiped.execution.tries import Try
 from mlpiped.ledger import StepRow, moves
 from mlpiped.model import RunOutcome, RunState, StepOutcome, StepState
-from mlpiped.needs import bytes_to_travel, need_of
 from mlpiped.resolve import Decision, Graph, Plan
-from mlpiped.restoring import restore
-from mlpiped.results import publish
-from mlpiped.tries import Try
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
     from mlpiped.backends.base import Backend
     from mlpiped.clock import Clock
-    from mlpiped.dispatcher import Dispatcher
-    from mlpiped.facts import World
+    from mlpiped.execution.dispatcher import Dispatcher
+    from mlpiped.execution.facts import World
     from mlpiped.ledger import AttemptRow, RunRow
-    from mlpiped.placement import Need
+    from mlpiped.placement.decide import Need
 
 log = structlog.get_logger("run")
 

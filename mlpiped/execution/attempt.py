@@ -15,22 +15,22 @@ import anyio
 import structlog
 
 from mlpiped import crash
-from mlpiped.asking import Asking
 from mlpiped.backends.base import Exited, Lost, NeverRan
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
-from mlpiped.heirs import take_over
-from mlpiped.job import exit_words, job_of, last_words, seconds, with_hint
+from mlpiped.execution.asking import Asking
+from mlpiped.execution.heirs import take_over
+from mlpiped.execution.job import exit_words, job_of, last_words, seconds, with_hint
+from mlpiped.execution.results import Changed, Made, fetch, same_inputs, take
 from mlpiped.ledger import moves
 from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
-from mlpiped.results import Changed, Made, fetch, same_inputs, take
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from mlpiped.backends.base import Backend, Handle, Outcome
-    from mlpiped.facts import StepFacts
+    from mlpiped.execution.facts import StepFacts
+    from mlpiped.execution.run import Execution
     from mlpiped.ledger import AttemptRow
-    from mlpiped.run import Execution
 
 log = structlog.get_logger("attempt")
 T = TypeVar("T")
@@ -51,6 +51,7 @@ class Ended:
     outputs: tuple[OutputFact, ...] = ()
     final: bool = False  # trying again cannot help
     usage: dict[str, float | int | None] = field(default_factory=dict)
+    refused: bool = False  # its machine had taken it, and did not start it
 
 
 class Attempt:
@@ -236,7 +237,9 @@ class Attempt:
     def _judged_never_ran(self, outcome: NeverRan) -> Ended:
         if self.cancelled:
             return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
-        return Ended(None, f"it had not started: {outcome.reason}", AttemptEnd.NEVER_RAN)
+        return Ended(
+            None, f"it had not started: {outcome.reason}", AttemptEnd.NEVER_RAN, refused=self.handle is not None
+        )
 
     async def _collect(self, handle: Handle, outcome: Exited, usage: dict[str, float | int | None]) -> Ended:
         told = json.dumps(usage)

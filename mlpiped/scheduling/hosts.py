@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
-from mlpiped.breaker import Breaker
 from mlpiped.errors import BackendUnavailable, MlpipedError, UnknownName
 from mlpiped.ledger import moves
-from mlpiped.shares import HALF_LIFE
+from mlpiped.placement.breaker import Breaker
+from mlpiped.placement.shares import HALF_LIFE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from mlpiped.backends.base import Backend
     from mlpiped.clock import Clock
-    from mlpiped.dispatch import Dispatch
     from mlpiped.ledger import Ledger
+    from mlpiped.scheduling.dispatch import Dispatch
 
 log = structlog.get_logger("hosts")
 

@@ -15,13 +15,13 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING
 
-from mlpiped.placement import candidates, choose
-from mlpiped.shares import Shares
+from mlpiped.placement.decide import candidates, choose
+from mlpiped.placement.shares import Shares
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mlpiped.placement import Need, Place, Spot
+    from mlpiped.placement.decide import Need, Place, Spot
 
 LOOK_AHEAD = 256
 """So many shapes of steps that do not fit are passed over at a time."""

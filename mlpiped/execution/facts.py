@@ -14,8 +14,8 @@ from blake3 import blake3
 
 from mlpiped import keys, resolve
 from mlpiped.errors import InvalidJob, MlpipedError
+from mlpiped.execution.images import RunImages, wanted_by
 from mlpiped.files.fingerprint import Missing, RefFact
-from mlpiped.images import RunImages, wanted_by
 from mlpiped.resolve import Decision, Graph, Known, PastResult, Plan
 from mlpiped.spec import Reference, SourceSpec, Upstream
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from mlpiped.artifacts import Store
     from mlpiped.backends.base import Image
     from mlpiped.code import CodeFact, CodeReader
+    from mlpiped.execution.images import Find
+    from mlpiped.execution.kept import Kept
     from mlpiped.files.fingerprint import Fingerprinter
-    from mlpiped.images import Find
-    from mlpiped.kept import Kept
     from mlpiped.ledger import Ledger
     from mlpiped.model import OutputFact
     from mlpiped.spec import Port, Scalar, StepSpec

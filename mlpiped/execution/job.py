@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from mlpiped.backends.base import Job, JobOutput, Part
 from mlpiped.errors import BackendUnavailable
-from mlpiped.kept import digest_for
+from mlpiped.execution.kept import digest_for
 from mlpiped.spec import Concat, Upstream
 
 if TYPE_CHECKING:
-    from mlpiped.attempt import Attempt
     from mlpiped.backends.base import Backend, Exited, Handle
     from mlpiped.errors import MlpipedError
-    from mlpiped.facts import StepFacts
+    from mlpiped.execution.attempt import Attempt
+    from mlpiped.execution.facts import StepFacts
     from mlpiped.resolve import Plan
     from mlpiped.spec import Arg, StepSpec
 

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from mlpiped.execution.tries import Try
 from mlpiped.model import AttemptEnd, StepState
-from mlpiped.tries import Try
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mlpiped.execution.run import Execution
     from mlpiped.ledger import AttemptRow, StepRow
-    from mlpiped.run import Execution
 
 log = structlog.get_logger("run")
 

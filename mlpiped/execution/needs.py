@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlpiped.kept import digest_for, is_home
-from mlpiped.placement import Need
+from mlpiped.execution.kept import digest_for, is_home
+from mlpiped.placement.decide import Need
 from mlpiped.spec import Upstream, is_sif, runs_in_container
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mlpiped.backends.base import Backend
-    from mlpiped.facts import StepFacts
+    from mlpiped.execution.facts import StepFacts
     from mlpiped.resolve import Graph, Plan
 
 

@@ -14,15 +14,15 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from mlpiped.placement import Need, Place, candidates, refusals
-from mlpiped.waiting import Waiting
+from mlpiped.placement.decide import Need, Place, candidates, refusals
+from mlpiped.placement.waiting import Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from mlpiped.execution.run import Execution
     from mlpiped.ledger import AttemptRow
-    from mlpiped.placement import Refusal, Spot
-    from mlpiped.run import Execution
+    from mlpiped.placement.decide import Refusal, Spot
 
 BRISK = 0.25  # seconds: after a lease that was shorter, the next ones get ready
 AHEAD, FEW = 12, 4  # so many for each slot, as soon as there are only a few

@@ -1,0 +1,1 @@
+"""All runs: which begin, which wait for which, where their steps go."""
