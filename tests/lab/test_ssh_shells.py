@@ -63,6 +63,35 @@ async def test_the_login_shell_of_a_box_does_not_matter_nor_what_it_prints(
         box.stop()
 
 
+@pytest.mark.parametrize("ignored", ["", "trap '' INT QUIT; "])
+async def test_signals_are_as_a_program_expects_whatever_the_box_s_login_ignores(
+    ssh_lab: Lab, tmp_path: Path, stack: AsyncExitStack, ignored: str
+) -> None:
+    box = ssh_lab.box(force=f'{ignored}exec sh -c "$SSH_ORIGINAL_COMMAND"')
+    try:
+        backend = await Daemon(box, tmp_path / "state").life(stack)
+        for _ in range(2):
+            handle, _ = await ended(backend, job("grep", "-E", "SigIgn|SigBlk", "/proc/self/status"))
+            assert {int(line.split()[1], 16) & 6 for line in (await log(backend, handle)).splitlines()} == {0}
+    finally:
+        box.stop()
+
+
+async def test_a_variable_of_a_step_may_have_the_name_of_one_of_ours(
+    ssh_lab: Lab, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    box = ssh_lab.box()
+    try:
+        backend = await Daemon(box, tmp_path / "state").life(stack)
+        names = ("T", "N", "root", "self", "number", "leader", "why", "stat", "IFS", "shown")
+        handle, found = await ended(backend, job("env", env={name: f"its {name}" for name in names}))
+        assert found.code == 0, found
+        lines = (await log(backend, handle)).decode().splitlines()
+        assert [name for name in names if f"{name}=its {name}" not in lines] == []
+    finally:
+        box.stop()
+
+
 async def test_H7_a_server_with_one_session_says_so(ssh_lab: Lab, tmp_path: Path, stack: AsyncExitStack) -> None:
     box = ssh_lab.box(max_sessions=1)
     try:

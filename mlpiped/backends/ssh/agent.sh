@@ -28,7 +28,13 @@ read -r up rest </proc/uptime
 btime=$(($(date +%s) - ${up%.*}))
 setsid=$(command -v setsid)
 undo=0 apart=0 leader=$setsid
-env --default-signal=INT,QUIT true 2>/dev/null && undo=1 leader="$(command -v env) --default-signal=INT,QUIT $setsid"
+while read -r key ignored; do
+    [ "$key" = SigIgn: ] && break
+done </proc/self/status
+case $ignored in
+*[0189]) undo=2 ;; # neither SIGINT nor SIGQUIT
+*) env --default-signal=INT,QUIT true 2>/dev/null && undo=1 leader="$(command -v env) --default-signal=INT,QUIT $setsid" ;;
+esac
 
 [ -n "$setsid" ] && "$setsid" -f true 2>/dev/null && apart=1
 
@@ -53,12 +59,21 @@ sweep() {
     leftovers
 }
 
-# A shell ignores SIGINT and SIGQUIT in what it runs in the background, which `env` can undo; twice in the background,
-# so that nobody has to wait for it.
+# A shell ignores SIGINT and SIGQUIT in what it runs in the background, which `env` can undo. So the job is not run there:
+# it kills the one who would wait for it. Where it must be, twice in the background, so that nobody has to wait.
 launch() {
     order=$2 slot=
     [ "$slot_n" = "$slots_made" ] || slot_n=$((slot_n + 1)) slot=$slots$slot_n
-    if [ "$undo" = 1 ] || [ "$apart" = 0 ]; then
+    if [ "$undo" = 2 ]; then
+        {
+            (
+                read -r between rest </proc/self/stat
+                (run "$1" "$id" "$events" "$slot" </dev/null >/dev/null 2>&1)
+                :
+            )
+        } 2>/dev/null
+        true
+    elif [ "$undo" = 1 ] || [ "$apart" = 0 ]; then
         (run "$1" "$id" "$events" "$slot" </dev/null >/dev/null 2>&1 &)
     else
         MLPIPED_ORDER=$2 MLPIPED_LEADER=$setsid \

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from mlpiped.backends.base import Job
 
-NOT_THE_STEPS = "SSH_CLIENT SSH_CONNECTION SSH_TTY SSH_ORIGINAL_COMMAND SSH_AUTH_SOCK MLPIPED_LAB_BOOT_ID OLDPWD"
 FIRST = ("PATH", "PYTHONPATH")  # a step's own come first; the box's stay reachable
 
 
@@ -39,10 +38,8 @@ def order(job: Job, place: Place) -> bytes:
     env["MLPIPED_JOB_DIR"] = f"{home}/"  # the mark by which step.sh knows the processes of a step
     argv = folders.order(job.argv(folders.output_paths(home, job), place.inputs), env, job)["argv"]
     make, params = folders.contents(job)
-    shown = f"`{argv[0][:200]}`"
     words = {
-        "e_missing": json.dumps(f"command not found: {shown}"),
-        "e_denied": json.dumps(f"permission denied: {shown} is not an executable file"),
+        "shown": json.dumps(f"`{argv[0][:200]}`")[1:-1],
         "code": place.code or "",
         "uses": " ".join(place.uses),
         "params": params or "",
@@ -52,35 +49,36 @@ def order(job: Job, place: Place) -> bytes:
     make.remove("work")  # it is there
     lines = [f"{name}={quote(value)}" for name, value in words.items()]
     lines.append(" ".join(["set --", *map(quote, make)]))
-    lines.append("needs() { " + " && ".join([":", *(f"[ -e {quote(path)} ]" for path in place.needed)]) + "; }")
-    lines.append("step() { " + "; ".join([f"unset {NOT_THE_STEPS}", *_exports(env, place), _begin(argv)]) + "; }")
+    lines.append("needs() { " + " && ".join([":", *(f"[ -e {_short(path, place)} ]" for path in place.needed)]) + "; }")
+    path, others = _exports(env, place)
+    command = " ".join(map(quote, argv))  # `leader`: its own session, signals as a program expects them
+    step = [f"export {path}", f"begin {quote(argv[0])}", f"set -- $leader {command}", f"export {others}", 'exec "$@"']
+    lines.append("step() { " + "; ".join(step) + "; }")
     return os.fsencode("; ".join(lines))
 
 
-def _exports(env: Mapping[str, str], place: Place) -> list[str]:
+def _exports(env: Mapping[str, str], place: Place) -> tuple[str, str]:
+    """PATH, and the others as one command: none of them is in the way of another's `$root`."""
     found = {"PATH": [*place.bins], "PYTHONPATH": [place.sdk] if place.sdk else []}
     for name in FIRST:
         if env.get(name):
             found[name].insert(0, env[name])
-    path = "".join(f"{quote(one)}:" for one in found["PATH"])
-    exports = [
-        f'export PATH={path}"${{PATH:-/usr/local/bin:/usr/bin:/bin}}"',
-        "unset PYTHONHASHSEED PYTHONHOME PYTHONSTARTUP",
-    ]
+    words = []
     if found["PYTHONPATH"]:
-        exports.append(f"export PYTHONPATH={quote(':'.join(found['PYTHONPATH']))}")
+        words.append("PYTHONPATH=" + ":".join(_short(one, place) for one in found["PYTHONPATH"]))
     # `export` refuses what is no name in a shell; such variables reach the step by `env`
-    return exports + [
-        f"export {name}={quote(value)}" for name, value in env.items() if name not in FIRST and _plain(name)
-    ]
+    words += [f"{name}={_short(value, place)}" for name, value in env.items() if name not in FIRST and _plain(name)]
+    return "PATH=" + "".join(f"{_short(one, place)}:" for one in found["PATH"]) + '"$PATH"', " ".join(words)
 
 
 def _plain(name: str) -> bool:
     return name.isascii() and name.isidentifier()
 
 
-def _begin(argv: Sequence[str]) -> str:
-    return "begin " + " ".join(quote(word) for word in argv)
+def _short(text: str, place: Place) -> str:
+    """In quotes; the box reads byte by byte."""
+    below = text.startswith(f"{place.root}/")
+    return '"$root"' + quote(text[len(place.root) :]) if below else quote(text)
 
 
 def quote(text: str) -> str:

@@ -306,7 +306,7 @@ def _sdk() -> tuple[str, list[Piece]]:
     hasher = hashlib.sha256()
     for piece in pieces:
         hasher.update(piece.name.encode() + b"\0" + Path(piece.path).read_bytes() + b"\0")
-    return f"sdk-{hasher.hexdigest()}", pieces
+    return f"sdk-{hasher.hexdigest()[:32]}", pieces
 
 
 def _sdk_files(home: Path) -> Iterator[Path]:

@@ -9,7 +9,7 @@ set -f
 N='
 '
 mask=$(umask)
-uses=
+uses= between=
 
 # --- who is who: a pid alone is no name
 
@@ -17,10 +17,12 @@ boot_id() {
     read -r boot <"${MLPIPED_LAB_BOOT_ID:-/proc/sys/kernel/random/boot_id}"
 }
 
-# $born: when process $1 began, in clock ticks since the boot. Fails when it has ended.
+# $born: when process $1 began (`self`: this one), in clock ticks since the boot; $number is its pid. Fails when it has
+# ended. A shell reads byte by byte, each a system call: nothing is read twice here, or farther than it is needed.
 born() {
     born=
     { read -r stat <"/proc/${1:-none}/stat"; } 2>/dev/null || return 1
+    number=${stat%% *}
     stat=${stat##*) }
     set -- $stat
     [ "$1" != Z ] && [ "$1" != X ] || return 1
@@ -171,16 +173,22 @@ refuse() {
     leave 70
 }
 
-# The step's process, after the variables of its environment are set: `begin ARGV…`
+# The environment that a step starts from: the box's, less what is only of the connection or of other programs.
+bare() {
+    unset SSH_CLIENT SSH_CONNECTION SSH_TTY SSH_ORIGINAL_COMMAND SSH_AUTH_SOCK MLPIPED_LAB_BOOT_ID OLDPWD \
+        PYTHONHASHSEED PYTHONHOME PYTHONSTARTUP
+    export PATH="${PATH:-/usr/local/bin:/usr/bin:/bin}"
+}
+
+# The step's process, up to its `exec`; its variables come after this, for they may have any name.
 begin() {
     cd "$root/$T/work" || exit 126
     found "$1" || exit 127
-    read -r self rest </proc/self/stat
-    born "$self"
+    born self
+    self=$number
     echo 500 >/proc/self/oom_score_adj 2>/dev/null
     printf '%s %s\n' "$self" "$born" >"$root/$T/claim/pid" || exit 126
     [ ! -e "$root/$T/claim/cancelled" ] || kill -s KILL "$self"
-    exec $leader "$@" # its own session, signals as a program expects them
 }
 
 # Whether $1 can be executed; else why not, into `error`.
@@ -195,9 +203,9 @@ found() {
         unset IFS
         ;;
     esac
-    why=$e_missing
+    why="\"command not found: $shown\""
     if [ -e "${2-}" ]; then
-        why=$e_denied
+        why="\"permission denied: $shown is not an executable file\""
         [ -x "$2" ] && [ ! -d "$2" ] && return
     fi
     printf '%s' "$why" >"$root/$T/claim/error"
@@ -220,14 +228,17 @@ millis() {
 # no substitution, where bash says nothing.
 execute() {
     {
-        (step) </dev/null >>"$T/stdout" 2>>"$T/stderr"
+        (bare; step) </dev/null >>"$T/stdout" 2>>"$T/stderr"
         status=$?
         times
     } 1<>"$T/claim/said" 2>&1
     said= used=
     while IFS= read -r text; do
         case $text in
-        *m*s\ *m*s) used=$text ;; # the last one is of what has been waited for
+        *m*s\ *m*s) # the second one is of what has been waited for
+            [ -z "$used" ] || { used=$text; break; }
+            used=$text
+            ;;
         *) said=$said$text ;;
         esac
     done <"$T/claim/said"
@@ -324,6 +335,11 @@ publish() {
     rmdir "$draft"
 } 2>/dev/null
 
+# `ln` is there sooner than `mv`, and not every file system has it.
+testify() {
+    ln "$T/claim/exit.json" "$T/exit.json" || mv -T "$T/claim/exit.json" "$T/exit.json"
+} 2>/dev/null
+
 leave() {
     rm -rf "$draft"
     exit "$1"
@@ -333,8 +349,9 @@ leave() {
 # $4 is a folder in which `claim` and `work` are made already, or none.
 run() {
     T=$1 request=$2 events=$3 floor=0 lacks=
-    read -r self rest </proc/self/stat
-    born "$self"
+    born self
+    self=$number
+    [ -z "$between" ] || [ "$between" = "$self" ] || kill -s KILL "$between"
     draft=${4:-.new/job.$self.$born}
     case $order in
     @*)
@@ -377,7 +394,7 @@ run() {
     bury "$first" || stuck=1
     judge
     [ "$code" != 0 ] || [ ! -d "$T/out" ] || settle "$T/out"
-    printf '%-2047s\n' "$end" 1<>"$T/claim/exit.json" && mv -T "$T/claim/exit.json" "$T/exit.json" || exit 71
+    printf '%-2047s\n' "$end" 1<>"$T/claim/exit.json" && testify || exit 71
     [ -z "$timeout" ] || kill "$watch" 2>/dev/null
     flags
     set +f
