@@ -313,7 +313,7 @@ async def test_J7_a_job_that_a_killed_controller_forgot_never_ran_and_its_id_is_
     assert set(lines(desk.effects)) == {"other"}
 
 
-async def test_J7_what_a_killed_controller_holds_again_after_its_end_is_taken_out(desk: Desk) -> None:
+async def test_J7_what_a_killed_controller_holds_again_after_its_end_is_taken_out_each_time(desk: Desk) -> None:
     backend = await desk.backend()
     desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
     handle = await backend.submit(desk.effect())
@@ -326,17 +326,14 @@ async def test_J7_what_a_killed_controller_holds_again_after_its_end_is_taken_ou
     await anyio.to_thread.run_sync(desk.cluster.ready)
     outcome = await backend.wait(handle)
     assert isinstance(outcome, Exited) and outcome.code == 0
-    desk.cluster.kill("slurmctld")
-    shutil.rmtree(state)
-    before.rename(state)
-    desk.cluster.restart()
-    await anyio.to_thread.run_sync(desk.cluster.ready)
-    other = await backend.submit(desk.job(WAIT))  # somebody looks at the queue
-    async with anyio.create_task_group() as group:
-        group.start_soon(backend.wait, other)
+    for _ in range(2):
+        desk.cluster.kill("slurmctld")
+        shutil.rmtree(state)
+        shutil.copytree(before, state)
+        desk.cluster.restart()
+        await anyio.to_thread.run_sync(desk.cluster.ready)
         gone = lambda: desk.cluster.jobs().get(handle["job"], ("",))[0] != "PENDING"  # noqa: E731
-        await desk.until(gone, "it is out of the queue")
-        desk.go(other)
+        await desk.until(gone, "it is out of the queue, though nobody waits for anything")
     assert lines(desk.effects) == [handle["token"]]
 
 

@@ -74,7 +74,6 @@ class SlurmBackend:
         self._sifs = Sifs()
         self._nodes: Nodes | None = None
         self._turns: dict[str, anyio.Lock] = {}
-        self._sentenced: set[Ref] = set()  # held jobs that were taken out of the queue
         self._signalled: set[str] = set()  # tokens of cancelled jobs whose supervisor has been told
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -184,13 +183,11 @@ class SlurmBackend:
             log.info("a job that will never run is taken out of the queue", compute=self.name, job=one.job)
             try:
                 await self._controller.cancel(one.job, one.name)
-                self._sentenced.add(one.job)
             except BackendUnavailable as fault:
                 log.warning(fault.message, compute=self.name)
 
-        held = [one for one in held if one.job not in self._sentenced]
         try:
-            found = await look() if held else []
+            found = await look()
         except (BackendUnavailable, InvalidJob) as fault:
             log.warning(fault.message, compute=self.name)
             return

@@ -1,7 +1,8 @@
 """The queue as Slurm shows it: one squeue for all of our jobs, however many wait for it.
 
-It asks no more often than it was told to, less often while nothing changes, and not at all while nobody waits. What it
-cannot find out it does not guess: a query that failed tells those who wait why, and nothing else.
+It asks no more often than it was told to, less often while nothing changes, and rarely while nobody waits: only for
+what a daemon that died, or a controller that did, has left there. What it cannot find out it does not guess: a query
+that failed tells those who wait why, and nothing else.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("slurm")
 QUIET_SHARE = 0.1  # of the time in which nothing has changed: so long it looks away
 LONGEST_LOOK_AWAY = 60.0  # seconds
+NOBODY_WAITS = 600.0  # seconds: the same, while nobody waits
 MOST_DOUBLINGS = 16  # of the pause after failures: a controller that is away for a weekend fails more often than that
 A_DAY = 86_400.0
 UNKNOWN = "UNKNOWN"  # not asked yet, or not known to Slurm
@@ -132,11 +134,12 @@ class Queue:
 
     def delay(self) -> float:
         """Seconds between the beginnings of two looks, as things are."""
+        waited_for = self._watches or self._asking
+        longest = LONGEST_LOOK_AWAY if waited_for else NOBODY_WAITS
         if self._failures:
             pause = self.interval * 2.0 ** min(self._failures, MOST_DOUBLINGS)
-            return min(pause, max(self.interval, LONGEST_LOOK_AWAY))
-        longest = LONGEST_LOOK_AWAY
-        if self.config is not None and (age := commands.seconds(self.config["MinJobAge"])):
+            return min(pause, max(self.interval, longest))
+        if waited_for and self.config is not None and (age := commands.seconds(self.config["MinJobAge"])):
             longest = min(longest, age / 3)  # a job that has ended is shown for so long
         quiet = (time.monotonic() - self._changed) * QUIET_SHARE
         return max(self.interval, min(quiet, longest))
@@ -158,8 +161,6 @@ class Queue:
     # --- who answers ------------------------------------------------------------------------------------------
     async def _serve(self) -> None:
         while True:
-            while not self._watches and not self._asking:
-                await self._sleep(None)
             while (left := self._began + self.delay() - time.monotonic()) > 0:
                 await self._sleep(left)
             asking, self._asking = self._asking, []
@@ -172,7 +173,7 @@ class Queue:
             for question in asking:
                 question.answered.set()
 
-    async def _sleep(self, seconds: float | None) -> None:
+    async def _sleep(self, seconds: float) -> None:
         self._wanted = anyio.Event()
         with anyio.move_on_after(seconds):
             await self._wanted.wait()

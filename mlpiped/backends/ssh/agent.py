@@ -72,7 +72,8 @@ class Agent(asyncssh.SSHClientSession[bytes]):
         self._channel: asyncssh.SSHClientChannel[bytes] | None = None
         self._rest = b""
         self._errors = b""
-        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ready: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        """Why not, if it has ended before: it may do so before anybody waits for it."""
         self._asked: dict[str, tuple[asyncio.Future[str], list[str]]] = {}
         self._number = 0
         self.told: set[str] = set()
@@ -97,10 +98,12 @@ class Agent(asyncssh.SSHClientSession[bytes]):
         channel.write(b"".join([*message, b"go\n", encoded(python), b"\n"]))
         try:
             with anyio.fail_after(HELLO):
-                await agent._ready
+                why_not = await agent._ready
         except TimeoutError:
             agent.close()
             raise BackendUnavailable(f"`{name}` let us in, but its shell says nothing") from None
+        if why_not is not None:
+            raise BackendUnavailable(f"`{name}` let us in, but cannot be used: {why_not}")
         return agent
 
     # --- asking -------------------------------------------------------------------------------------------------
@@ -213,8 +216,7 @@ class Agent(asyncssh.SSHClientSession[bytes]):
         self.closed = True
         words = self._errors.decode("utf-8", "replace").strip().splitlines()
         if not self._ready.done():
-            why = words[-1][:300] if words else "its shell ended at once"
-            self._ready.set_exception(BackendUnavailable(f"`{self.name}` let us in, but cannot be used: {why}"))
+            self._ready.set_result(words[-1][:300] if words else "its shell ended at once")
         for answer, _ in self._asked.values():
             if not answer.done():
                 answer.set_exception(BackendUnavailable(f"the connection to `{self.name}` was lost"))
