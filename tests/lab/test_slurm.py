@@ -123,12 +123,11 @@ async def test_J2_three_jobs_of_one_token_are_one_execution(desk: Desk) -> None:
 
 
 def _sbatch(desk: Desk, token: str, *more: str) -> list[str]:
-    folder = desk.place / "jobs" / token
-    return ["sbatch", "--parsable", f"--job-name=mlp-{token}", f"--output={folder}/slurm.out", "--export=NONE", *more]
+    return ["sbatch", "--parsable", f"--job-name=mlp-{token}", "--output=/dev/null", "--export=NONE", *more]
 
 
 def _script(desk: Desk, token: str) -> str:
-    return tools.script(str(desk.place / "jobs" / token), tools.install(desk.place), sys.executable).decode()
+    return tools.script(str(desk.place), token, tools.install(desk.place), sys.executable).decode()
 
 
 @pytest.mark.parametrize(
@@ -434,7 +433,7 @@ async def test_a_job_that_asks_for_what_there_is_not_is_refused_for_good(desk: D
     job = desk.job("true")
     with pytest.raises(InvalidJob, match="Slurm refuses the job"):
         await backend.submit(job)
-    assert not (desk.place / "jobs" / job.token / "job.json").exists()
+    assert not (desk.place / "slurm" / "orders" / job.token).exists()
     assert isinstance(await backend.fence(job.token), NeverRan)
 
 

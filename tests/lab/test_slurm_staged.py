@@ -145,10 +145,11 @@ async def test_J2_a_step_starts_once_when_the_connection_is_cut_after(
     backend = await desk.life()
     run, lost = desk.runner.run, []
 
-    async def cut(argv: Any, stdin: bytes = b"") -> tuple[int, str, str]:
-        answer = await run(argv, stdin)
+    async def cut(argv: Any, stdin: Any = b"", within: float | None = None) -> tuple[int, str, str]:
+        text = stdin if isinstance(stdin, bytes) else await stdin or b""
+        answer = await run(argv, text, within)
         mark = {"sbatch": "sbatch" in argv, "install": "zipfile" in " ".join(argv)}
-        if not lost and mark.get(what, f'"name": "{what}"'.encode() in stdin):
+        if not lost and mark.get(what, f'"name": "{what}"'.encode() in text):
             lost.append(what)
             desk.cable.cut()
             raise ConnectionError("cut")
@@ -185,6 +186,7 @@ async def test_J1_a_login_node_that_is_away_is_no_answer_and_the_step_goes_on(de
         await backend.fence(handle["token"])
     backend = await desk.life()  # it starts while the login node is away
     desk.apart.login.box.start()
+    desk.apart.there("mkdir", "-p", f"{desk.folder(handle['token'])}/work")
     desk.apart.there("touch", f"{desk.folder(handle['token'])}/work/go")
     outcome = await answered(lambda: backend.wait(handle))
     assert isinstance(outcome, Exited) and outcome.code == 0, outcome

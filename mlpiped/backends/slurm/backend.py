@@ -16,13 +16,13 @@ import anyio
 import structlog
 
 from mlpiped.backends import folder as folders
-from mlpiped.backends.base import Capacity, Card, Cluster, Job
+from mlpiped.backends.base import Capacity, Card, Cluster
 from mlpiped.backends.slurm import commands, submission, verdict
 from mlpiped.backends.slurm.apptainer import Sifs
 from mlpiped.backends.slurm.arrays import Lists
 from mlpiped.backends.slurm.commands import Ref
 from mlpiped.backends.slurm.controller import Controller
-from mlpiped.backends.slurm.counter import Counter, Entry
+from mlpiped.backends.slurm.counter import Counter
 from mlpiped.backends.slurm.files import SharedFiles
 from mlpiped.backends.slurm.queue import Queue
 from mlpiped.backends.slurm.runner import HostRunner
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
     from pathlib import Path
 
-    from mlpiped.backends.base import Handle, Image, NeverRan, Outcome
+    from mlpiped.backends.base import Handle, Image, Job, NeverRan, Outcome
     from mlpiped.backends.slurm.commands import Listed, Nodes
     from mlpiped.backends.slurm.files import Files
     from mlpiped.backends.slurm.queue import Watch
@@ -73,13 +73,13 @@ class SlurmBackend:
         self._counter = Counter(self._controller, self._queue, self._files, f"mlpiped:{instance}")
         self._sifs = Sifs()
         self._nodes: Nodes | None = None
-        self._turns: dict[str, anyio.Lock] = {}
         self._signalled: set[str] = set()  # tokens of cancelled jobs whose supervisor has been told
 
     async def start(self, stack: AsyncExitStack) -> None:
         await self._files.start()
         self._queue.start()
         stack.push_async_callback(self._queue.close)
+        stack.push_async_callback(self._counter.close)
 
     def capacity(self) -> Capacity:
         """Cards are places in Slurm's own queue: which of them a job gets, Slurm says."""
@@ -102,30 +102,12 @@ class SlurmBackend:
 
     # --- submitted --------------------------------------------------------------------------------------------
     async def submit(self, job: Job) -> Handle:
-        folder = self._files.folder(job.token)
-        turn = self._turns.setdefault(job.token, anyio.Lock())
+        self._files.folder(job.token)
         try:
-            with self._counter.coming(job) as place:
-                async with turn:
-                    known = await self._standing(job.token)
-                    if known is not None:
-                        return known
-                    script = await self._files.build(job)
-                    try:
-                        return await place.submit(folder, script)
-                    except InvalidJob:
-                        await self._files.fence(job.token)
-                        raise
-        finally:
-            if not turn.statistics().tasks_waiting:
-                self._turns.pop(job.token, None)
-
-    async def _standing(self, token: str) -> Handle | None:
-        """Raises BackendUnavailable when it is fenced: its submitter is late, and will find that out by `fence`."""
-        found = (await self._files.standing([token]))[token]
-        if found.fenced:
-            raise BackendUnavailable(f"token `{token}` was fenced and cannot start")
-        return None if found.record is None else submission.handle_of(token, found.record)
+            return await self._counter.submit(job)
+        except InvalidJob:
+            await self._files.fence(job.token)
+            raise
 
     # --- found and fenced -------------------------------------------------------------------------------------
     async def find(self, tokens: Sequence[str]) -> dict[str, Handle]:
@@ -153,16 +135,9 @@ class SlurmBackend:
         alive = (await self._lists.by_token(listing)).get(token)
         if not alive:
             return None
-        grace = (await self._files.standing([token]))[token].grace
         first = min(alive, key=lambda one: (commands.array_of(one.job), str(one.job)))
         array = first.name.partition("/")[0] if isinstance(first.job, str) else None
-        entry = Entry(Job(token, (), grace=grace), self._files.folder(token), b"")
-        try:
-            await self._counter.settle([entry], [first.job], array)
-        except BackendUnavailable:
-            pass  # not released: who waits for it will see that
-        found = (await self._files.standing([token]))[token]
-        return None if found.record is None or found.fenced else submission.handle_of(token, found.record)
+        return await self._counter.adopt(token, first.job, array)
 
     async def _on_strangers(self, held: list[Listed]) -> None:
         """Take out of the queue what nobody will release: its token was fenced or has ended, or another job has it."""
@@ -246,10 +221,10 @@ class SlurmBackend:
 
     def waiting(self, token: str) -> str | None:
         """In Slurm's own words: `Priority`, `Resources`; while the queue takes no more, those with which it refuses."""
-        return self._controller.full if token in self._turns else self._queue.waiting(token)
+        return self._controller.full if token in self._counter else self._queue.waiting(token)
 
     def cluster(self) -> Cluster:
-        nodes, full = self._nodes, self._controller.full if self._turns else None
+        nodes, full = self._nodes, self._controller.full if self._counter else None
         return Cluster(
             partition=self.settings.partition,
             up=None if nodes is None else nodes.up,

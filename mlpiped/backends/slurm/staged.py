@@ -21,7 +21,7 @@ from mlpiped.backends.base import Exited
 from mlpiped.backends.environments import clean
 from mlpiped.backends.slurm import commands, tools
 from mlpiped.backends.slurm.backend import PATIENCE, SlurmBackend
-from mlpiped.backends.slurm.files import Files, described, order_of
+from mlpiped.backends.slurm.files import Fault, Files, described, order_of
 from mlpiped.backends.slurm.runner import attempt
 from mlpiped.errors import BackendUnavailable
 
@@ -90,6 +90,7 @@ class StagedFiles(Files):
         self.compute = compute
         self.stage = stage
         self._runner = runner
+        self.place = stage.root
         self._jobs = f"{stage.root}/jobs"
         self._home = state_dir.absolute() / "jobs"
         digest, self._shipped = tools.program()
@@ -148,20 +149,32 @@ class StagedFiles(Files):
         return BackendUnavailable(f"cannot {what} on `{self.name}`: {commands.complaint(words)}")
 
     # --- the job's files --------------------------------------------------------------------------------------
-    async def build(self, job: Job) -> bytes:
+    def at_once(self, job: Job) -> bool:
+        return False
+
+    async def ready(self, job: Job) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+        """What it needs is there; what `Records.build` is told of it."""
         environ, folder = await self._prepared(), self.folder(job.token)
+        placed: Placed = await self.stage.place(job)
+        code = None if placed.code is None else f"{placed.root}/{placed.code}"
+        there = replace(job, inputs={port: tuple(paths) for port, paths in placed.inputs.items()}, code=code)
+        path = [*placed.bins, environ.get("PATH", os.defpath)]
+        own = {"PATH": ":".join(path), "PYTHONPATH": placed.sdk or "", "PYTHONUNBUFFERED": "1"}
+        order = order_of(there, folder, {**environ, **placed.env, **own}, self._tools, self.compute)
+        return described(there), order, list(placed.needed)
+
+    async def build(self, jobs: Sequence[Job], ready: Sequence[Any]) -> dict[str, Fault]:
         for _ in range(3):
-            placed: Placed = await self.stage.place(job)
-            code = None if placed.code is None else f"{placed.root}/{placed.code}"
-            there = replace(job, inputs={port: tuple(paths) for port, paths in placed.inputs.items()}, code=code)
-            path = [*placed.bins, environ.get("PATH", os.defpath)]
-            own = {"PATH": ":".join(path), "PYTHONPATH": placed.sdk or "", "PYTHONUNBUFFERED": "1"}
-            order = order_of(there, folder, {**environ, **placed.env, **own}, self._tools, self.compute)
-            absent = await self.call("make the job's folder", "build", described(there), order, list(placed.needed))
-            if absent is None:
-                return tools.script(folder, self._tools, self._python)
+            described, orders, needed = zip(*ready, strict=True)
+            wanted = list(dict.fromkeys(path for paths in needed for path in paths))
+            if not await self.call("make the job's folder", "build", described, orders, wanted):
+                return {}
             self.stage.forget()
+            ready = [await self.ready(job) for job in jobs]
         raise BackendUnavailable(f"`{self.name}` loses what is sent to it")
+
+    def script(self, token: str) -> bytes:
+        return tools.script(self.place, token, self._tools, self._python)
 
     async def ended(self, token: str, outcome: Outcome) -> None:
         """What it has printed and measured, and then its exit.json."""

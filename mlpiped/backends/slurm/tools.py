@@ -61,10 +61,9 @@ def program() -> tuple[str, bytes]:
     return digest.hexdigest(), archive.getvalue()
 
 
-def script(folder: str, tools: str, python: str) -> bytes:
+def script(root: str, token: str, tools: str, python: str) -> bytes:
     """The token is in the script itself: nothing in the environment can make it another's."""
     text = WRAPPER.read_text(encoding="ascii")
-    filled = {"TOKEN": os.path.basename(folder), "TOOLS": tools, "FOLDER": folder, "PYTHON": python}
-    for name, value in filled.items():
+    for name, value in {"TOKEN": token, "TOOLS": tools, "ROOT": root, "PYTHON": python}.items():
         text = text.replace(f"@{name}@", value if name == "TOKEN" else shlex.quote(value))
     return os.fsencode(text)
