@@ -355,10 +355,27 @@ async def test_a_fault_of_ours_in_the_look_at_the_queue_keeps_nobody_waiting_and
 
 def test_J1_however_long_the_controller_is_down_it_is_asked_again_within_a_minute() -> None:
     queue = Queue("cluster", Answering(), 10.0, _nothing)
-    for queue._failures in (1, 2, 3, 60, 5000):
-        assert queue.delay() <= 60.0
-    queue._failures = 1
-    assert queue.delay() == 20.0
+    with queue.watch("t-1", 77, "t-1", 0.0):
+        for queue._failures in (1, 2, 3, 60, 5000):
+            assert queue.delay() <= 60.0
+        queue._failures = 1
+        assert queue.delay() == 20.0
+
+
+def test_while_nobody_waits_the_queue_is_looked_at_ever_more_rarely_but_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1e6
+    monkeypatch.setattr("mlpiped.backends.slurm.queue.time.monotonic", lambda: now)
+    queue = Queue("cluster", Answering(), 10.0, _nothing)
+    queue.expect()
+    pauses = []
+    for _ in range(60):
+        pauses.append(queue.delay())
+        now += pauses[-1]
+    assert pauses[0] == 10.0 and pauses == sorted(pauses) and pauses[-1] == 600.0
+    with queue.watch("t-1", 77, "t-1", 0.0):
+        assert queue.delay() == 10.0
 
 
 @pytest.mark.anyio
