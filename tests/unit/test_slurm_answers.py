@@ -252,6 +252,21 @@ TERMINATED = Exited(code=None, signal=15, cancelled=True)
 KILLED = Exited(code=None, signal=9)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        pytest.param({}, id="claimed"),
+        pytest.param({"claimed": False, "fenced": True}, id="fenced"),
+        pytest.param({"witness": Exited(code=None, signal=15, cancelled=True)}, id="told to stop"),
+        pytest.param({"witness": Exited(code=None, signal=9)}, id="killed"),
+    ],
+)
+def test_J7_what_we_took_out_of_the_queue_ourselves_was_cancelled_by_nobody_else(facts: dict[str, Any]) -> None:
+    before = judge(look(**facts), "PENDING")
+    assert isinstance(before, Lost | NeverRan)
+    assert judge(look(**facts, dropped=True), "CANCELLED") == before  # the next daemon says so too
+
+
 @pytest.mark.parametrize("state", ["", "PENDING", "RUNNING", "COMPLETED", "NODE_FAIL", "PREEMPTED", None])
 def test_a_witness_of_an_end_of_its_own_needs_no_word_of_slurm(state: str | None) -> None:
     for said in (Exited(0), Exited(3), Exited(None, signal=11), Exited(None, signal=9, timed_out=True)):
