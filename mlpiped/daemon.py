@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 from contextlib import AsyncExitStack, suppress
+from logging import INFO, WARNING
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -115,7 +116,8 @@ async def _serve(settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         daemon = await Daemon.build(settings, stack)
         async with anyio.create_task_group() as tasks:
-            await daemon.start(tasks)
+            with daemon.starting:
+                await daemon.start(tasks)
             await daemon.stopping.wait()
             await daemon.stop()
             tasks.cancel_scope.cancel()
@@ -131,7 +133,9 @@ class Daemon:
         self.settings = settings
         self.clock = SystemClock()
         self.ledger = ledger
+        self.starting = anyio.CancelScope()
         self.stopping = anyio.Event()
+        self.hung_up = anyio.Event()
         self.lag = 0.0
         self.fatal: LedgerError | None = None  # why it ends, if not because somebody wants it to
         self._broken_since: float | None = None  # of `ledger.broken`
@@ -191,6 +195,7 @@ class Daemon:
         self._set_triggers()
         await self.scheduler.tell_followers()
         await self._listen()
+        tasks.start_soon(self._reloads, name="reloads")
         tasks.start_soon(self._triggers, name="triggers")
         tasks.start_soon(self._heartbeat, name="heartbeat")
         tasks.start_soon(self._housekeeping, name="housekeeping")
@@ -211,7 +216,7 @@ class Daemon:
 
     async def _listen(self) -> None:
         settings = self.settings
-        actions = Actions(
+        self.actions = Actions(
             self.scheduler,
             self.registry,
             self._load,
@@ -222,7 +227,7 @@ class Daemon:
             access=Access(settings.control.group, settings.control.operators),
             ledger=self.ledger,
             registry=self.registry,
-            actions=actions,
+            actions=self.actions,
             schedules=self._schedules,
             clock=self.clock,
             about=About(
@@ -269,13 +274,28 @@ class Daemon:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 if number == signal.SIGHUP:
-                    notify_systemd.reloading()
-                    await self.registry.reload()
-                    notify_systemd.ready()
+                    self.hung_up.set()
                     continue
                 log.info("stopping", signal=signal.Signals(number).name)
                 self.stopping.set()
+                self.starting.cancel()
                 return
+
+    async def _reloads(self) -> None:
+        """One for all SIGHUPs that came meanwhile. It may take as long as plugins do, and a SIGTERM does not wait."""
+        while True:
+            await self.hung_up.wait()
+            self.hung_up = anyio.Event()
+            notify_systemd.reloading()
+            try:
+                answer = await self.actions.reload("SIGHUP")
+            except Exception:
+                log.exception("the reload failed: all is as it was")
+                notify_systemd.ready("the last reload failed")
+                continue
+            said = f"{answer['pipelines']} pipelines, {len(answer['broken'])} faults; config: {answer['config']}"
+            log.log(WARNING if answer["config"].startswith("refused") else INFO, "reloaded", what=said)
+            notify_systemd.ready(said)
 
     # --- what goes on -----------------------------------------------------------------------------------------
     async def _triggers(self) -> None:
