@@ -216,6 +216,7 @@ class Daemon:
             self._load,
             self._reread,
             self.hosts.drain,
+            self.hosts.look_again,
         )
         self.service = Service(
             access=Access(settings.control.group, settings.control.operators),
@@ -269,6 +270,7 @@ class Daemon:
             async for number in signals:
                 if number == signal.SIGHUP:
                     notify_systemd.reloading()
+                    self.hosts.look_again()
                     await self.registry.reload()
                     notify_systemd.ready()
                     continue

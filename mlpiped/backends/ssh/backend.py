@@ -260,11 +260,14 @@ class SshBackend:
             await self._given_up.end()
             await self._cards.look()
         except BackendUnavailable as fault:
-            return fault.message
+            return fault.advice
         free = next((int(line.split()[1]) for line in lines if line.startswith("d ") and line[2:].isdigit()), None)
         if free is not None and free < LITTLE_SPACE:
             return f"only {free >> 10} MiB are free on `{self.name}` in {agent.box.root}"
         return self.keeper.trouble
+
+    def try_again(self) -> None:
+        self.link.try_again()
 
     async def _here(self, what: str, function: Callable[[], T]) -> T:
         """In a thread; no foreign exception gets out."""
