@@ -222,6 +222,7 @@ class Daemon:
             self._load,
             self._reread,
             self.hosts.drain,
+            self.hosts.look_again,
         )
         self.service = Service(
             access=Access(settings.control.group, settings.control.operators),

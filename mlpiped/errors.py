@@ -44,6 +44,11 @@ class MlpipedError(Exception):
         self.hint = hint
         super().__init__(self.message)
 
+    @property
+    def advice(self) -> str:
+        """The message and what to do about it, where there is one line for both."""
+        return self.message if self.hint is None else f"{self.message}; {self.hint}"
+
 
 class UsageError(MlpipedError):
     """wrong usage"""

@@ -203,6 +203,8 @@ def compute(dispatch: Dispatch, backends: Mapping[str, Backend]) -> list[Compute
             "health": place.unwell,
             "unwell_since": place.unwell_since if place.unwell is not None else None,
             "drained": place.drained,
+            "drained_by": place.drained_by or None,
+            "drained_since": place.drained_since,
             "cards": [
                 {
                     "uuid": card.uuid,

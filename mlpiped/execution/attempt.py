@@ -20,7 +20,7 @@ from mlpiped.backends.base import Exited, Lost, NeverRan
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
 from mlpiped.execution.asking import Asking
 from mlpiped.execution.heirs import take_over
-from mlpiped.execution.job import exit_words, job_of, last_words, seconds, with_hint
+from mlpiped.execution.job import exit_words, job_of, last_words, seconds
 from mlpiped.execution.results import Changed, Made, fetch, take
 from mlpiped.files.hashing import printable
 from mlpiped.ledger import moves
@@ -93,7 +93,7 @@ class Attempt:
             job = await job_of(self, step)
         except MlpipedError as fault:
             # No intent yet: an input is gone, or the code could not be snapshot. Nothing is in the ledger to end.
-            return Ended(StepOutcome.FAILED, with_hint(fault), AttemptEnd.NEVER_RAN, final=True)
+            return Ended(StepOutcome.FAILED, fault.advice, AttemptEnd.NEVER_RAN, final=True)
         intent = moves.intent(
             self.execution.id,
             self.index,
@@ -117,7 +117,7 @@ class Attempt:
         try:
             handle = await self.backend.submit(job)
         except InvalidJob as fault:
-            return Ended(StepOutcome.FAILED, with_hint(fault), AttemptEnd.FAILED, final=True)
+            return Ended(StepOutcome.FAILED, fault.advice, AttemptEnd.FAILED, final=True)
         except BackendUnavailable as fault:
             self.execution.dispatcher.unavailable(self.backend.name, fault.message)
             return await self._found_or_fenced(fault.message)
