@@ -57,6 +57,7 @@ class Placed(Protocol):
 
     inputs: Mapping[str, Sequence[str]]
     needed: Sequence[str]
+    uses: Sequence[str]
     code: str | None
     sdk: str | None
     bins: Sequence[str]
@@ -73,6 +74,10 @@ class Stage(Protocol):
     async def place(self, job: Job) -> Any:
         """Bring what is missing; a `Placed`. Raises InvalidJob too."""
 
+    def placed(self, token: str) -> None:
+        """Nothing has to stay any more for this job that it does not name itself."""
+
+    async def prune(self, *, only_look: bool) -> tuple[int, int]: ...
     def forget(self) -> None: ...
     async def bring(self, token: str, what: str, folder: Path, names: Sequence[str]) -> None: ...
     async def discard(self, token: str) -> None: ...
@@ -149,6 +154,12 @@ class StagedFiles(Files):
 
     # --- the job's files --------------------------------------------------------------------------------------
     async def build(self, job: Job) -> bytes:
+        try:
+            return await self._build(job)
+        finally:
+            self.stage.placed(job.token)
+
+    async def _build(self, job: Job) -> bytes:
         environ, folder = await self._prepared(), self.folder(job.token)
         for _ in range(3):
             placed: Placed = await self.stage.place(job)
@@ -157,7 +168,8 @@ class StagedFiles(Files):
             path = [*placed.bins, environ.get("PATH", os.defpath)]
             own = {"PATH": ":".join(path), "PYTHONPATH": placed.sdk or "", "PYTHONUNBUFFERED": "1"}
             order = order_of(there, folder, {**environ, **placed.env, **own}, self._tools, self.compute)
-            absent = await self.call("make the job's folder", "build", described(there), order, list(placed.needed))
+            facts = described(there), order, list(placed.needed), list(placed.uses)
+            absent = await self.call("make the job's folder", "build", *facts)
             if absent is None:
                 return tools.script(folder, self._tools, self._python)
             self.stage.forget()
@@ -219,6 +231,9 @@ class StagedSlurmBackend(SlurmBackend):
         while chunk := (await self._files.read(self._of(handle)[0], "metrics.jsonl", offset))[1]:
             offset += len(chunk)
             yield chunk
+
+    async def prune(self, *, only_look: bool) -> tuple[int, int]:
+        return await self._stage.prune(only_look=only_look)
 
 
 async def _here(function: Callable[[], Any]) -> Any:
