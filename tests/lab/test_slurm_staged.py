@@ -13,12 +13,13 @@ import anyio
 import pytest
 from blake3 import blake3
 from lab import slurm_apart, ssh_rig
+from lab.ssh_daemon import make_wheel
 
 from mlpiped.backends.base import Exited, Job, JobOutput, NeverRan, Part, Prunes
 from mlpiped.backends.slurm import LoginRunner, StagedSlurmBackend
 from mlpiped.backends.ssh import LoginShell, Stage
 from mlpiped.config.computes import SlurmCompute
-from mlpiped.errors import BackendUnavailable
+from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -127,6 +128,33 @@ async def test_code_and_inputs_go_there_by_content_and_outputs_come_home(desk: D
     await backend.discard(handle["token"], keep_logs=False)
     assert handle["token"] not in desk.apart.there("ls", f"{desk.apart.work_dir}/{desk.instance}/jobs")
     assert not home.exists()
+
+
+async def test_requirements_are_built_there_once_per_content_by_the_login_node(desk: Desk) -> None:
+    """The nodes need no network for it; neither for `import mlpiped`."""
+    wheel = make_wheel(desk.place)
+    python = "import sys, os, tiny, mlpiped; print(tiny.WORD, sys.prefix, os.environ['VIRTUAL_ENV'])"
+
+    def job() -> Job:
+        return desk.job(f'python -c "{python}"', requirements=f"{wheel}\n")
+
+    async def one(backend: StagedSlurmBackend) -> None:
+        handle = await backend.submit(job())
+        outcome = await backend.wait(handle)
+        assert isinstance(outcome, Exited) and outcome.code == 0, (outcome, await log(backend, handle))
+        word, prefix, home = (await log(backend, handle)).decode().split()
+        assert word == "tiny" and prefix == home and home.startswith(f"{desk.root}/.envs/")
+
+    for _ in range(2):  # the next daemon finds it there
+        backend = await desk.life()
+        async with anyio.create_task_group() as group:
+            for _ in range(2):
+                group.start_soon(one, backend)
+    built = desk.there("sh", "-c", "cat .envs/*.log")
+    assert sum("Successfully installed tiny" in line for line in built) == 1
+    with pytest.raises(InvalidJob, match="cannot install the step's requirements"):
+        await backend.submit(desk.job("true", requirements="/no/such.whl\n"))
+    assert (await backend.prune(only_look=False))[0] == 0  # for ever, unless the config says how much
 
 
 async def test_what_a_step_prints_is_followed_and_the_next_daemon_goes_on_with_it(desk: Desk) -> None:
