@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from lab import slurm_apart, ssh_rig
 from lab.ssh_daemon import make_wheel
 
 from mlpiped.backends.base import Exited, Job, JobOutput, NeverRan, Part, Prunes
-from mlpiped.backends.slurm import LoginRunner, StagedSlurmBackend
+from mlpiped.backends.slurm import LoginRunner, StagedSlurmBackend, commands
 from mlpiped.backends.ssh import LoginShell, Stage
 from mlpiped.config.computes import SlurmCompute
 from mlpiped.errors import BackendUnavailable, InvalidJob
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from mlpiped.backends.base import Handle
 
 pytestmark = [pytest.mark.anyio, pytest.mark.lab, pytest.mark.timeout(200)]
+MANY = 100  # jobs
 WAIT = "echo began; while ! test -e go; do sleep 0.05; done; echo over"
 
 
@@ -60,6 +63,18 @@ class Desk:
 
     def job(self, script: str, **fields: Any) -> Job:
         return Job(token=f"t-{secrets.token_hex(6)}", arguments=((Part("text", script),),), shell=True, **fields)
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """All that is submitted meanwhile waits in the queue."""
+        self.apart.cluster.command("scontrol", "update", "partitionname=main", "state=down")
+        try:
+            yield
+        finally:
+            self.open()
+
+    def open(self) -> None:
+        self.apart.cluster.command("scontrol", "update", "partitionname=main", "state=up")
 
     @property
     def root(self) -> str:
@@ -240,6 +255,43 @@ async def test_J2_a_fenced_token_never_starts_there(desk: Desk) -> None:
     assert await backend.find([job.token]) == {}
 
 
+async def test_many_jobs_are_asked_for_together(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one request all that is asked for while the one before is under way; and for jobs that wait, none at all."""
+    backend = await desk.life()
+    await backend.wait(await backend.submit(desk.job("true")))
+    run, asked = desk.runner.run, Counter[str]()
+
+    async def counted(argv: Any, stdin: bytes = b"") -> tuple[int, str, str]:
+        asked[next((word for word in argv if word in commands.NAMES), "request")] += 1
+        return await run(argv, stdin)
+
+    monkeypatch.setattr(desk.runner, "run", counted)
+    handles = []
+
+    async def submit() -> None:
+        handles.append(await backend.submit(desk.job("true")))
+
+    async def looks(count: int) -> None:
+        until = backend._queue.looks + count
+        while backend._queue.looks < until:
+            await anyio.sleep(0.05)
+
+    with desk.closed():
+        async with anyio.create_task_group() as group:
+            for _ in range(MANY):
+                group.start_soon(submit)
+        assert asked["request"] < MANY / 2, asked
+        async with anyio.create_task_group() as group:
+            for handle in handles:
+                group.start_soon(backend.wait, handle)
+            asked.clear()
+            await looks(8)
+            assert asked["squeue"] <= 9 and asked["request"] <= 6, asked
+            asked.clear()
+            desk.apart.cluster.command("scancel", "-u", "root")  # all change at once
+        assert asked["request"] < MANY / 2, asked
+
+
 # --- what lies there goes again -------------------------------------------------------------------------------------
 class Data:
     """A file here, its content there, and jobs that read it."""
@@ -271,8 +323,7 @@ async def test_what_nobody_uses_goes_and_never_what_a_job_in_the_queue_will_read
     backend = await desk.life()
     used, idle = Data(desk, "used"), Data(desk, "idle")
     await idle.read_by(backend, await backend.submit(idle.job()))
-    desk.apart.cluster.command("scontrol", "update", "partitionname=main", "state=down")
-    try:
+    with desk.closed():
         handle = await backend.submit(used.job())
         backend = await desk.life(store=1024)
         assert isinstance(backend, Prunes)
@@ -280,8 +331,6 @@ async def test_what_nobody_uses_goes_and_never_what_a_job_in_the_queue_will_read
         assert would[0] == 1 and would[1] >= 1 << 20 and idle.is_there()
         assert await backend.prune(only_look=False) == would
         assert used.is_there() and not idle.is_there()
-    finally:
-        desk.apart.cluster.command("scontrol", "update", "partitionname=main", "state=up")
     await used.read_by(backend, handle)
     await backend.prune(only_look=False)
     assert not used.is_there()

@@ -20,6 +20,7 @@ from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Exited
 from mlpiped.backends.environments import clean
 from mlpiped.backends.slurm import commands, tools
+from mlpiped.backends.slurm.asking import Asking
 from mlpiped.backends.slurm.backend import PATIENCE, SlurmBackend
 from mlpiped.backends.slurm.files import Files, described, order_of
 from mlpiped.backends.slurm.runner import attempt
@@ -101,6 +102,7 @@ class StagedFiles(Files):
         self._tools = f"{stage.root}/slurm/{digest}"
         self._python = ""
         self._environ: dict[str, str] | None = None  # None: it is not known whether our program is there
+        self._asking = Asking(self._send)
         self._preparing = anyio.Lock()
         self._bringing: dict[str, anyio.Lock] = {}
 
@@ -114,7 +116,7 @@ class StagedFiles(Files):
     # --- asked there ------------------------------------------------------------------------------------------
     async def call(self, what: str, name: str, *facts: Any) -> Any:
         await self._prepared()
-        return await self._asked(what, name, *facts)
+        return self._answer(what, await self._asking.ask(name, facts))
 
     async def _prepared(self) -> dict[str, str]:
         """Our program is there, and the folder of the jobs; what a login finds around it."""
@@ -127,22 +129,26 @@ class StagedFiles(Files):
                 code, _, stderr = await attempt(self._runner, words, self._shipped)
                 if code != 0:
                     raise self._failed("install its tools", stderr)
-                await self._asked("make its folders", "prepare")
-                found = await self._asked("look around", "environment")
-                self._environ = {name: text for name, text in clean(found).items() if not name.startswith(LOGIN)}
+                said = await self._send([{"name": name, "facts": []} for name in ("prepare", "environment")])
+                self._answer("make its folders", said[0])
+                found = clean(self._answer("look around", said[1]))
+                self._environ = {name: text for name, text in found.items() if not name.startswith(LOGIN)}
             return self._environ
 
-    async def _asked(self, what: str, name: str, *facts: Any) -> Any:
-        request = json.dumps({"root": self.stage.root, "name": name, "facts": facts}).encode()
+    async def _send(self, calls: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        request = json.dumps({"root": self.stage.root, "calls": calls}).encode()
         words = ["env", self._python, "-I", "-S", "-c", ASK, self._tools]
         code, stdout, stderr = await attempt(self._runner, words, request)
         try:
             said = json.loads(stdout) if code == 0 else None
         except ValueError:
             said = None
-        if not isinstance(said, dict):
+        if not isinstance(said, list) or len(said) != len(calls):
             self._environ = None
-            raise self._failed(what, stderr)
+            raise self._failed("look at its folders", stderr)
+        return said
+
+    def _answer(self, what: str, said: Mapping[str, Any]) -> Any:
         if "answer" in said:
             return said["answer"]
         if "unavailable" in said:
