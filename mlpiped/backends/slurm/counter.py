@@ -150,6 +150,7 @@ class Counter:
     def _end(self, entry: Entry) -> None:
         if self._entries.get(entry.job.token) is entry:
             del self._entries[entry.job.token]
+            self._files.left(entry.job.token)
         entry.over.set()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

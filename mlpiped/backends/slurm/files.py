@@ -88,6 +88,9 @@ class Files(ABC):
     async def call(self, what: str, name: str, *facts: Any) -> Any:
         """What that method of `Records` answers. `what`: for a complaint, "cannot …"."""
 
+    def left(self, token: str) -> None:  # noqa: B027
+        """Nobody submits it any more: what was made `ready` for it, and not built, is of no use."""
+
     async def ended(self, token: str, outcome: Outcome) -> None:  # noqa: B027
         """It has ended so: bring home what the daemon wants to have of it."""
 
@@ -136,6 +139,10 @@ class Files(ABC):
     async def bar(self, token: str) -> None:
         """Nothing starts on a node, unless it has."""
         await self.call("fence the job", "bar", token)
+
+    async def drop(self, token: str) -> None:
+        """Remember that we take it out of the queue."""
+        await self.call("record the job", "drop", token)
 
     async def look(self, token: str) -> Look:
         found = await self.call("look at the job", "look", token)

@@ -7,6 +7,7 @@ slurm/arrays/ID     the tokens of an array's elements, one a line, element 0 fir
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Job, JobOutput, NeverRan
 from mlpiped.backends.slurm import submission
+from mlpiped.backends.slurm.uses import Uses
 from mlpiped.backends.supervisor import sync_folder
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class Records:
         self.jobs = f"{root}/jobs"
         self.home = f"{root}/slurm"
         self.lists = f"{self.home}/arrays"
+        self.uses = Uses(root)
 
     def at(self, token: str) -> str:
         return folders.at(self.jobs, token)
@@ -41,6 +44,7 @@ class Records:
             os.makedirs(f"{self.home}/{kind}", exist_ok=True)
             folders.sweep_drafts(Path(self.home, kind))
         self._sweep()
+        self.uses.sweep(self.jobs, f"{self.home}/orders")
 
     # --- submitted --------------------------------------------------------------------------------------------
     def standing(self, tokens: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -71,10 +75,18 @@ class Records:
         return submission.FENCED if record is None and folders.fenced(self.at(token)) else record
 
     def build(
-        self, jobs: Sequence[dict[str, Any]], orders: Sequence[dict[str, Any]], needed: Sequence[str] = ()
+        self,
+        jobs: Sequence[dict[str, Any]],
+        orders: Sequence[dict[str, Any]],
+        needed: Sequence[str] = (),
+        uses: Sequence[Sequence[str]] = (),
     ) -> list[str]:
         """Their orders, and of their folders what does not come by the supervisor; or those of `needed` that are not
-        there. `jobs`: what `folder.build` needs of them."""
+        there. `jobs`: what `folder.build` needs of them. `uses`: of each, contents that stay from now on until it has
+        ended."""
+        for fields, names in zip(jobs, uses, strict=False):
+            if names:
+                self.uses.add(fields["token"], names)
         if absent := [path for path in needed if not os.path.exists(path)]:
             return absent
         written: dict[str, dict[str, Any]] = {}
@@ -130,7 +142,12 @@ class Records:
         if not isinstance(folders.fence(self.at(token)), NeverRan):
             return False
         submission.forget(self.home, "orders", token)
+        self.uses.drop(token)
         return True
+
+    def drop(self, token: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # of its folder
+            submission.mark(self.at(token), "dropped")
 
     # --- waited for and cancelled -----------------------------------------------------------------------------
     def look(self, token: str) -> dict[str, Any]:
@@ -153,7 +170,8 @@ class Records:
             return "over"
         if not os.path.exists(folder) and not self._waits(token):
             return "waits"
-        submission.mark_cancel(folder)
+        os.makedirs(folder, exist_ok=True)
+        submission.mark(folder, "cancel")
         return "waits" if self._barred(token) else "started"
 
     # --- read and removed -------------------------------------------------------------------------------------
@@ -169,6 +187,7 @@ class Records:
 
     def discard(self, token: str, keep_logs: bool) -> str | None:
         """What cannot be removed."""
+        self.uses.drop(token)
         errors = folders.discard_all([(self.at(token), keep_logs)])
         for kind in ("orders",) if keep_logs else submission.KINDS:
             submission.forget(self.home, kind, token)

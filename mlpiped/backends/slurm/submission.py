@@ -13,6 +13,7 @@ Those of jobs that were submitted together are one file with many names: their l
 And in a job's own folder, which is made by whoever comes first, supervisor or fence:
 
 slurm.cancel     we have been asked to cancel it: what Slurm then calls CANCELLED was not done by somebody else
+slurm.dropped    we took it out of the queue after it was over for us: nor was that done by somebody else
 slurm.out        what the script itself has to say: nothing, when all is well
 
 Standard library only, here and in all that it imports: it runs on login nodes too.
@@ -51,6 +52,7 @@ class Look:
     cancelled: bool = False
     released: bool = False
     held: bool = False
+    dropped: bool = False
     complaint: str = ""
 
 
@@ -173,9 +175,8 @@ def forget(home: str, kind: str, token: str) -> None:
 # --- in the job's folder
 
 
-def mark_cancel(folder: str) -> None:
-    os.makedirs(folder, exist_ok=True)
-    os.close(os.open(folder + "/slurm.cancel", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+def mark(folder: str, name: str) -> None:
+    os.close(os.open(f"{folder}/slurm.{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
     supervisor.sync_folder(folder)
 
 
@@ -190,8 +191,9 @@ def look(home: str, folder: str) -> Look:
     if said is None:
         words = folders.read_stream(folder, "slurm.out", 0).decode("utf-8", "replace").strip()
     complaint = words.splitlines()[-1][:300] if words else ""
-    cancelled = os.path.exists(folder + "/slurm.cancel")
-    return Look(said, claimed, fenced, cancelled, released(home, os.path.basename(folder)), held, complaint)
+    marks = [os.path.exists(f"{folder}/slurm.{name}") for name in ("cancel", "dropped")]
+    was_released = released(home, os.path.basename(folder))
+    return Look(said, claimed, fenced, marks[0], was_released, held, marks[1], complaint)
 
 
 def released(home: str, token: str) -> bool:
