@@ -28,7 +28,7 @@ class Stage:
         """`work_dir`: on the cluster."""
         link.lasts()
         self.root = f"{work_dir}/{instance}"
-        self._keeper = Keeper(link, str(work_dir), instance, link.settings.python)
+        self._keeper = Keeper(link, str(work_dir), instance, link.settings.python, steady=True)
         carrier = Carrier(link)
         self._staging = Staging(self._keeper, carrier, datastores, link.settings.mounts)
         self._homecoming = Homecoming(self._keeper, Returning(carrier), self._staging.progress)
