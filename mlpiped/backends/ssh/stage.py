@@ -31,7 +31,7 @@ class Stage:
         """`work_dir`: on the cluster. `store`: bytes of what is brought there that may stay; None: all."""
         link.lasts()
         self.root = f"{work_dir}/{instance}"
-        self._keeper = Keeper(link, str(work_dir), instance, link.settings.python)
+        self._keeper = Keeper(link, str(work_dir), instance, link.settings.python, steady=True)
         carrier = Carrier(link)
         self._staging = Staging(self._keeper, carrier, datastores, link.settings.mounts)
         self._pruning = Pruning(self._keeper, carrier, self._staging, store)
