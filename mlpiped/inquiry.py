@@ -104,6 +104,8 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
     """Present tense, for a step that has not finished; None when there is nothing to say."""
     execution = scheduler.executions.get(run_id)
     if execution is None:
+        if (fault := scheduler.unreadable.get(run_id)) is not None:
+            return f"held: {fault.message}"
         ahead = scheduler.ahead_of(run_id)
         return None if ahead is None else f"waits: {ahead}"
     index = execution.graph.step(step)
