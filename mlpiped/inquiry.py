@@ -134,6 +134,18 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
     return f"{word} on {t.compute} for {(now - t.since) / 1e6:.0f} s: {t.why}"
 
 
+def stuck(scheduler: Scheduler) -> list[tuple[str, str]]:
+    """What does not go on by itself, each with what to do."""
+    found = [(f"run {run} is held: {fault.message}", fault.hint or "") for run, fault in scheduler.unreadable.items()]
+    for execution in scheduler.executions.values():
+        for index, t in execution.tries.items():
+            if t.stray is not None and execution.plan.outcome[index] is None:
+                name = f"{execution.id}/{execution.graph.steps[index].name}"
+                what = f"`{name}` is held: its attempt is on compute `{t.compute}`, which the config no longer has"
+                found.append((what, f"put that compute back, or give it up: `mlpipectl cancel {execution.id}`"))
+    return found
+
+
 def _bringing(execution: Execution, index: int) -> str | None:
     """What is done for the step's image just now."""
     wanted = wanted_by(execution.graph.steps[index])

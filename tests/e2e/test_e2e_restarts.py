@@ -274,3 +274,34 @@ pipeline = Pipeline("late", steps=[CommandStep(command, name="s", retry=Retry(at
     (first, began), (second, again) = (line.split() for line in lines(effects))
     assert (first, second) == ("1", "2")
     assert int(again) - int(began) >= 4_000_000_000
+
+
+def test_a_step_on_a_compute_that_the_config_has_lost_waits_for_it_or_is_given_up_in_so_many_words(own: Daemon) -> None:
+    effects, allowed = chain(own, "moved", 1)
+    number = own.run("moved")
+    until(lambda: lines(effects), "the step has started")
+    own.term()
+    config = own.config.read_text()
+    own.config.write_text(config.replace("[compute.local]", "[compute.here]"))
+    own.start()
+    held = "its attempt is on compute `local`, which the config no longer has"
+    assert f"held: {held}" in own.ctl("why", f"{number}/s0_0").stdout
+    said = own.ctl("doctor").stdout
+    assert f"`{number}/s0_0` is held: {held}" in said
+    assert f"`mlpipectl cancel {number}`" in said
+    own.term()
+    own.config.write_text(config)
+    own.start()
+    allow(allowed)
+    assert own.end(number)["outcome"] == "succeeded", "it was put back, and goes on"
+    allowed.write_text("")
+    number = own.run("moved", "--force")
+    until(lambda: len(lines(effects)) == 3, "the step has started again")
+    own.term()
+    own.config.write_text(config.replace("[compute.local]", "[compute.here]"))
+    own.start()
+    assert own.ctl("cancel", number).returncode == 0
+    assert "was left alone" in step(own.end(number), "s0_0")["why"]
+    assert "is held" not in own.ctl("doctor").stdout
+    [attempt] = own.json("why", f"{number}/s0_0")["attempts"]
+    assert attempt["end"] == "lost", "the ledger does not wait for it any more"
