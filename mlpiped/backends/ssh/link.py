@@ -225,7 +225,7 @@ def quoted(*words: str, first: str = "") -> str:
     if not first and all(PLAIN.match(word) for word in words):
         return " ".join(words)
     text = (f"echo; echo {first}; " if first else "") + "exec " + shlex.join(words)
-    return f"exec sh -c 'eval \"$(printf %b \"$0\")\"' '{encoded(text).decode()}'"
+    return f"exec sh -c 'eval \"$(printf %b \"$1\")\"' sh '{encoded(text).decode()}'"
 
 
 def _words(fault: Exception) -> str:
