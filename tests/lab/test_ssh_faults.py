@@ -410,6 +410,20 @@ async def test_a_step_whose_supervisor_was_killed_is_lost_and_nothing_of_it_is_l
     assert daemon.processes(handle["token"]) == []
 
 
+async def test_a_step_that_its_box_claimed_and_could_not_begin_never_ran(
+    box: Box, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    daemon = Daemon(box, tmp_path)
+    handle = await (await daemon.life(stack)).submit(shell(UNTIL_GO))
+    os.kill(handle["pid"], signal.SIGKILL)
+    for pid in daemon.processes(handle["token"]):
+        os.kill(pid, signal.SIGKILL)
+    (daemon.root / handle["token"] / "claim/pid").unlink()  # as if no process could have been made for it
+    found = await outcome(await daemon.life(stack), handle)
+    assert isinstance(found, NeverRan) and "could not begin it" in found.reason
+    assert (daemon.root / handle["token"] / "claim/cancelled").exists()  # who is about to begin it ends there
+
+
 async def test_a_box_that_stays_away_loses_its_steps_after_its_time(
     box: Box, tmp_path: Path, stack: AsyncExitStack
 ) -> None:
