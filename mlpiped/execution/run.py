@@ -362,8 +362,13 @@ class Execution:
             elif self.plan.outcome[i] is None:
                 self.tries.setdefault(i, Try(since=self.clock.now())).stop.set()
                 self.dispatcher.withdraw(self, i)
-                await self._settle([Decision(i, "cancel", "cancelled")])
+                await self._settle([Decision(i, "cancel", self._cancelled_words(t))])
         self._wake.set()
+
+    def _cancelled_words(self, t: Try | None) -> str:
+        if t is None or t.compute is None or t.compute in self.backends:
+            return "cancelled"
+        return f"cancelled; what it began on `{t.compute}` is ended when the config has that again"
 
     def cancel_attempts(self) -> None:
         """What an earlier walk had no time for, of a run that is cancelled: its steps end in `_advance`."""
