@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpiped import inquiry
-from mlpiped.errors import ConfigError, PluginError, UsageError
+from mlpiped.errors import MlpipedError, PluginError, UsageError
 from mlpiped.scheduling.scheduler import parameters_for
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Actions:
         """Read the plugins again, now, check the config, and look at the computes."""
         try:
             config = self.reread()
-        except ConfigError as fault:
+        except MlpipedError as fault:
             config = f"refused: {fault.message}"
         self._look_again()
         await self.registry.reload()

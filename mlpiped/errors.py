@@ -18,7 +18,8 @@
     │   └── IllegalMove             a move that the table in `model` does not allow, or a stale one
     │       └── StaleReuse          what was to be reused is gone or was made anew: plan again
     ├── InvalidJob                  a backend refuses this job for good: never retried
-    └── BackendUnavailable          a backend cannot be asked now: hold and retry
+    ├── BackendUnavailable          a backend cannot be asked now: hold and retry
+    └── StorageAway                 a datastore, or a disk, cannot be used now: hold and retry
 
 A message is lower case, without a full stop, names in backticks, the value after a colon; the next action
 is `hint`. The class docstring is the message when none is given.
@@ -176,3 +177,7 @@ class InvalidJob(MlpipedError):
 
 class BackendUnavailable(MlpipedError):
     """the backend cannot be asked now"""
+
+
+class StorageAway(MlpipedError):
+    """a datastore cannot be used now"""

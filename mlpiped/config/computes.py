@@ -217,6 +217,7 @@ class SlurmCompute(Section):
     poll_interval: Seconds = 10.0
     work_dir: AbsolutePath | None = None  # None: the state folder
     shared: Flag = True  # whether this machine sees `work_dir` too
+    store: KeptBytes = 100 << 30  # of what is sent there and built there, where it does not; None: whatever it takes
     options: tuple[SlurmOption, ...] = ()
     apptainer: Apptainer = False  # whether the nodes have it; or what it is called there
     modules_init: AbsolutePath | None = None  # on the nodes: what defines `module` in a shell; None: the usual places

@@ -12,7 +12,7 @@ import pytest
 from blake3 import blake3
 from harness import processes_below
 from lab import ssh_rig
-from lab.ssh_daemon import Daemon, ended, job, log, said, shell, well
+from lab.ssh_daemon import Daemon, ended, job, log, make_wheel, said, shell, well
 
 from mlpiped.backends.base import JobOutput, Part
 from mlpiped.errors import BackendUnavailable, InvalidJob
@@ -278,19 +278,6 @@ async def test_requirements_are_built_there_once_per_content(box: Box, tmp_path:
     assert log_file.read_text().count("Successfully installed tiny") == 1
     with pytest.raises(InvalidJob, match="requirements"):
         await backend.submit(job("true", requirements="/no/such.whl\n"))
-
-
-def make_wheel(folder: Path) -> Path:
-    """The least that pip installs, without an index."""
-    import zipfile
-
-    wheel = folder / "tiny-1-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny.py", "WORD = 'tiny'\n")
-        archive.writestr("tiny-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1\n")
-        archive.writestr("tiny-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr("tiny-1.dist-info/RECORD", "")
-    return wheel
 
 
 @pytest.mark.parametrize("shell_name", ["dash", "bash", "busybox"])

@@ -133,7 +133,8 @@ def test_computes_of_every_kind_are_read_with_their_defaults(tmp_path: Path) -> 
         | {"store": 100 << 30},
         "s": {"kind": "slurm", "slots": 1000, "max_jobs": None, "partition": None, "account": None, "qos": None}
         | {"time": None, "via": "local", "poll_interval": 10.0, "work_dir": None, "options": ()}
-        | {"apptainer": False, "modules_init": None, "shared": True},
+        | {"apptainer": False, "modules_init": None, "shared": True}
+        | {"store": 100 << 30},
         "l": room | {"kind": "local", "slots": cpus, "gpus": "auto"},
     }
 
@@ -205,6 +206,7 @@ options = ["--constraint=a100", "--exclusive"]
 apptainer = "/opt/bin/apptainer"
 modules_init = "/etc/profile.d/lmod.sh"
 shared = true
+store = "5G"
 """
     )
     found = config.load(write(tmp_path, text)).compute["s"]

@@ -7,6 +7,7 @@ slurm/arrays/ID     the tokens of an array's elements, one a line, element 0 fir
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Job, JobOutput, NeverRan
 from mlpiped.backends.slurm import submission
+from mlpiped.backends.slurm.uses import Uses
 from mlpiped.backends.supervisor import sync_folder
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class Records:
     def __init__(self, root: str) -> None:
         self.jobs = f"{root}/jobs"
         self.lists = f"{root}/slurm/arrays"
+        self.uses = Uses(root)
 
     def at(self, token: str) -> str:
         return folders.at(self.jobs, token)
@@ -37,6 +40,7 @@ class Records:
     def prepare(self) -> None:
         folders.prepare(Path(self.jobs))
         self._sweep()
+        self.uses.sweep(self.jobs)
 
     # --- submitted --------------------------------------------------------------------------------------------
     def standing(self, tokens: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -52,8 +56,13 @@ class Records:
             "grace": submission.grace_of(folder),
         }
 
-    def build(self, job: dict[str, Any], order: dict[str, Any], needed: Sequence[str] = ()) -> str | None:
-        """The folder, complete, or which of `needed` is not there. `job`: what `folder.build` needs of it."""
+    def build(
+        self, job: dict[str, Any], order: dict[str, Any], needed: Sequence[str] = (), uses: Sequence[str] = ()
+    ) -> str | None:
+        """The folder, complete, or which of `needed` is not there. `job`: what `folder.build` needs of it. `uses`:
+        contents that stay from now on until it has ended."""
+        if uses:
+            self.uses.add(job["token"], uses)
         absent = next((path for path in needed if not os.path.exists(path)), None)
         if absent is None:
             outputs = tuple(JobOutput(**output) for output in job["outputs"])
@@ -76,11 +85,17 @@ class Records:
         if not record.get("fenced"):
             return submission.handle_of(token, record)
         if isinstance(folders.fence(folder), NeverRan):  # on the node too: somebody may release what we never will
+            self.uses.drop(token)
             return None
         return submission.handle_of(token, submission.submitted(0, submission.grace_of(folder)))
 
     def bar(self, token: str) -> None:
-        folders.fence(self.at(token))
+        if isinstance(folders.fence(self.at(token)), NeverRan):
+            self.uses.drop(token)
+
+    def drop(self, token: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # of its folder
+            submission.mark(self.at(token), "dropped")
 
     # --- waited for and cancelled -----------------------------------------------------------------------------
     def look(self, token: str) -> dict[str, Any]:
@@ -110,6 +125,7 @@ class Records:
 
     def discard(self, token: str, keep_logs: bool) -> str | None:
         """What cannot be removed."""
+        self.uses.drop(token)
         errors = folders.discard_all([(self.at(token), keep_logs)])
         return next((f"{error.strerror}: {error.filename}" for error in errors), None)
 

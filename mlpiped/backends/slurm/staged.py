@@ -20,6 +20,7 @@ from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Exited
 from mlpiped.backends.environments import clean
 from mlpiped.backends.slurm import commands, tools
+from mlpiped.backends.slurm.asking import Asking
 from mlpiped.backends.slurm.backend import PATIENCE, SlurmBackend
 from mlpiped.backends.slurm.files import Files, described, order_of
 from mlpiped.backends.slurm.runner import attempt
@@ -57,6 +58,7 @@ class Placed(Protocol):
 
     inputs: Mapping[str, Sequence[str]]
     needed: Sequence[str]
+    uses: Sequence[str]
     code: str | None
     sdk: str | None
     bins: Sequence[str]
@@ -73,6 +75,10 @@ class Stage(Protocol):
     async def place(self, job: Job) -> Any:
         """Bring what is missing; a `Placed`. Raises InvalidJob too."""
 
+    def placed(self, token: str) -> None:
+        """Nothing has to stay any more for this job that it does not name itself."""
+
+    async def prune(self, *, only_look: bool) -> tuple[int, int]: ...
     def forget(self) -> None: ...
     async def bring(self, token: str, what: str, folder: Path, names: Sequence[str]) -> None: ...
     async def discard(self, token: str) -> None: ...
@@ -96,6 +102,7 @@ class StagedFiles(Files):
         self._tools = f"{stage.root}/slurm/{digest}"
         self._python = ""
         self._environ: dict[str, str] | None = None  # None: it is not known whether our program is there
+        self._asking = Asking(self._send)
         self._preparing = anyio.Lock()
         self._bringing: dict[str, anyio.Lock] = {}
 
@@ -109,7 +116,7 @@ class StagedFiles(Files):
     # --- asked there ------------------------------------------------------------------------------------------
     async def call(self, what: str, name: str, *facts: Any) -> Any:
         await self._prepared()
-        return await self._asked(what, name, *facts)
+        return self._answer(what, await self._asking.ask(name, facts))
 
     async def _prepared(self) -> dict[str, str]:
         """Our program is there, and the folder of the jobs; what a login finds around it."""
@@ -122,22 +129,26 @@ class StagedFiles(Files):
                 code, _, stderr = await attempt(self._runner, words, self._shipped)
                 if code != 0:
                     raise self._failed("install its tools", stderr)
-                await self._asked("make its folders", "prepare")
-                found = await self._asked("look around", "environment")
-                self._environ = {name: text for name, text in clean(found).items() if not name.startswith(LOGIN)}
+                said = await self._send([{"name": name, "facts": []} for name in ("prepare", "environment")])
+                self._answer("make its folders", said[0])
+                found = clean(self._answer("look around", said[1]))
+                self._environ = {name: text for name, text in found.items() if not name.startswith(LOGIN)}
             return self._environ
 
-    async def _asked(self, what: str, name: str, *facts: Any) -> Any:
-        request = json.dumps({"root": self.stage.root, "name": name, "facts": facts}).encode()
+    async def _send(self, calls: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        request = json.dumps({"root": self.stage.root, "calls": calls}).encode()
         words = ["env", self._python, "-I", "-S", "-c", ASK, self._tools]
         code, stdout, stderr = await attempt(self._runner, words, request)
         try:
             said = json.loads(stdout) if code == 0 else None
         except ValueError:
             said = None
-        if not isinstance(said, dict):
+        if not isinstance(said, list) or len(said) != len(calls):
             self._environ = None
-            raise self._failed(what, stderr)
+            raise self._failed("look at its folders", stderr)
+        return said
+
+    def _answer(self, what: str, said: Mapping[str, Any]) -> Any:
         if "answer" in said:
             return said["answer"]
         if "unavailable" in said:
@@ -149,6 +160,12 @@ class StagedFiles(Files):
 
     # --- the job's files --------------------------------------------------------------------------------------
     async def build(self, job: Job) -> bytes:
+        try:
+            return await self._build(job)
+        finally:
+            self.stage.placed(job.token)
+
+    async def _build(self, job: Job) -> bytes:
         environ, folder = await self._prepared(), self.folder(job.token)
         for _ in range(3):
             placed: Placed = await self.stage.place(job)
@@ -157,7 +174,8 @@ class StagedFiles(Files):
             path = [*placed.bins, environ.get("PATH", os.defpath)]
             own = {"PATH": ":".join(path), "PYTHONPATH": placed.sdk or "", "PYTHONUNBUFFERED": "1"}
             order = order_of(there, folder, {**environ, **placed.env, **own}, self._tools, self.compute)
-            absent = await self.call("make the job's folder", "build", described(there), order, list(placed.needed))
+            facts = described(there), order, list(placed.needed), list(placed.uses)
+            absent = await self.call("make the job's folder", "build", *facts)
             if absent is None:
                 return tools.script(folder, self._tools, self._python)
             self.stage.forget()
@@ -219,6 +237,9 @@ class StagedSlurmBackend(SlurmBackend):
         while chunk := (await self._files.read(self._of(handle)[0], "metrics.jsonl", offset))[1]:
             offset += len(chunk)
             yield chunk
+
+    async def prune(self, *, only_look: bool) -> tuple[int, int]:
+        return await self._stage.prune(only_look=only_look)
 
 
 async def _here(function: Callable[[], Any]) -> Any:

@@ -19,7 +19,8 @@ WRAPPER = Path(__file__).with_name("wrapper.sh")
 TOOLS = (Path(supervisor.__file__), Path(memory_group.__file__), *surroundings.SCRIPTS)
 THERE = (
     "__init__.py errors.py backends/__init__.py backends/base.py backends/folder.py backends/supervisor.py "
-    "backends/slurm/__init__.py backends/slurm/records.py backends/slurm/submission.py backends/slurm/there.py"
+    "backends/slurm/__init__.py backends/slurm/records.py backends/slurm/submission.py backends/slurm/there.py "
+    "backends/slurm/uses.py"
 ).split()
 INHERITED = ("SLURM_", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 
