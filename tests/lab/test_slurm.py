@@ -283,16 +283,8 @@ async def test_J5_names_of_other_jobs_cannot_speak_for_ours(desk: Desk) -> None:
 async def test_J7_a_job_that_a_killed_controller_forgot_never_ran_and_its_id_is_anothers(desk: Desk) -> None:
     backend = await desk.backend()
     desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
-    state, before = desk.cluster.folder / "state", desk.cluster.folder / "state.before"
-    desk.cluster.kill("slurmctld", signal.SIGTERM)
-    shutil.copytree(state, before)
-    desk.cluster.restart()
-    job = desk.effect()
-    handle = await backend.submit(job)
-    desk.cluster.kill("slurmctld")
-    shutil.rmtree(state)
-    before.rename(state)
-    desk.cluster.restart()
+    with desk.cluster.forgetting():
+        handle = await backend.submit(desk.effect())
     other = [
         "sbatch",
         "--parsable",
