@@ -84,7 +84,7 @@ async def _look_up_images(facts: Facts, indexes: Sequence[int]) -> None:
 
 def _tell(found: dict[int, dict[str, Any]], uncertain: set[int], walk: Plan, decision: Decision) -> None:
     i = decision.index
-    if decision.action in ("run", "hold"):
+    if decision.action in ("run", "hold", "away"):
         action = "run" if decision.action == "run" else "unknown"
         _note(found, uncertain, walk, i, action, decision.why)
         return
@@ -146,9 +146,10 @@ def _on_the_way(execution: Execution) -> list[DoingJson]:
     for index, t in execution.tries.items():
         what = None
         if t.attempt is not None:
-            what = t.attempt.backend.doing(t.attempt.token)
+            held = t.attempt.held
+            what = t.attempt.backend.doing(t.attempt.token) if held is None else f"held: {held}"
         elif t.held is not None:
-            what = _bringing(execution, index)
+            what = _bringing(execution, index) or f"held: {t.held}"
         if what is not None:
             found.append({"step": execution.graph.steps[index].name, "what": what})
             if len(found) >= SHOWN:
@@ -202,6 +203,8 @@ def compute(dispatch: Dispatch, backends: Mapping[str, Backend]) -> list[Compute
             "health": place.unwell,
             "unwell_since": place.unwell_since if place.unwell is not None else None,
             "drained": place.drained,
+            "drained_by": place.drained_by or None,
+            "drained_since": place.drained_since,
             "cards": [
                 {
                     "uuid": card.uuid,

@@ -207,6 +207,15 @@ class BuildsImages(Protocol):
 
 
 @runtime_checkable
+class TriesAgain(Protocol):
+    """What a backend offers beside `Backend` that for some time does not try what was refused."""
+
+    def try_again(self) -> None:
+        """Somebody says that it is mended."""
+        ...
+
+
+@runtime_checkable
 class Prunes(Protocol):
     """What a backend offers beside `Backend` whose machine holds on to what was sent to it, for the next job."""
 

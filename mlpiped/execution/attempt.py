@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,8 +20,9 @@ from mlpiped.backends.base import Exited, Lost, NeverRan
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
 from mlpiped.execution.asking import Asking
 from mlpiped.execution.heirs import take_over
-from mlpiped.execution.job import exit_words, job_of, last_words, seconds, with_hint
-from mlpiped.execution.results import Changed, Made, fetch, same_inputs, take
+from mlpiped.execution.job import exit_words, job_of, last_words, seconds
+from mlpiped.execution.results import Changed, Made, fetch, take
+from mlpiped.files.hashing import printable
 from mlpiped.ledger import moves
 from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
 
@@ -70,6 +72,7 @@ class Attempt:
         self.handle: Handle | None = None
         places, compute = execution.dispatcher, backend.name
         self.asking = Asking(self.clock, lambda: places.unavailable(compute, None), lambda: places.answered(compute))
+        self.keeping = Asking(self.clock, _nothing, _nothing)
         self._turn = asyncio.Event()
         self._granted = False
         self._telling: asyncio.TimerHandle | None = None
@@ -90,7 +93,7 @@ class Attempt:
             job = await job_of(self, step)
         except MlpipedError as fault:
             # No intent yet: an input is gone, or the code could not be snapshot. Nothing is in the ledger to end.
-            return Ended(StepOutcome.FAILED, with_hint(fault), AttemptEnd.NEVER_RAN, final=True)
+            return Ended(StepOutcome.FAILED, fault.advice, AttemptEnd.NEVER_RAN, final=True)
         intent = moves.intent(
             self.execution.id,
             self.index,
@@ -114,7 +117,7 @@ class Attempt:
         try:
             handle = await self.backend.submit(job)
         except InvalidJob as fault:
-            return Ended(StepOutcome.FAILED, with_hint(fault), AttemptEnd.FAILED, final=True)
+            return Ended(StepOutcome.FAILED, fault.advice, AttemptEnd.FAILED, final=True)
         except BackendUnavailable as fault:
             self.execution.dispatcher.unavailable(self.backend.name, fault.message)
             return await self._found_or_fenced(fault.message)
@@ -148,6 +151,7 @@ class Attempt:
         self._unheeded = True
         self._cancelled.set()
         self._turn.set()
+        self.keeping.well_again()
         if self._question is not None:
             self._question.cancel()
 
@@ -157,7 +161,9 @@ class Attempt:
 
     @property
     def held(self) -> str | None:
-        """Why the backend cannot be asked just now."""
+        """Why the backend cannot be asked just now, or what it made cannot be kept."""
+        if self.keeping.held is not None:
+            return self.keeping.held
         held = self.asking.held
         return f"{held}; it is cancelled as soon as that is over" if held and self._unheeded else held
 
@@ -253,7 +259,8 @@ class Attempt:
         except MlpipedError as fault:
             return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.FAILED, 0, usage=usage)
         except OSError as fault:
-            why = f"its outputs could not be kept: {fault.strerror}: {fault.filename}"
+            where = f": `{printable(os.fsdecode(fault.filename))}`" if fault.filename else ""
+            why = f"its outputs cannot be kept: {(fault.strerror or str(fault)).lower()}{where}"
             return Ended(StepOutcome.FAILED, why, AttemptEnd.FAILED, 0, usage=usage)
         finally:
             self._tell(None)
@@ -277,14 +284,25 @@ class Attempt:
         return Ended(StepOutcome.SUCCEEDED, "", AttemptEnd.COMMITTED, 0, outputs, usage=usage)
 
     async def _taken(self, handle: Handle, usage: str) -> tuple[OutputFact, ...]:
-        """Its outputs, if its inputs are what they were. Raises what `results.take` raises, _Cancelled, _Cut."""
-        if not self.step.outputs:
-            await same_inputs(self)
-            return ()
-        if not self._told_exit:
-            now = self.clock.now()
-            self._tell(lambda: moves.collecting(self.token, 0, usage, now))
-        return await take(self, await self._answer(handle, lambda: self._fetched(handle)))
+        """Its outputs, if its inputs are what they were; a disk or a machine that is away is waited for.
+
+        Raises Changed, MlpipedError, OSError, _Cancelled, _Cut.
+        """
+        made = None
+        if self.step.outputs:
+            if not self._told_exit:
+                now = self.clock.now()
+                self._tell(lambda: moves.collecting(self.token, 0, usage, now))
+            made = await self._answer(handle, lambda: self._fetched(handle))
+
+        async def keep() -> tuple[OutputFact, ...]:
+            if self.keeping.held is not None and self._unheeded:
+                if (left := await take_over(self, handle)) is not None:
+                    raise _Cut(Ended(StepOutcome.CANCELLED, left, None))
+                raise _Cancelled
+            return await take(self, made)
+
+        return await self.keeping.until_answered(keep)
 
     async def _fetched(self, handle: Handle) -> Made:
         """Raises _Cancelled, MlpipedError."""
@@ -318,6 +336,10 @@ class Attempt:
                 await self.backend.discard(self.token, keep_logs=True)
             except BackendUnavailable:
                 log.info("left for gc", token=self.token)
+
+
+def _nothing() -> None:
+    """Nobody else is told."""
 
 
 class _Cancelled(Exception):

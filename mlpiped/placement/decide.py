@@ -99,6 +99,8 @@ class Place:
     unwell: str | None = None
     unwell_since: int | None = None  # µs
     drained: bool = False
+    drained_by: str = ""
+    drained_since: int | None = None  # µs
     images: bool = False
     nodes: int | None = 1
     cluster: bool = False
@@ -174,7 +176,9 @@ class Place:
 
     def _away(self) -> Refusal | None:
         if self.drained:
-            return Refusal("away", f"{self.name} is drained: its steps finish, nothing new starts")
+            by = f" by {self.drained_by}" if self.drained_by else ""
+            what = f"{self.name} is drained{by}: its steps finish, nothing new starts"
+            return Refusal("away", what, since=self.drained_since)
         if self.unwell is not None:
             return Refusal("away", f"{self.name}: {self.unwell}", since=self.unwell_since)
         return None

@@ -200,6 +200,7 @@ async def test_J3_a_requeue_cannot_start_the_step_again(desk: Desk) -> None:
     over = ("COMPLETED", "FAILED", "CANCELLED", "")
     await desk.until(lambda: desk.cluster.jobs().get(handle["job"], ("", ""))[0] in over, "it is out of the queue")
     assert len(lines(desk.effects)) == 1
+    assert await (await desk.backend()).wait(handle) == outcome  # we took it out: nobody else has cancelled it
 
 
 async def test_J3_a_node_that_cannot_start_a_job_has_not_cancelled_the_step(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ async def test_H4_a_changed_host_key_stops_that_host_alone(
         with pytest.raises(BackendUnavailable) as caught:
             await backend.find([handle["token"]])
         assert caught.value.message == words and str(daemon.state / "known_hosts") in (caught.value.hint or "")
-        assert await backend.health() == words
+        assert await backend.health() == f"{words}; {caught.value.hint}"
         assert box.connections() == before and box.knocks() == 1  # no storm of attempts
         assert await well_one.health() is None
         assert (await ended(well_one, job("true")))[1].code == 0
@@ -277,6 +277,22 @@ async def test_H5_a_box_that_refuses_our_key_is_disabled_after_three_times(
     assert box.knocks() == knocks == 3
     os.utime(box.key)  # somebody has put a key there
     await well(backend)
+
+
+async def test_H5_a_box_that_was_disabled_is_tried_again_when_somebody_says_so(
+    box: Box, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    allowed = box.folder / "authorized_keys"
+    keys = allowed.read_text()
+    allowed.write_text("")
+    backend = await Daemon(box, tmp_path).life(stack)
+    with anyio.fail_after(30):
+        while "then `mlpipectl reload`" not in (await backend.health() or ""):
+            await anyio.sleep(0.05)
+    allowed.write_text(keys)
+    assert "is disabled" in (await backend.health() or "")
+    backend.try_again()
+    assert await backend.health() is None
 
 
 async def test_H6_a_full_disk_on_the_box_fails_the_step_and_its_exit_is_readable(

@@ -94,6 +94,8 @@ def process(token: str | None, *, inner_env: str = "") -> Iterator[int]:
         (f"{A}, 0, Tesla K80, [Not Supported]", Card(A, 0, "Tesla K80", 0)),
         (f"{A}, 0, Quadro\x1b[31m, 8192 MiB", Card(A, 0, "Quadro?[31m", 8 << 30)),
         ("uuid, index, name, memory.total [MiB]", None),
+        (f"{A}, 1, NVIDIA A100, [GPU is lost]", Card(A, 1, "NVIDIA A100", 0, "ill, says its driver: GPU is lost")),
+        (f"{A}, 1, NVIDIA A100, ERR!", Card(A, 1, "NVIDIA A100", 0, "ill, says its driver: ERR!")),
         (f"{A}, [N/A], [GPU is lost], [N/A]", None),
         ("No devices were found", None),
         ("", None),
@@ -146,6 +148,20 @@ def test_a_driver_that_is_ill_is_told_and_no_devices_are_none(
     assert (seen.found, seen.trouble) == ((), trouble)
     box.smi.mended()
     assert [card.uuid for card in box.look().found] == [A, B]
+
+
+def test_of_a_driver_that_names_some_cards_and_then_fails_the_failure_is_told() -> None:
+    card, app = f"{A}, 0, NVIDIA A100, 40960", f"{A}, 4242, python, 1210"
+    assert told(f"card {card}", f"card {FALLEN_OFF}", "cards 15").trouble == f"nvidia-smi: {FALLEN_OFF}"
+    assert told(f"card {card}", "cards 0", f"app - {app}", f"app - {FALLEN_OFF}", "apps 15").trouble == (
+        f"nvidia-smi: {FALLEN_OFF}"
+    )
+
+
+def test_a_card_that_fell_off_the_bus_is_left_alone_though_it_is_listed(box: Box) -> None:
+    (box.smi.folder / "cards").write_text(f"{A}, 0, NVIDIA A100, 40960\n{B}, 1, NVIDIA A100, [GPU is lost]\n")
+    assert box.foreign() == {A: None, B: "ill, says its driver: GPU is lost"}
+    assert box.look().trouble is None
 
 
 def test_a_driver_that_hangs_is_told() -> None:

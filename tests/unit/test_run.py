@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import random
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -445,6 +447,57 @@ async def test_an_unknown_datastore_fails_the_step_with_a_sentence(lab: Lab) -> 
     execution = await lab.open(step)
     assert await execution.run() is RunOutcome.FAILED
     assert "no datastore named `gone` in the config" in (await lab.step(execution)).why
+
+
+async def test_F3_a_step_whose_datastore_is_away_is_held_and_runs_when_it_is_back(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlpiped.execution.run.AWAY_PAUSE", 0.01)
+    place = lab.folder / "lab"
+    place.rmdir()
+    execution = await lab.open(reading("x.csv"))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(execution.run)
+        with anyio.fail_after(20):
+            while not (execution.tries and execution.tries[0].held):
+                await anyio.sleep(0.001)
+            assert f"the datastore's folder `{place}` is not there" in (execution.tries[0].held or "")
+            place.mkdir()
+            (place / "x.csv").write_text("1")
+            await execution.over.wait()
+    assert execution.outcome() is RunOutcome.SUCCEEDED
+
+
+async def test_F3_a_run_that_waits_for_a_datastore_can_be_cancelled(lab: Lab) -> None:
+    (lab.folder / "lab").rmdir()
+    execution = await lab.open(reading("x.csv"))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(execution.run)
+        with anyio.fail_after(20):
+            while not (execution.tries and execution.tries[0].held):
+                await anyio.sleep(0.001)
+            await execution.cancel()
+            await execution.over.wait()
+    assert execution.outcome() is RunOutcome.CANCELLED
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
+async def test_C2_an_output_that_cannot_be_kept_just_now_is_kept_later_and_nothing_runs_twice(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    lab.backend = Faraway(lab.folder, silent=0)
+    tried, collect = [], lab.world.store.collect
+
+    async def full(*args: Any) -> Any:
+        tried.append(args)
+        if len(tried) <= 4:
+            raise OSError(code, os.strerror(code))
+        return await collect(*args)
+
+    monkeypatch.setattr(lab.world.store, "collect", full)
+    execution = await lab.open({"name": "a", **MAKES})
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
 
 
 async def test_why_a_step_ran_is_still_known_after_it_was_tried_again(lab: Lab) -> None:

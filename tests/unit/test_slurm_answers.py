@@ -252,6 +252,21 @@ TERMINATED = Exited(code=None, signal=15, cancelled=True)
 KILLED = Exited(code=None, signal=9)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        pytest.param({}, id="claimed"),
+        pytest.param({"claimed": False, "fenced": True}, id="fenced"),
+        pytest.param({"witness": Exited(code=None, signal=15, cancelled=True)}, id="told to stop"),
+        pytest.param({"witness": Exited(code=None, signal=9)}, id="killed"),
+    ],
+)
+def test_J7_what_we_took_out_of_the_queue_ourselves_was_cancelled_by_nobody_else(facts: dict[str, Any]) -> None:
+    before = judge(look(**facts), "PENDING")
+    assert isinstance(before, Lost | NeverRan)
+    assert judge(look(**facts, dropped=True), "CANCELLED") == before  # the next daemon says so too
+
+
 @pytest.mark.parametrize("state", ["", "PENDING", "RUNNING", "COMPLETED", "NODE_FAIL", "PREEMPTED", None])
 def test_a_witness_of_an_end_of_its_own_needs_no_word_of_slurm(state: str | None) -> None:
     for said in (Exited(0), Exited(3), Exited(None, signal=11), Exited(None, signal=9, timed_out=True)):
@@ -355,10 +370,27 @@ async def test_a_fault_of_ours_in_the_look_at_the_queue_keeps_nobody_waiting_and
 
 def test_J1_however_long_the_controller_is_down_it_is_asked_again_within_a_minute() -> None:
     queue = Queue("cluster", Answering(), 10.0, _nothing)
-    for queue._failures in (1, 2, 3, 60, 5000):
-        assert queue.delay() <= 60.0
-    queue._failures = 1
-    assert queue.delay() == 20.0
+    with queue.watch("t-1", 77, "t-1", 0.0):
+        for queue._failures in (1, 2, 3, 60, 5000):
+            assert queue.delay() <= 60.0
+        queue._failures = 1
+        assert queue.delay() == 20.0
+
+
+def test_while_nobody_waits_the_queue_is_looked_at_ever_more_rarely_but_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1e6
+    monkeypatch.setattr("mlpiped.backends.slurm.queue.time.monotonic", lambda: now)
+    queue = Queue("cluster", Answering(), 10.0, _nothing)
+    queue.expect()
+    pauses = []
+    for _ in range(60):
+        pauses.append(queue.delay())
+        now += pauses[-1]
+    assert pauses[0] == 10.0 and pauses == sorted(pauses) and pauses[-1] == 600.0
+    with queue.watch("t-1", 77, "t-1", 0.0):
+        assert queue.delay() == 10.0
 
 
 @pytest.mark.anyio

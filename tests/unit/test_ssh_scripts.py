@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -142,15 +143,47 @@ def test_a_part_that_is_not_what_is_sent_now_begins_anew(tmp_path: Path) -> None
     (tmp_path / "box").mkdir()
     root, pieces = root_at(tmp_path / "box"), [Piece(str(source), "name")]
     source.write_bytes(b"a" * 1000)
-    put(root, b"".join(outgoing(pieces, start=Start()))[:500], "key")
+    put(root, b"".join(outgoing(pieces))[:500], "key")
     source.write_bytes(b"b" * 1000)
     _, units, offset = put(root, b"", "key").stdout.split()
     assert int(offset) > 400
     stream = b"".join(outgoing(pieces, start=Start(int(units), int(offset))))
     assert b"not what was sent" in put(root, stream, "key").stdout and not (root / ".cas/x").exists()
     assert put(root, b"", "key").stdout == b"from 0 0\n"
-    assert put(root, b"".join(outgoing(pieces, start=Start())), "key").stdout.endswith(b"ok\n")
+    assert put(root, b"".join(outgoing(pieces)), "key").stdout.endswith(b"ok\n")
     assert (root / ".cas/x/name").read_bytes() == b"b" * 1000
+
+
+def test_only_what_an_earlier_try_has_left_is_judged_by_a_digest(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (tmp_path / "box").mkdir()
+    root, pieces = root_at(tmp_path / "box"), [Piece(str(source), "name")]
+    source.write_bytes(b"a" * 1000)
+    whole = b"".join(outgoing(pieces))
+    assert whole.endswith(b"aend\n")
+    put(root, whole[:500], "key")
+    _, units, offset = put(root, b"", "key").stdout.split()
+    rest = b"".join(outgoing(pieces, start=Start(int(units), int(offset))))
+    stream, _, digest = rest.rpartition(b"end")
+    assert len(digest.strip()) == 64
+    assert b"not what was sent" in put(root, stream + b"end\n", "key").stdout and not (root / ".cas/x").exists()
+    assert put(root, whole, "key").stdout == b"from 0 0\nok\n"
+
+
+def test_of_an_archive_that_was_cut_nothing_stays(tmp_path: Path) -> None:
+    """It counts for nothing, and the next try is not judged by a digest then."""
+    source = tmp_path / "source"
+    for name in "ab":
+        (source / name).mkdir(parents=True)
+        (source / name / "file").write_bytes(os.urandom(100_000))
+    (tmp_path / "box").mkdir()
+    root, pieces = root_at(tmp_path / "box"), [Piece(str(source), "name")]
+    assert put(root, b"".join(outgoing(pieces, tar=True))[:180_000], "key").stdout == b"from 0 0\n"
+    [part] = (root / ".new").iterdir()
+    assert (part / "tree/name/a/file").exists()
+    shutil.rmtree(source / "a")
+    assert put(root, b"".join(outgoing(pieces, tar=True)), "key").stdout == b"from 0 0\nok\n"
+    assert looks(root / ".cas/x/name") == looks(source)
 
 
 def test_a_part_whose_sender_hangs_is_copied_and_not_shared(tmp_path: Path) -> None:
@@ -158,7 +191,7 @@ def test_a_part_whose_sender_hangs_is_copied_and_not_shared(tmp_path: Path) -> N
     (tmp_path / "box").mkdir()
     root, pieces = root_at(tmp_path / "box"), [Piece(str(source), "name")]
     source.write_bytes(b"a" * 1_000_000)
-    stream = b"".join(outgoing(pieces, start=Start()))
+    stream = b"".join(outgoing(pieces))
     command = ["sh", str(SCRIPTS / "tree.sh"), "put", str(root), ".cas/x", "key"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as hangs:
         assert hangs.stdin is not None and hangs.stdout is not None

@@ -167,21 +167,24 @@ class SlurmBackend:
     async def _on_strangers(self, held: list[Listed]) -> None:
         """Take out of the queue what nobody will release: its token was fenced or has ended, or another job has it."""
 
-        async def look() -> list[Listed]:
+        async def look() -> list[tuple[Listed, str | None]]:
+            """Those, and of each the token whose submission it is."""
             tokens = await self._lists.tokens(held)
             standing = await self._files.standing(sorted(set(tokens.values())))
-            found = []
-            for one in held:
-                at = standing[tokens[one.job]] if one.job in tokens else None
-                if at is None or at.record is None:
-                    continue
-                if at.over or at.record.get("job") != one.job:  # a killed controller may hold again what has ended
-                    found.append(one)
+            found: list[tuple[Listed, str | None]] = []
+            for one in (one for one in held if one.job in tokens):
+                at = standing[tokens[one.job]]
+                if at.record is not None and at.record.get("job") != one.job:
+                    found.append((one, None))
+                elif at.record is not None and at.over:  # a killed controller may hold again what has ended
+                    found.append((one, tokens[one.job]))
             return found
 
-        async def take_out(one: Listed) -> None:
+        async def take_out(one: Listed, token: str | None) -> None:
             log.info("a job that will never run is taken out of the queue", compute=self.name, job=one.job)
             try:
+                if token is not None:
+                    await self._files.drop(token)
                 await self._controller.cancel(one.job, one.name)
             except BackendUnavailable as fault:
                 log.warning(fault.message, compute=self.name)
@@ -192,8 +195,8 @@ class SlurmBackend:
             log.warning(fault.message, compute=self.name)
             return
         async with anyio.create_task_group() as group:
-            for one in found:
-                group.start_soon(take_out, one)
+            for one, token in found:
+                group.start_soon(take_out, one, token)
 
     # --- waited for -------------------------------------------------------------------------------------------
     async def wait(self, handle: Handle) -> Outcome:
@@ -222,6 +225,7 @@ class SlurmBackend:
                     told = verdict.judge(look, job, state, reason, waited, self._patience)
                 if told not in ("wait", "fence"):
                     if state in commands.WAITING:
+                        await self._files.drop(token)
                         await self._controller.cancel(job, name)  # requeued, or fenced: it has no business there
                     return told  # type: ignore[return-value]
                 await self._care(handle, watch, look, ending)

@@ -128,6 +128,10 @@ class Files(ABC):
         """Nothing starts on a node, unless it has."""
         await self.call("fence the job", "bar", token)
 
+    async def drop(self, token: str) -> None:
+        """Remember that we take it out of the queue."""
+        await self.call("record the job", "drop", token)
+
     async def look(self, token: str) -> Look:
         found = await self.call("look at the job", "look", token)
         said = found["witness"]

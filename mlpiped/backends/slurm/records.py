@@ -7,6 +7,7 @@ slurm/arrays/ID     the tokens of an array's elements, one a line, element 0 fir
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -91,6 +92,10 @@ class Records:
     def bar(self, token: str) -> None:
         if isinstance(folders.fence(self.at(token)), NeverRan):
             self.uses.drop(token)
+
+    def drop(self, token: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # of its folder
+            submission.mark(self.at(token), "dropped")
 
     # --- waited for and cancelled -----------------------------------------------------------------------------
     def look(self, token: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ slurm.json       which of two came first, submission or fence: {"v": 1, "job": 7
                  in it never runs.
 slurm.released   … and was released: one that is held after that is held by a person
 slurm.cancel     we have been asked to cancel it: what Slurm then calls CANCELLED was not done by somebody else
+slurm.dropped    we took it out of the queue after it was over for us: nor was that done by somebody else
 slurm.out        what the script itself has to say: nothing, when all is well
 
 Standard library only, here and in all that it imports: it runs on login nodes too.
@@ -41,6 +42,7 @@ class Look:
     cancelled: bool = False
     released: bool = False
     held: bool = False
+    dropped: bool = False
     complaint: str = ""
 
 
@@ -124,4 +126,5 @@ def look(folder: str) -> Look:
     if said is None:
         words = folders.read_stream(folder, "slurm.out", 0).decode("utf-8", "replace").strip()
     complaint = words.splitlines()[-1][:300] if words else ""
-    return Look(said, claimed, fenced, marked(folder, "cancel"), marked(folder, "released"), held, complaint)
+    marks = [marked(folder, name) for name in ("cancel", "released", "dropped")]
+    return Look(said, claimed, fenced, marks[0], marks[1], held, marks[2], complaint)

@@ -6,6 +6,7 @@ installed it carries what is large.
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import tempfile
@@ -31,6 +32,7 @@ LARGE = 8 << 20  # bytes
 STALLED = 120.0  # seconds without a byte's progress
 HASHED = 6 * 3600.0  # seconds in which a box has hashed what it was sent
 BLOCK = 1 << 18
+PIPE = 1 << 20
 
 
 class Carrier:
@@ -190,8 +192,13 @@ Begun = Callable[["asyncssh.SSHClientProcess[bytes]"], Awaitable[Iterator[bytes]
 
 
 def _started(argv: Sequence[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Not asyncio's: a thread reads and writes its pipes."""
-    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+    """Not asyncio's: a thread reads and writes its pipes, and does other things meanwhile."""
+    child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+    for pipe in (child.stdin, child.stdout):
+        assert pipe is not None
+        with suppress(OSError):  # a user may have so many pages of pipes only
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE)
+    return child
 
 
 async def _ready(stream: Iterator[bytes]) -> Iterator[bytes]:

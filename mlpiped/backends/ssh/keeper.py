@@ -111,6 +111,10 @@ class Keeper:
             raise BackendUnavailable(f"the connection to `{agent.name}` was lost")
         return found
 
+    def has_ended(self, token: str) -> bool:
+        """As far as the box has told."""
+        return token in self._ended
+
     def forget(self, token: str) -> None:
         self._ended.pop(token, None)
         self._begun.discard(token)

@@ -143,6 +143,10 @@ class Link:
                 stamps.append(0.0)
         return tuple(stamps)
 
+    def try_again(self) -> None:
+        """Somebody says that it is mended: no pause goes on."""
+        self._closed_until, self._refusals = 0.0, 0
+
     def drop(self) -> None:
         """Give the connection up: something on it does not answer."""
         if self._connection is not None:

@@ -21,7 +21,7 @@ from mlpiped.files.walking import kind_of, walk
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 
 
 class Changed(Exception):
@@ -53,6 +53,9 @@ class Start:
     offset: int = 0
 
 
+ANEW = Start()
+
+
 @dataclass(slots=True)
 class Unit:
     """An entry as it travels. `data` is to be read to its end: it is hashed on the way."""
@@ -76,14 +79,14 @@ class Unit:
 
 
 def outgoing(
-    pieces: Sequence[Piece], *, tar: bool = False, start: Start | None = None, skipped: Callable[[int], object] = int
+    pieces: Sequence[Piece], *, tar: bool = False, start: Start = ANEW, skipped: Callable[[int], object] = int
 ) -> Iterator[bytes]:
     """The stream of `pieces`, small files in archives if the box has `tar`; from `start` on it says what it leaves out.
 
+    What another try has left there is judged by a digest of all; what comes in one go needs none.
     Raises Changed, OSError, PathRefused: it has no `end` then, and nothing of it is taken for whole.
     """
-    manifest = None if start is None else Manifest()
-    start = start or Start()
+    manifest = None if start == ANEW else Manifest()
     for number, unit in enumerate(_Units(tar, manifest).of(pieces)):
         if number < start.units:
             skipped(sum(len(chunk) for chunk in unit.data))

@@ -2,7 +2,8 @@
 #
 #   sh tree.sh put ROOT PLACE [KEY]       from stdin into the folder PLACE, which appears by one rename: `ok`. With a
 #                                         KEY what came is kept when the way breaks: `there`, or first `from UNITS BYTES`
-#                                         says how many entries are here, and how much of the file after them
+#                                         says how many entries are here, and how much of the file after them; what comes
+#                                         after more than `0 0` must end with a digest
 #   sh tree.sh get ROOT TOKEN LIMIT NAME… what there is of these in a job's folder; `big` when it is over LIMIT bytes
 #   sh tree.sh logs ROOT                  `TOKEN STREAM OFFSET LIMIT` a line; `OVER SIZE`, and so many bytes, for each
 #
@@ -20,7 +21,7 @@ N='
 
 put() {
     cd "$1" || exit 1
-    place=$2 key=${3-} root=$PWD count=0 name=
+    place=$2 key=${3-} root=$PWD count=0 name= had=
     if [ -e "$place" ]; then
         [ -n "$key" ] && echo there || { cat >/dev/null; echo ok; }
         exit 0
@@ -32,6 +33,7 @@ put() {
         draft=$PWD/.new/part.$$.$born.$key
         tree=$draft/tree
         inherit && cd "$tree" || exit 1
+        [ "$count $there" = '0 0' ] || had=1
         echo "from $count $there"
     else
         mkdir -m 700 "$draft" && cd "$draft" || exit 1
@@ -50,7 +52,7 @@ put() {
         exit 1
     done
     [ "$whole" = 1 ] || exit 1
-    if [ -n "$one" ] && [ "$(manifest)" != "$one" ]; then
+    if [ -n "$one$had" ] && [ "$(manifest)" != "$one" ]; then
         remove "$draft"
         echo 'it is not what was sent'
         exit 1
@@ -120,9 +122,10 @@ inherit() {
         decode "$name"
         [ ! -f "$tree/$decoded" ] || there=$(stat -c %s -- "$tree/$decoded")
         count=${count:-0}
-    else
-        mkdir -m 700 "$draft" "$tree"
     fi
+    [ "$count $there" = '0 0' ] || return 0
+    remove "$draft" # some of an archive may be there
+    mkdir -m 700 "$draft" "$tree"
 }
 
 manifest() {
