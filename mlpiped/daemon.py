@@ -49,6 +49,7 @@ from mlpiped.placement.decide import Place
 from mlpiped.retention.keeper import Keeper
 from mlpiped.scheduling.dispatch import Dispatch
 from mlpiped.scheduling.hosts import Hosts
+from mlpiped.scheduling.left_behind import LeftBehind
 from mlpiped.scheduling.scheduler import Scheduler
 from mlpiped.triggers import Arrivals, Clockwork, LedgerMemory, cron
 
@@ -189,6 +190,7 @@ class Daemon:
         await self.hosts.restore()
         await self.hosts.start()
         resumed = await self.scheduler.recover(tasks)
+        await LeftBehind(self.ledger, self.backends, self.dispatch, self.clock).end(tasks)
         self.hosts.watch(tasks)
         self.ledger.on_full = lambda _: self._disk()
         self.ledger.on_broken(lambda _: self._disk())

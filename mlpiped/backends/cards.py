@@ -39,12 +39,16 @@ smi() { timeout -k 2 ANSWER nvidia-smi "$@" 2>&1 </dev/null; }
 
 each() { while IFS= read -r line; do printf '%s %s\n' "$1" "$line"; done; }
 
-token_of() { # the MLPIPED_TOKEN of process $1, or of the nearest one above it that has one
+token_of() { # the MLPIPED_TOKEN of process $1, or of the nearest one above it that has one, or works in its folder
     above=$1 found=
     while [ "$above" -gt 1 ]; do
         found=$(2>/dev/null tr '\0' '\n' <"/proc/$above/environ" | while IFS= read -r line; do
             case $line in MLPIPED_TOKEN=*) printf '%s' "${line#MLPIPED_TOKEN=}"; break ;; esac
         done)
+        if [ -z "$found" ]; then # who gives himself another title writes it over his environment
+            found=$(2>/dev/null readlink "/proc/$above/cwd")
+            case $found in */mlp-[0-9]*) found=mlp-${found##*/mlp-}; found=${found%%/*} ;; *) found= ;; esac
+        fi
         case $found in '' | *[!A-Za-z0-9_.-]*) found= ;; *) break ;; esac
         stat=$(2>/dev/null cat "/proc/$above/stat") || break
         stat=${stat##*") "}; stat=${stat#* }; above=${stat%% *}
@@ -162,7 +166,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process on a card. `token`: its MLPIPED_TOKEN or that of one above it; None: none that we may read."""
+    """A process on a card. `token`: that of its step, by itself or by one above it; None: none that we may read."""
 
     uuid: str
     pid: int  # 0: not told

@@ -41,7 +41,7 @@ class Asking:
                 answer = await question()
                 break
             except (BackendUnavailable, StorageAway) as fault:
-                self.held = trouble = fault.message
+                self.held = trouble = fault.advice
                 self._on_silence()
         if self.held is not None:
             self.held = None

@@ -25,7 +25,7 @@ from mlpiped.execution.restoring import restore
 from mlpiped.execution.results import publish
 from mlpiped.execution.tries import Try
 from mlpiped.ledger import StepRow, moves
-from mlpiped.model import AttemptEnd, RunOutcome, RunState, StepOutcome, StepState
+from mlpiped.model import RunOutcome, RunState, StepOutcome, StepState
 from mlpiped.resolve import Decision, Graph, Plan
 
 if TYPE_CHECKING:
@@ -375,17 +375,13 @@ class Execution:
             elif self.plan.outcome[i] is None:
                 self.tries.setdefault(i, Try(since=self.clock.now())).stop.set()
                 self.dispatcher.withdraw(self, i)
-                await self._settle([Decision(i, "cancel", await self._leave(t) or "cancelled")])
+                await self._settle([Decision(i, "cancel", self._cancelled_words(t))])
         self._wake.set()
 
-    async def _leave(self, t: Try | None) -> str | None:
-        """An attempt that nobody here can reach ends in the ledger only: why its step ends, if it has such a one."""
-        if t is None or t.stray is None:
-            return None
-        why = f"cancelled; what may run of it on `{t.compute}`, which the config no longer has, was left alone"
-        end, now = AttemptEnd.LOST, self.clock.now()
-        await self.world.ledger.write(moves.attempt_ended(t.stray, end, None, None, None, why, None, now))
-        return why
+    def _cancelled_words(self, t: Try | None) -> str:
+        if t is None or t.compute is None or t.compute in self.backends:
+            return "cancelled"
+        return f"cancelled; what it began on `{t.compute}` is ended when the config has that again"
 
     def cancel_attempts(self) -> None:
         """What an earlier walk had no time for, of a run that is cancelled: its steps end in `_advance`."""

@@ -254,7 +254,7 @@ async def test_H4_an_unknown_host_is_refused_with_the_way_to_trust_it(
     with pytest.raises(BackendUnavailable) as caught:
         await backend.find(["t"])
     assert caught.value.message == f"the host key of `box` ({box.address}) is not known"
-    assert f"ssh-keyscan -p {box.port} {box.address}" in (caught.value.hint or "")
+    assert caught.value.hint == "`mlpiped trust box`, as the daemon's user"
     assert box.connections() == 0
 
 
@@ -408,6 +408,20 @@ async def test_a_step_whose_supervisor_was_killed_is_lost_and_nothing_of_it_is_l
     found = await outcome(await daemon.life(stack), handle)
     assert isinstance(found, Lost) and "its supervisor was killed" in found.reason
     assert daemon.processes(handle["token"]) == []
+
+
+async def test_a_step_that_its_box_claimed_and_could_not_begin_never_ran(
+    box: Box, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    daemon = Daemon(box, tmp_path)
+    handle = await (await daemon.life(stack)).submit(shell(UNTIL_GO))
+    os.kill(handle["pid"], signal.SIGKILL)
+    for pid in daemon.processes(handle["token"]):
+        os.kill(pid, signal.SIGKILL)
+    (daemon.root / handle["token"] / "claim/pid").unlink()  # as if no process could have been made for it
+    found = await outcome(await daemon.life(stack), handle)
+    assert isinstance(found, NeverRan) and "could not begin it" in found.reason
+    assert (daemon.root / handle["token"] / "claim/cancelled").exists()  # who is about to begin it ends there
 
 
 async def test_a_box_that_stays_away_loses_its_steps_after_its_time(

@@ -213,6 +213,26 @@ def test_a_process_of_the_step_that_has_the_lease_is_ours_and_its_children_too(b
         assert box.foreign()[A] == f"in use by python (pid {plain}), not ours"
 
 
+def test_a_process_that_has_written_over_its_environment_is_known_by_the_folder_that_it_works_in(
+    box: Box, tmp_path: Path
+) -> None:
+    work = tmp_path / "work/mlp-scratch/jobs/mlp-1-0-1-ab/work/deeper"
+    work.mkdir(parents=True)
+    box.take("us", "mlp-1-0-1-ab", A)
+    with (
+        subprocess.Popen(["sleep", "300"], env={}, cwd=work) as ours,
+        subprocess.Popen(["sleep", "300"], env={}) as not_,
+    ):
+        try:
+            box.smi.used_by((A, ours.pid, "ray::IDLE"))
+            assert box.foreign()[A] is None
+            box.smi.used_by((A, not_.pid, "ray::IDLE"))
+            assert box.foreign()[A] == f"in use by ray::IDLE (pid {not_.pid}), not ours"
+        finally:
+            ours.kill()
+            not_.kill()
+
+
 def test_on_a_shared_card_each_of_our_steps_is_ours(box: Box) -> None:
     box.take("us", cards.SHARED, A)
     with process("mlp-1-0-1-ab") as one, process("mlp-2-0-1-cd") as two, process(None) as stranger:

@@ -7,7 +7,7 @@ records/TOKEN    which of two came first, submission or fence: {"v": 1, "job": 7
                  {"v": 1, "fenced": true}; of an element {"v": 1, "job": "77_4", "array": "…", …}. It appears complete,
                  by one link(), which only one can win. A job is released after it is there, so a job that is not named
                  in one never runs
-released/TOKEN   … and was released: one that is held after that is held by a person
+released/TOKEN   … and was released: one that is held after that is held by a person, or by a controller that forgot it
 
 Those of jobs that were submitted together are one file with many names: their lines, or {"v": 1, "of": {TOKEN: …}}.
 And in a job's own folder, which is made by whoever comes first, supervisor or fence:

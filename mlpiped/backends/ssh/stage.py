@@ -45,6 +45,10 @@ class Stage:
         """Bring what is missing; it stays until `placed`. Raises InvalidJob, BackendUnavailable."""
         return await self._staging.place(job, {})
 
+    async def content(self, token: str, content: str, path: str) -> str | None:
+        """Where a file that is here at `path` lies there; None: it is not that content any more. After `place`."""
+        return await self._staging.bring(token, content, path)
+
     def placed(self, token: str) -> None:
         """The job itself says there what it uses, or will not start."""
         self._staging.placed(token)
