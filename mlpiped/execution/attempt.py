@@ -17,6 +17,7 @@ import structlog
 
 from mlpiped import crash
 from mlpiped.backends.base import Exited, Lost, NeverRan
+from mlpiped.code import CodeChanged
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
 from mlpiped.execution.asking import Asking
 from mlpiped.execution.heirs import take_over
@@ -29,7 +30,7 @@ from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from mlpiped.backends.base import Backend, Handle, Outcome
+    from mlpiped.backends.base import Backend, Handle, Job, Outcome
     from mlpiped.execution.facts import StepFacts
     from mlpiped.execution.run import Execution
     from mlpiped.ledger import AttemptRow
@@ -54,6 +55,7 @@ class Ended:
     final: bool = False  # trying again cannot help
     usage: dict[str, float | int | None] = field(default_factory=dict)
     refused: bool = False  # its machine had taken it, and did not start it
+    moved: bool = False  # its code was another by then
 
 
 class Attempt:
@@ -90,7 +92,11 @@ class Attempt:
             if (kept := self.world.kept) is not None:
                 made, stop = self.execution.facts.made(step, self.execution.plan), self._cancelled
                 await kept.wait_for(made, self.backend.name, stop, lambda why: setattr(self.asking, "held", why))
-            job = await job_of(self, step)
+            job = await self.keeping.until_answered(lambda: self._job(step))
+        except _Cancelled:
+            return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
+        except CodeChanged as fault:
+            return Ended(None, with_hint(fault), AttemptEnd.NEVER_RAN, moved=True)
         except MlpipedError as fault:
             # No intent yet: an input is gone, or the code could not be snapshot. Nothing is in the ledger to end.
             return Ended(StepOutcome.FAILED, fault.advice, AttemptEnd.NEVER_RAN, final=True)
@@ -123,6 +129,12 @@ class Attempt:
             return await self._found_or_fenced(fault.message)
         crash.point("after_submit")
         return await self._observe(handle)
+
+    async def _job(self, step: StepFacts) -> Job:
+        """Raises _Cancelled, StorageAway, MlpipedError."""
+        if self.cancelled:
+            raise _Cancelled
+        return await job_of(self, step)
 
     async def adopt(self, row: AttemptRow) -> Ended:
         """Go on with what is begun: with its handle, or by fencing its intent."""
@@ -343,7 +355,7 @@ def _nothing() -> None:
 
 
 class _Cancelled(Exception):
-    """while its outputs came home"""
+    """before it began, or while its outputs came home"""
 
 
 class _Cut(Exception):

@@ -20,7 +20,7 @@ from mlpiped.resolve import Decision, Graph, Known, PastResult, Plan
 from mlpiped.spec import Reference, SourceSpec, Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from mlpiped.artifacts import Store
@@ -96,20 +96,22 @@ class Facts:
         self.steps: dict[int, StepFacts] = {}
         self.pins: dict[SourceSpec, str] = {}  # the code as it was when the run began, by its raw digest
 
-    async def pin(self, plan: Plan) -> list[list[str | None]]:
-        """Keep the code of all steps: the plugin may be removed while they wait. [folder, mode, script, raw digest] of
-        each, for `unpin` after a restart."""
-        later: set[SourceSpec] = set()
+    async def pin(self, plan: Plan, begun: Collection[int]) -> list[list[str | None]]:
+        """Keep the code of all steps: it may be edited, or removed, while they wait. Those of `begun` make their copies
+        themselves. [folder, mode, script, raw digest] of each, for `unpin` after a restart."""
+        later: dict[SourceSpec, CodeFact | None] = {}
         for i, step in enumerate(self.graph.steps):
             if step.source is not None and plan.outcome[i] is None:
                 code = self.steps[i].code if i in self.steps else None
-                if code is None:
-                    later.add(step.source)
-                else:  # its attempt makes the copy
+                if code is not None and i in begun:
                     self.pins[step.source] = code.raw
-        for source in later - self.pins.keys():
+                else:
+                    later[step.source] = code or later.get(step.source)
+        for source, known in later.items():
+            if source in self.pins:
+                continue
             try:
-                fact = await self.world.code.read(source)
+                fact = known or await self.world.code.read(source)
                 await self.world.code.snapshot(source, fact)
             except (MlpipedError, OSError):
                 continue  # the step that wants it says so in its turn

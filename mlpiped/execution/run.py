@@ -253,7 +253,8 @@ class Execution:
             self.dispatcher.request(self, d.index, self.need(d.index), d.key if self.shareable(d.index) else None)
 
     async def _pin(self) -> None:
-        if kept := await self.facts.pin(self.plan):
+        begun = {i for i, t in self.tries.items() if t.attempt is not None}
+        if kept := await self.facts.pin(self.plan, begun):
             self.world.ledger.post(moves.pin_code(self.id, kept))
 
     def shareable(self, index: int) -> bool:

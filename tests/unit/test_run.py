@@ -20,6 +20,7 @@ from mlpiped.backends.base import Exited
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.clock import SystemClock
 from mlpiped.code import CodeReader
+from mlpiped.errors import StorageAway
 from mlpiped.execution import attempt
 from mlpiped.execution.facts import World
 from mlpiped.execution.run import Execution
@@ -497,6 +498,54 @@ async def test_C2_an_output_that_cannot_be_kept_just_now_is_kept_later_and_nothi
 
     monkeypatch.setattr(lab.world.store, "collect", full)
     execution = await lab.open({"name": "a", **MAKES})
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
+
+
+async def scripted(lab: Lab) -> tuple[Execution, Path]:
+    """A run of one script, and that script."""
+    source = lab.folder / "src"
+    source.mkdir()
+    script = source / "say.py"
+    script.write_text("print(0)\n")
+    words = {"directory": str(source), "mode": "tree", "script": "say.py"}
+    return await lab.open({"name": "a", "source": words}), script
+
+
+@pytest.mark.parametrize(("times", "outcome"), [(2, RunOutcome.SUCCEEDED), (99, RunOutcome.FAILED)])
+async def test_code_that_is_edited_just_before_its_step_begins_is_looked_at_again_but_not_for_ever(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, times: int, outcome: RunOutcome
+) -> None:
+    execution, script = await scripted(lab)
+    snapshot, edits = lab.world.code.snapshot, itertools.count(1)
+
+    async def edited(source: Any, fact: Any) -> Path:
+        if (number := next(edits)) <= times:
+            script.write_text(f"print({number})\n")
+        return await snapshot(source, fact)
+
+    monkeypatch.setattr(lab.world.code, "snapshot", edited)
+    assert await execution.run() is outcome
+    row = await lab.step(execution)
+    if outcome is RunOutcome.FAILED:
+        assert "changed while it was read" in row.why
+    else:
+        assert (row.attempts, await lab.ends(execution)) == (1, [AttemptEnd.COMMITTED])
+
+
+async def test_C2_code_that_cannot_be_copied_just_now_is_copied_later(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execution, _ = await scripted(lab)
+    snapshot, tried = lab.world.code.snapshot, []
+
+    async def full(source: Any, fact: Any) -> Path:
+        tried.append(fact)
+        if len(tried) < 5:
+            raise StorageAway("its code cannot be copied: no space left on device")
+        return await snapshot(source, fact)
+
+    monkeypatch.setattr(lab.world.code, "snapshot", full)
     assert await execution.run() is RunOutcome.SUCCEEDED
     assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
 
