@@ -99,6 +99,9 @@ class Actions:
     async def why_waiting(self, run_id: int, step: str) -> str | None:
         return inquiry.why_waiting(self.scheduler, run_id, step)
 
+    def stuck(self) -> Sequence[tuple[str, str]]:
+        return inquiry.stuck(self.scheduler)
+
     def active(self) -> Sequence[ActiveJson]:
         return inquiry.active(self.scheduler.dispatch)
 

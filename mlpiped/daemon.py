@@ -40,6 +40,7 @@ from mlpiped.execution.facts import World
 from mlpiped.execution.images import Finder
 from mlpiped.execution.kept import Kept
 from mlpiped.files.fingerprint import Fingerprinter
+from mlpiped.files.roots import Roots
 from mlpiped.ledger import Ledger, moves, sqlite_version
 from mlpiped.live_logs import LiveLogs
 from mlpiped.loader import Known, Registry, load_file
@@ -141,7 +142,7 @@ class Daemon:
         self.fatal: LedgerError | None = None  # why it ends, if not because somebody wants it to
         self._broken_since: float | None = None  # of `ledger.broken`
         state = settings.daemon.state_dir
-        self.fingerprinter = Fingerprinter(ledger, moves.put_stat_cache)
+        self.fingerprinter = Fingerprinter(ledger, moves.put_stat_cache, roots=Roots(state / "mounts.json"))
         self.store = Store(state, self.fingerprinter)
         datastores = {name: each.path for name, each in settings.datastores.items()}
         code = CodeReader(self.fingerprinter, state)

@@ -104,6 +104,8 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
     """Present tense, for a step that has not finished; None when there is nothing to say."""
     execution = scheduler.executions.get(run_id)
     if execution is None:
+        if (fault := scheduler.unreadable.get(run_id)) is not None:
+            return f"held: {fault.message}"
         ahead = scheduler.ahead_of(run_id)
         return None if ahead is None else f"waits: {ahead}"
     index = execution.graph.step(step)
@@ -130,6 +132,18 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
         return doing
     word = "runs" if t.state is StepState.RUNNING else "starts"
     return f"{word} on {t.compute} for {(now - t.since) / 1e6:.0f} s: {t.why}"
+
+
+def stuck(scheduler: Scheduler) -> list[tuple[str, str]]:
+    """What does not go on by itself, each with what to do."""
+    found = [(f"run {run} is held: {fault.message}", fault.hint or "") for run, fault in scheduler.unreadable.items()]
+    for execution in scheduler.executions.values():
+        for index, t in execution.tries.items():
+            if t.stray is not None and execution.plan.outcome[index] is None:
+                name = f"{execution.id}/{execution.graph.steps[index].name}"
+                what = f"`{name}` is held: its attempt is on compute `{t.compute}`, which the config no longer has"
+                found.append((what, f"put that compute back, or give it up: `mlpipectl cancel {execution.id}`"))
+    return found
 
 
 def _bringing(execution: Execution, index: int) -> str | None:

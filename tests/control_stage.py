@@ -165,6 +165,9 @@ class Acts:
     async def why_waiting(self, run_id: int, step: str) -> str | None:
         return self.waiting
 
+    def stuck(self) -> list[Any]:
+        return []
+
     def active(self) -> list[Any]:
         return [
             {

@@ -177,7 +177,7 @@ class Image:
 
     identity: str  # "sha256:…" of an image named by tag; of a Dockerfile "b3:…" over its text and its base images, of a
     # file over its content
-    run: str  # "sha256:…"; of a file its stamp and path
+    run: str  # "sha256:…"; of a file its stamp, content and path
 
 
 class Images(Protocol):

@@ -41,6 +41,7 @@ class Try:
     refusals: int = 0  # in a row: attempts that its machine did not start
     not_before: int | None = None  # µs: the pause of a retry ends
     attempt: Attempt | None = None
+    stray: str | None = None  # the token of one that is on a compute which the config no longer has
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

@@ -66,13 +66,14 @@ class Fingerprinter:
         *,
         limiter: anyio.CapacityLimiter | None = None,
         memory: int = 50_000,
+        roots: Roots | None = None,
     ) -> None:
         self._ledger = ledger
         self._keep = keep
         self._limiter = limiter or anyio.CapacityLimiter(2)
         self._memory: dict[str, tuple[Stamp, str]] = {}
         self._most = memory
-        self.roots = Roots()
+        self.roots = roots or Roots()
         self._flying: dict[Seen, anyio.Event] = {}
         self.bytes_read = 0  # since the start, for tests and metrics
 

@@ -6,9 +6,11 @@ A folder that has lost its mount is not one whose files were deleted: who needs 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from mlpiped.errors import StorageAway
@@ -17,6 +19,7 @@ from mlpiped.files.mounts import mount_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 PASSING = frozenset(
     {
@@ -29,11 +32,14 @@ is as somebody has set it up.)"""
 
 
 class Roots:
-    """Which folder each datastore was, as long as we live, and on which mount."""
+    """Which folder each datastore is, and on which mount: as long as we live, and in `file` for who comes after."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
         self._seen: dict[str, tuple[int, int]] = {}  # device and inode
-        self._mounts: dict[str, tuple[str, bytes]] = {}  # the folder, links resolved, and its mount point
+        self._homes: dict[str, list[str]] = {}  # the folder, links resolved, and its mount point
+        self._told = _read(file)  # the same, by the daemon before
+        self._writing = threading.Lock()
 
     def away(self, root: str) -> str | None:
         """Why it cannot be used now, in a sentence; None when it is there."""
@@ -47,12 +53,41 @@ class Roots:
             return f"the datastore's folder `{printable(root)}` is not there"
         if self._seen.get(root) == (st.st_dev, st.st_ino):
             return None
-        real, point = os.path.realpath(root), mount_of(os.fsencode(root)).point
-        before, home = self._mounts.get(root, (real, point))
-        if before == real and len(point) < len(home):
-            return f"the datastore `{printable(root)}` is not mounted: what was at `{os.fsdecode(home)}` is gone"
-        self._seen[root], self._mounts[root] = (st.st_dev, st.st_ino), (real, point)
+        now = [os.path.realpath(root), os.fsdecode(mount_of(os.fsencode(root)).point)]
+        home = self._homes.get(root)
+        if home is None:  # after a restart a mount that is gone may be meant, if there are files
+            home = self._told.get(root, now) if _is_empty(root) else now
+        if home[0] == now[0] and len(now[1]) < len(home[1]):
+            return f"the datastore `{printable(root)}` is not mounted: what was at `{printable(home[1])}` is gone"
+        self._seen[root], self._homes[root] = (st.st_dev, st.st_ino), now
+        self._tell(root, now)
         return None
+
+    def _tell(self, root: str, home: list[str]) -> None:
+        with self._writing:
+            if self._file is None or self._told.get(root) == home:
+                return
+            self._told[root] = home
+            fresh = self._file.with_name(self._file.name + ".new")
+            with suppress(OSError):  # it is told the next time
+                fresh.write_text(json.dumps(self._told))
+                fresh.replace(self._file)
+
+
+def _is_empty(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return False
+
+
+def _read(file: Path | None) -> dict[str, list[str]]:
+    try:
+        found = json.loads(b"{}" if file is None else file.read_bytes())
+        return {str(root): [str(real), str(point)] for root, (real, point) in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 @contextmanager

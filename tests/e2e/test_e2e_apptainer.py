@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from lab.slurm_apart import Apart
+
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
 BODY = """
 made = PipelineData("made")
@@ -43,6 +45,31 @@ def test_a_step_runs_in_a_file_s_image_and_again_when_the_file_holds_another(des
     found = daemon.go("imaged")
     assert steps(found) == {"step": "succeeded"} and "app.sif is now b3:" in desk.why(found["id"])
     assert daemon.ctl("get", f"{found['id']}/made", "-").stdout == "the second\n"
+
+
+def test_an_image_goes_to_a_cluster_that_shares_no_files_by_content(slurm_apart: Apart, tmp_path: Path) -> None:
+    staged = f'via = "login"\nwork_dir = "{slurm_apart.work_dir}"\nshared = false'
+    desk = Desk(slurm_apart.cluster, f'{staged}\napptainer = "{slurm_images.program(tmp_path)}"')
+    try:
+        daemon, images = desk.daemon, desk.daemon.plugins / "images"
+        images.mkdir()
+        slurm_images.image(images / "app.sif", "the first")
+        daemon.config.write_text(daemon.config.read_text() + slurm_apart.login.config("login"))
+        daemon.state.mkdir(mode=0o700)
+        (daemon.state / "known_hosts").write_text(slurm_apart.login.box.known())
+        daemon.start()
+        daemon.install("imaged", BODY.replace("COMPUTE", '"cluster"'))
+        for words in ("the first", "the second"):
+            slurm_images.image(images / "app.sif", words)
+            found = daemon.go("imaged")
+            assert steps(found) == {"step": "succeeded"}, desk.why(found["id"])
+            assert daemon.ctl("get", f"{found['id']}/made", "-").stdout == f"{words}\n"
+        assert steps(daemon.go("imaged")) == {"step": "reused"}
+        there = slurm_apart.there("sh", "-c", f"ls {slurm_apart.work_dir}/*/.cas/*/app.sif").split()
+        assert len(there) == 2
+        assert slurm_apart.seen_here() == []
+    finally:
+        desk.close()
 
 
 def test_where_no_compute_has_apptainer_the_step_is_named_when_its_plugin_is_loaded(desk: Desk) -> None:

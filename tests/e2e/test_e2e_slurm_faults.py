@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
+IMPATIENT = Path(__file__).parent.parent / "faults/crash/impatient.py"
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,38 @@ def test_J4_a_job_that_ended_and_was_forgotten_while_no_daemon_ran_is_told_by_it
     found = desk.daemon.end(run)
     assert steps(found) == {"step": "succeeded"} and step(found, "step")["attempts"] == 1
     assert len(lines(desk.effects)) == 1
+
+
+def test_J7_a_job_that_a_killed_controller_forgot_costs_no_try_and_whoever_has_its_id_now_is_left_alone(
+    cluster: slurm_rig.Cluster,
+) -> None:
+    desk = Desk(cluster)
+    desk.daemon.program = [sys.executable, IMPATIENT]
+    stranger = ["sbatch", "--parsable", "--output=/dev/null", "--chdir=/tmp", "--job-name=stranger"]
+
+    def ours() -> list[int]:
+        return [job for job, (state, name) in cluster.jobs().items() if name.startswith("mlp-") and state == "PENDING"]
+
+    try:
+        desk.daemon.start()
+        desk.go.touch()
+        full = int(cluster.command(*stranger, "-N2", "--exclusive", "--wrap=sleep 300"))
+        cluster.wait_for(lambda: cluster.jobs()[full][0] == "RUNNING", "both nodes are taken")
+        with cluster.forgetting():
+            run = desk.waits("cluster")
+            told(desk, run, "waits in the queue of cluster: ")
+            (job,) = ours()
+        taken = full
+        while taken < job:
+            taken = int(cluster.command(*stranger, "--wrap=sleep 1"))
+        until(ours, "another job is submitted for the step", 90)
+        assert cluster.jobs()[job] == ("PENDING", "stranger")
+        cluster.command("scancel", str(full))
+        assert steps(desk.daemon.end(run, 120)) == {"step": "succeeded"}
+        assert f"Slurm does not know job {job} any more, and it had not started" in desk.why(run)
+        assert len(lines(desk.effects)) == 1
+    finally:
+        desk.close()
 
 
 # --- J8: ended by others or by its limits; what waits ---------------------------------------------------------------

@@ -27,6 +27,8 @@ from mlpiped.backends.slurm import submission, tools
 from mlpiped.errors import InvalidJob
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mlpiped.backends.base import Handle
 
 __all__ = ["accounted", "cluster", "desk", "plain"]
@@ -284,16 +286,8 @@ async def test_J5_names_of_other_jobs_cannot_speak_for_ours(desk: Desk) -> None:
 async def test_J7_a_job_that_a_killed_controller_forgot_never_ran_and_its_id_is_anothers(desk: Desk) -> None:
     backend = await desk.backend()
     desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
-    state, before = desk.cluster.folder / "state", desk.cluster.folder / "state.before"
-    desk.cluster.kill("slurmctld", signal.SIGTERM)
-    shutil.copytree(state, before)
-    desk.cluster.restart()
-    job = desk.effect()
-    handle = await backend.submit(job)
-    desk.cluster.kill("slurmctld")
-    shutil.rmtree(state)
-    before.rename(state)
-    desk.cluster.restart()
+    with desk.cluster.forgetting():
+        handle = await backend.submit(desk.effect())
     other = [
         "sbatch",
         "--parsable",
@@ -312,6 +306,44 @@ async def test_J7_a_job_that_a_killed_controller_forgot_never_ran_and_its_id_is_
     await anyio.to_thread.run_sync(desk.cluster.ready)
     await desk.until(lambda: lines(desk.effects), "the other job has run")
     assert set(lines(desk.effects)) == {"other"}
+
+
+async def test_J7_a_release_that_a_killed_controller_forgot_is_given_again_and_a_person_s_hold_is_left(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = await desk.backend()
+    release, released = backend._controller.release, []
+
+    async def forgotten(jobs: Sequence[int | str]) -> None:
+        released.append(jobs)
+        if len(released) > 1:
+            await release(jobs)
+            return
+        with desk.cluster.forgetting():
+            await release(jobs)
+
+    monkeypatch.setattr(backend._controller, "release", forgotten)
+    desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
+    handle = await backend.submit(desk.effect())
+    job = str(handle["job"])
+    assert desk.reason(handle["token"]) == "JobHeldUser"
+    outcomes = []
+    async with anyio.create_task_group() as group:
+
+        async def wait() -> None:
+            outcomes.append(await backend.wait(handle))
+
+        group.start_soon(wait)
+        freed = lambda: "T" in desk.cluster.command("squeue", "-h", "-O", "AccrueTime")  # noqa: E731
+        await desk.until(freed, "it is released again")
+        desk.cluster.command("scontrol", "uhold", job)
+        await anyio.to_thread.run_sync(desk.cluster.ready)
+        looks = backend._queue.looks
+        await desk.until(lambda: backend._queue.looks > looks + 3, "the queue is looked at")
+        assert desk.reason(handle["token"]) == "JobHeldUser" and not outcomes
+        desk.cluster.command("scontrol", "release", job)
+    assert isinstance(outcomes[0], Exited) and outcomes[0].code == 0
+    assert len(released) == 2 and lines(desk.effects) == [handle["token"]]
 
 
 async def test_J7_what_a_killed_controller_holds_again_after_its_end_is_taken_out_each_time(desk: Desk) -> None:

@@ -368,14 +368,6 @@ SINGLE = [
         "this machine, the login node and the nodes",
     ),
     (SLURM + 'shared = false\nwork_dir = "/w"', 3, "`shared = false` and no `via`", "the compute of the login node"),
-    (
-        SLURM
-        + 'shared = false\nwork_dir = "/w"\napptainer = true\nvia = "l"\n'
-        + SSH.replace("compute.g", "compute.l"),
-        3,
-        "`apptainer` beside `shared = false`",
-        "`modules=`",
-    ),
     (SLURM + 'apptainer = "a b"', 3, "must be true, or one command", None),
     (SLURM + 'partition = "a b"', 3, "is not a name that Slurm knows", None),
     (SLURM + 'partition = "-x"', 3, "is not a name that Slurm knows", None),

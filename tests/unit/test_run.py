@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import json
 import os
 import random
@@ -498,6 +499,19 @@ async def test_C2_an_output_that_cannot_be_kept_just_now_is_kept_later_and_nothi
     execution = await lab.open({"name": "a", **MAKES})
     assert await execution.run() is RunOutcome.SUCCEEDED
     assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
+
+
+async def test_a_step_costs_two_group_commits_and_no_more(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "TELL", 3600.0)  # what a busy machine may tell besides holds nobody up
+    costs = []
+    for count in (5, 25):
+        names = [f"{count}-{i}" for i in range(count)]
+        before = {name: [above] for above, name in itertools.pairwise(names)}
+        execution = await lab.open(*({"name": name, "salt": name, "after": before.get(name, [])} for name in names))
+        commits = lab.ledger.commits
+        assert await execution.run() is RunOutcome.SUCCEEDED
+        costs.append(lab.ledger.commits - commits)
+    assert costs[1] - costs[0] <= 2 * 20, costs
 
 
 async def test_why_a_step_ran_is_still_known_after_it_was_tried_again(lab: Lab) -> None:

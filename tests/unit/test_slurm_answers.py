@@ -316,6 +316,11 @@ def test_J4_silence_is_a_loss_after_the_patience_and_not_while_the_lock_is_held(
         assert isinstance(judge(look(held=True), state, PATIENCE * verdict.STUCK), Lost)
 
 
+def test_J7_what_was_never_free_to_start_is_told_from_what_was_held_later() -> None:
+    said = "33_21               N/A                 \n34                  2026-11-24T00:05:16 \n35   Unknown\n? N/A\n"
+    assert commands.never_freed(said) == {"33_21", 35}
+
+
 def test_J7_a_job_that_nobody_knows_is_fenced_before_it_is_given_up() -> None:
     assert judge(look(claimed=False), None, PATIENCE - 1) == "wait"
     assert judge(look(claimed=False), None) == "fence"

@@ -74,6 +74,7 @@ class SlurmBackend:
         self._sifs = Sifs()
         self._nodes: Nodes | None = None
         self._turns: dict[str, anyio.Lock] = {}
+        self._held: set[str] = set()  # tokens of jobs that a person holds
         self._signalled: set[str] = set()  # tokens of cancelled jobs whose supervisor has been told
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -203,6 +204,7 @@ class SlurmBackend:
         outcome = await self._wait(handle)
         await self._files.ended(handle["token"], outcome)
         self._signalled.discard(handle["token"])
+        self._held.discard(handle["token"])
         return outcome
 
     async def _wait(self, handle: Handle) -> Outcome:
@@ -232,10 +234,15 @@ class SlurmBackend:
 
     async def _care(self, handle: Handle, watch: Watch, look: submission.Look, ending: verdict.Ending) -> None:
         """Do what an earlier daemon, or a command that failed, has left undone."""
-        if watch.reason == commands.HELD and watch.state in commands.WAITING and not look.released:
-            await self._controller.release([handle["job"]])
-            await self._files.released([handle["token"]])
-            self._queue.expect()
+        if watch.reason != commands.HELD or watch.state not in commands.WAITING:
+            self._held.discard(handle["token"])
+        elif handle["token"] not in self._held:
+            if look.released and not await self._controller.forgot(handle["job"]):
+                self._held.add(handle["token"])
+            else:
+                await self._controller.release([handle["job"]])
+                await self._files.released([handle["token"]])
+                self._queue.expect()
         if look.cancelled and watch.state not in ("", None) and watch.state not in commands.ENDED:
             if handle["token"] not in self._signalled:  # the controller did not answer then, or we are another daemon
                 await self.cancel(handle)

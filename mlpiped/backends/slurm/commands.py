@@ -50,6 +50,7 @@ _LISTED = re.compile(
 _ACCOUNTED = re.compile(
     r"([0-9]{1,10})(?:_([0-9]{1,7})|_\[([0-9,-]{1,200000})(?:%[0-9]+)?\])?\|([A-Z_]{1,32})(?: by [0-9]{1,10})?"
 )
+_FREED = re.compile(r"([0-9]{1,10})(?:_([0-9]{1,7}))? +([0-9T:-]+|N/A|Unknown) *")
 _SUBMITTED = re.compile(r"([0-9]{1,10})(?:;[A-Za-z0-9_.-]+)?\n?")
 _CONFIG = re.compile(r"([A-Za-z]+) *= (.*)")
 _NODES = re.compile(r"([0-9]{1,9})\|([a-z_]+)([^|a-z_]?)\|([^|]*)")
@@ -290,6 +291,21 @@ def _indices(text: str) -> Iterator[int]:
         first, _, last = part.partition("-")
         if first.isdecimal() and (not last or last.isdecimal()) and int(last or first) < MOST_ELEMENTS:
             yield from range(int(first), int(last or first) + 1)
+
+
+def squeue_freed() -> list[str]:
+    """Since when each of those that wait has been free to start, held or not."""
+    return command("squeue", "--me", "--noheader", "--states=PENDING", "--array", "--Format=JobArrayID,AccrueTime")
+
+
+def never_freed(stdout: str) -> set[Ref]:
+    """Those that were held from the first, as far as the controller knows. It keeps that time of one that was released
+    and is held again."""
+    found: set[Ref] = set()
+    for match in map(_FREED.fullmatch, stdout.split("\n")):
+        if match is not None and not match[3][0].isdigit():
+            found.add(int(match[1]) if match[2] is None else f"{match[1]}_{match[2]}")
+    return found
 
 
 def show_config() -> list[str]:

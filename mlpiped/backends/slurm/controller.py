@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ class Controller:
         self._unreleased: set[Ref] = set()
         self._releasing = anyio.Lock()
         self._limiter = anyio.CapacityLimiter(AT_ONCE)
+        self._never_freed: tuple[float, set[Ref]] = float("-inf"), set()  # when it was asked, and its answer
+        self._remembering = anyio.Lock()
 
     async def offer(self, argv: Sequence[str], script: bytes) -> int | None:
         """The id of the held job; None while the queue is full. Raises InvalidJob for what never can run there.
@@ -81,6 +84,19 @@ class Controller:
         for job in first:  # which of them it was, it says in words alone
             await self._done(commands.release([job]), f"job {job} of `{self.name}` is not released")
             self._unreleased.discard(job)
+
+    async def forgot(self, job: Ref) -> bool:
+        """Whether it knows nothing of the release of this job: one that is killed forgets what it was told last. Of a
+        Slurm that cannot say so, it is not believed."""
+        now = time.monotonic()
+        async with self._remembering:
+            if self._never_freed[0] < now:
+                now = time.monotonic()
+                code, stdout, stderr = await self._say(commands.squeue_freed())
+                if code != 0 and commands.is_unreachable(stderr):
+                    raise BackendUnavailable(f"job {job} of `{self.name}` is held: {commands.complaint(stderr)}")
+                self._never_freed = now, commands.never_freed(stdout) if code == 0 else set()
+        return job in self._never_freed[1]
 
     async def cancel(self, job: Ref, name: str) -> None:
         """Out of the queue, or ended by Slurm."""

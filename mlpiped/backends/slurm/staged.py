@@ -19,12 +19,12 @@ import anyio.to_thread
 from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Exited
 from mlpiped.backends.environments import clean
-from mlpiped.backends.slurm import commands, tools
+from mlpiped.backends.slurm import apptainer, commands, tools
 from mlpiped.backends.slurm.asking import Asking
 from mlpiped.backends.slurm.backend import PATIENCE, SlurmBackend
 from mlpiped.backends.slurm.files import Files, described, order_of
 from mlpiped.backends.slurm.runner import attempt
-from mlpiped.errors import BackendUnavailable
+from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -74,6 +74,9 @@ class Stage(Protocol):
     async def python(self) -> str: ...
     async def place(self, job: Job) -> Any:
         """Bring what is missing; a `Placed`. Raises InvalidJob too."""
+
+    async def content(self, token: str, content: str, path: str) -> str | None:
+        """Where this file of ours lies there; None: it has changed. After `place`; raises InvalidJob too."""
 
     def placed(self, token: str) -> None:
         """Nothing has to stay any more for this job that it does not name itself."""
@@ -170,16 +173,29 @@ class StagedFiles(Files):
         for _ in range(3):
             placed: Placed = await self.stage.place(job)
             code = None if placed.code is None else f"{placed.root}/{placed.code}"
-            there = replace(job, inputs={port: tuple(paths) for port, paths in placed.inputs.items()}, code=code)
+            needed, uses, image = list(placed.needed), list(placed.uses), None
+            if job.image is not None:
+                content, sif = await self._image(job)
+                needed, uses, image = [*needed, sif], [*uses, content], f"-:{content}:{sif}"
+            inputs = {port: tuple(paths) for port, paths in placed.inputs.items()}
+            there = replace(job, inputs=inputs, code=code, image=image)
             path = [*placed.bins, environ.get("PATH", os.defpath)]
             own = {"PATH": ":".join(path), "PYTHONPATH": placed.sdk or "", "PYTHONUNBUFFERED": "1"}
             order = order_of(there, folder, {**environ, **placed.env, **own}, self._tools, self.compute)
-            facts = described(there), order, list(placed.needed), list(placed.uses)
-            absent = await self.call("make the job's folder", "build", *facts)
+            absent = await self.call("make the job's folder", "build", described(there), order, needed, uses)
             if absent is None:
                 return tools.script(folder, self._tools, self._python)
             self.stage.forget()
         raise BackendUnavailable(f"`{self.name}` loses what is sent to it")
+
+    async def _image(self, job: Job) -> tuple[str, str]:
+        """(its content, where it lies there)"""
+        assert job.image is not None
+        _, content, path = apptainer.parts(job.image)
+        there = await self.stage.content(job.token, content, path)
+        if there is None:
+            raise InvalidJob(f"image {path} has changed since the run looked at it: what it is now is for the next run")
+        return content, there
 
     async def ended(self, token: str, outcome: Outcome) -> None:
         """What it has printed and measured, and then its exit.json."""

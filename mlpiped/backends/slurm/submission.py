@@ -4,7 +4,7 @@ slurm.json       which of two came first, submission or fence: {"v": 1, "job": 7
                  {"v": 1, "fenced": true}; of an element {"v": 1, "job": "77_4", "array": "…", …}. It appears complete,
                  by one link(), which only one can win. A job is released after it is there, so a job that is not named
                  in it never runs.
-slurm.released   … and was released: one that is held after that is held by a person
+slurm.released   … and was released: one that is held after that is held by a person, or by a controller that forgot it
 slurm.cancel     we have been asked to cancel it: what Slurm then calls CANCELLED was not done by somebody else
 slurm.dropped    we took it out of the queue after it was over for us: nor was that done by somebody else
 slurm.out        what the script itself has to say: nothing, when all is well

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     News = Callable[[str, str], None]
 
-SCRIPTS = ("step.sh", "agent.sh", "tree.sh", "keep.sh", "env.sh", "prune.sh")
+SCRIPTS = ("step.sh", "agent.sh", "tree.sh", "keep.sh", "env.sh", "prune.sh", "durable.sh")
 ANSWER = 60.0  # seconds; a request that takes longer means that the box, or the way to it, is stuck
 LINE = 8000  # bytes: what a shell reads as one line; longer orders go as a file
 HELLO = 30.0
@@ -83,9 +83,9 @@ class Agent(asyncssh.SSHClientSession[bytes]):
     @classmethod
     async def open(
         cls, connection: asyncssh.SSHClientConnection, name: str, work: str, instance: str, python: str,
-        news: News, ended: Callable[[Agent], None],
+        news: News, ended: Callable[[Agent], None], *, steady: bool = False,
     ) -> Agent:  # fmt: skip
-        """Raises BackendUnavailable, and what asyncssh raises."""
+        """`steady`: as for agent.sh. Raises BackendUnavailable, and what asyncssh raises."""
         boot = script("boot.sh")
         command = f"sh -c 'eval \"$(dd bs={len(boot)} count=1 iflag=fullblock 2>/dev/null)\"'"
         agent = cls(name, news, ended)
@@ -95,7 +95,7 @@ class Agent(asyncssh.SSHClientSession[bytes]):
         for file in SCRIPTS:
             text = script(file)
             message += [b"%s %d\n" % (file.encode(), len(text)), text]
-        channel.write(b"".join([*message, b"go\n", encoded(python), b"\n"]))
+        channel.write(b"".join([*message, b"go\n", b"steady " if steady else b"- ", encoded(python), b"\n"]))
         try:
             with anyio.fail_after(HELLO):
                 why_not = await agent._ready

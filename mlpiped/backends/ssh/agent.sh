@@ -1,6 +1,7 @@
 # What the daemon talks to on this box: a line is a request, the answers are lines too, each with the request's number.
 #
-#   sh agent.sh ROOT PYTHON    in a channel of its own; it ends with the channel, steps do not
+#   sh agent.sh ROOT PYTHON steady|-    in a channel of its own; it ends with the channel, steps do not. `steady`: what
+#                                       lies here is used whether this machine is up or not
 #
 #   N launch TOKEN ORDER       r N handle JSON | fenced | missing | failed TEXT
 #   N launchfile TOKEN SIZE    the same, with SIZE bytes of order behind the line
@@ -18,6 +19,7 @@
 bin=${0%/*}
 root=$1 python=$2
 . "$bin/step.sh"
+. "$bin/durable.sh"
 cd "$root" || exit 70
 boot_id
 born $$
@@ -177,6 +179,12 @@ health() {
 }
 
 sweep
+if [ "$3" = steady ] || ! ours; then
+    true >.boot/steady || exit 70
+elif ! renew; then
+    put_line "x what came before the box last started cannot be removed: $root/.cas"
+    exit 70
+fi
 mkfifo -m 600 "$events" || exit 70
 echo 0 >"$beats" 2>/dev/null
 cat <>"$events" &

@@ -16,19 +16,17 @@ case $work in
 esac
 root=$work/$instance
 bin=$root/.bin/$digest
-mkdir -p "$bin" "$root/.cas" "$root/.events" "$root/.new" "$root/.envs" "$root/.used" "$root/.pruning" 2>/dev/null ||
+mkdir -p "$bin" "$root/.cas" "$root/.events" "$root/.new" "$root/.envs" "$root/.used" "$root/.pruning" "$root/.boot" 2>/dev/null ||
     { echo "x the folder cannot be made: $root"; exit 1; }
-[ -s "$root/.no-params.json" ] || printf '{}' >"$root/.no-params.json"
+[ "$(cat "$root/.no-params.json" 2>/dev/null)" = '{}' ] || printf '{}' >"$root/.no-params.json"
 root=$(cd "$root" && pwd -P)
 bin=$root/.bin/$digest
 while read -r name size && [ "$name" != go ]; do
-    if [ -s "$bin/$name" ]; then # also where the disk is full by now
-        take "$size" >/dev/null
-    else
-        take "$size" >"$bin/$name.$$" && mv -T "$bin/$name.$$" "$bin/$name" ||
-            { echo "x a file cannot be written: $bin/$name"; exit 1; }
-    fi
+    text=$(take "$size")
+    [ "$(cat "$bin/$name" 2>/dev/null)" != "$text" ] || continue # a power cut may have left less
+    printf '%s\n' "$text" >"$bin/$name.$$" && mv -T "$bin/$name.$$" "$bin/$name" ||
+        { echo "x a file cannot be written: $bin/$name"; exit 1; }
 done
 umask "$umask_before"
-read -r python
-exec sh "$bin/agent.sh" "$root" "$(printf '%b' "$python")"
+read -r steady python
+exec sh "$bin/agent.sh" "$root" "$(printf '%b' "$python")" "$steady"

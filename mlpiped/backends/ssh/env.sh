@@ -1,5 +1,6 @@
 # Builds a virtual environment, once per content: sh env.sh ROOT NAME PYTHON, with the requirements as stdin.
 # The last line is `ok`, `bad TEXT` (the requirements cannot be had) or `fault TEXT` (this box cannot, for now).
+. "${0%/*}/durable.sh"
 cd "$1/.envs" || { echo "fault its folder is gone"; exit 0; }
 name=$2 python=$3 log=$2.log
 cat >"$name.$$.txt"
@@ -37,5 +38,6 @@ if [ -s "$name.$$.txt" ]; then
     }
 fi
 true >"../.used/$name"
-: >"$home/.mlpiped-complete"
+steady .. "$home" && : >"$home/.mlpiped-complete" || { echo "fault it cannot be written"; exit 0; }
+lasts "$home"
 echo ok

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from mlpiped.backends.ssh.returning import Returning
+from mlpiped.backends.supervisor import sync_tree
 from mlpiped.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Homecoming:
 def _settle(draft: Path, folder: Path) -> None:
     for entry in draft.iterdir():
         target = folder / entry.name
-        if entry.is_dir() and target.exists():
-            shutil.rmtree(target)
+        if entry.is_dir() and not entry.is_symlink():
+            sync_tree(str(entry))  # whoever finds it, after a power cut too, does not ask what it was on the box
+            if target.exists():
+                shutil.rmtree(target)
         entry.rename(target)

@@ -41,7 +41,8 @@ class End(NamedTuple):
 
 
 class Keeper:
-    def __init__(self, link: Link, work_dir: str, instance: str, python: str) -> None:
+    def __init__(self, link: Link, work_dir: str, instance: str, python: str, *, steady: bool = False) -> None:
+        """`steady`: jobs that are none of the box's own use what lies in its `work_dir`."""
         self.link = link
         self.trouble: str | None = None
         """What the box could not do though nobody waited for it."""
@@ -50,6 +51,7 @@ class Keeper:
         self.known: Agent | None = None
         """The last agent: what it said of the box holds after it has ended."""
         self._words = work_dir, instance, python
+        self._steady = steady
         self._lock = anyio.Lock()
         self._waiting: dict[str, list[asyncio.Future[None]]] = {}
         self._ended: OrderedDict[str, End] = OrderedDict()
@@ -76,7 +78,9 @@ class Keeper:
     async def _open(self) -> Agent:
         connection = await self.link.open()
         try:
-            agent = await Agent.open(connection, self.link.name, *self._words, self._news, self._lost)
+            agent = await Agent.open(
+                connection, self.link.name, *self._words, self._news, self._lost, steady=self._steady
+            )
         except (OSError, asyncssh.Error) as fault:
             raise BackendUnavailable(f"the connection to `{self.link.name}` was lost") from fault
         self.link.greets = agent.box.greets

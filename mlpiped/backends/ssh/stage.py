@@ -31,7 +31,7 @@ class Stage:
         """`work_dir`: on the cluster. `store`: bytes of what is brought there that may stay; None: all."""
         link.lasts()
         self.root = f"{work_dir}/{instance}"
-        self._keeper = Keeper(link, str(work_dir), instance, link.settings.python)
+        self._keeper = Keeper(link, str(work_dir), instance, link.settings.python, steady=True)
         carrier = Carrier(link)
         self._staging = Staging(self._keeper, carrier, datastores, link.settings.mounts)
         self._pruning = Pruning(self._keeper, carrier, self._staging, store)
@@ -44,6 +44,10 @@ class Stage:
     async def place(self, job: Job) -> Place:
         """Bring what is missing; it stays until `placed`. Raises InvalidJob, BackendUnavailable."""
         return await self._staging.place(job, {})
+
+    async def content(self, token: str, content: str, path: str) -> str | None:
+        """Where a file that is here at `path` lies there; None: it is not that content any more. After `place`."""
+        return await self._staging.bring(token, content, path)
 
     def placed(self, token: str) -> None:
         """The job itself says there what it uses, or will not start."""

@@ -27,6 +27,7 @@ put() {
         exit 0
     fi
     . "${0%/*}/step.sh"
+    . "${0%/*}/durable.sh"
     born $$
     draft=$PWD/.new/put.$$.$born tree=$PWD/.new/put.$$.$born
     if [ -n "$key" ]; then
@@ -67,7 +68,8 @@ put() {
     */*) mkdir -p -m 700 "${place%/*}" ;;
     esac
     case $place in */*/*) mkdir -p -m 700 "${place%%/*}" "${place%/*}" ;; esac
-    mv -T "$tree" "$place" 2>/dev/null || [ -e "$place" ] || exit 1
+    steady . "$tree" && { mv -T "$tree" "$place" 2>/dev/null || [ -e "$place" ]; } || exit 1
+    case $place in .cas/*) lasts "$place" ;; esac
     [ -z "$key" ] || remove "$draft"
     echo ok
 }
