@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -20,7 +22,6 @@ from mlpiped.files.hashing import tree_digest
 
 if TYPE_CHECKING:
     from contextlib import AsyncExitStack
-    from pathlib import Path
 
     from lab.ssh_rig import Box, Lab
 
@@ -242,6 +243,29 @@ async def test_cancel_ends_everything_of_a_step_that_forks_hides_and_ignores_sig
     found = await backend.wait(handle)
     assert found.cancelled and found.signal == 9  # type: ignore[union-attr]
     assert daemon.processes(handle["token"]) == []
+
+
+async def test_cancel_ends_what_has_left_its_group_and_its_environment_and_nobody_who_looks_at_the_folder(
+    box: Box, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    daemon = Daemon(box, tmp_path / "state")
+    backend = await daemon.life(stack)
+    hidden = "trap '' TERM HUP INT; echo \\$\\$ >> pids; while :; do /bin/sleep 0.1; done"
+    handle = await backend.submit(shell(f'env -i setsid /bin/sh -c "{hidden}" & echo began; sleep 300', grace=0.3))
+    await said(backend, handle, b"began")
+    work = daemon.root / handle["token"] / "work"
+    with anyio.fail_after(20):
+        while not (work / "pids").exists() or not (work / "pids").read_text():
+            await anyio.sleep(0.01)
+    [pid] = (work / "pids").read_text().split()
+    with subprocess.Popen(["sleep", "300"], cwd=work) as looks:
+        try:
+            await backend.cancel(handle)
+            await backend.wait(handle)
+            assert looks.poll() is None
+        finally:
+            looks.kill()
+    assert not Path(f"/proc/{pid}/exe").exists()
 
 
 async def test_a_script_on_the_box_imports_the_sdk_and_logs_a_metric(
