@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import SDK, steps, until
 from lab import slurm_images, slurm_rig
-from lab.slurm_desk import Desk
+from lab.slurm_desk import Desk, behind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,15 +48,11 @@ def test_a_step_runs_in_a_file_s_image_and_again_when_the_file_holds_another(des
 
 
 def test_an_image_goes_to_a_cluster_that_shares_no_files_by_content(slurm_apart: Apart, tmp_path: Path) -> None:
-    staged = f'via = "login"\nwork_dir = "{slurm_apart.work_dir}"\nshared = false'
-    desk = Desk(slurm_apart.cluster, f'{staged}\napptainer = "{slurm_images.program(tmp_path)}"')
-    try:
+    more = f'shared = false\napptainer = "{slurm_images.program(tmp_path)}"'
+    with behind(slurm_apart.login, slurm_apart.work_dir, more) as desk:
         daemon, images = desk.daemon, desk.daemon.plugins / "images"
         images.mkdir()
         slurm_images.image(images / "app.sif", "the first")
-        daemon.config.write_text(daemon.config.read_text() + slurm_apart.login.config("login"))
-        daemon.state.mkdir(mode=0o700)
-        (daemon.state / "known_hosts").write_text(slurm_apart.login.box.known())
         daemon.start()
         daemon.install("imaged", BODY.replace("COMPUTE", '"cluster"'))
         for words in ("the first", "the second"):
@@ -68,8 +64,6 @@ def test_an_image_goes_to_a_cluster_that_shares_no_files_by_content(slurm_apart:
         there = slurm_apart.there("sh", "-c", f"ls {slurm_apart.work_dir}/*/.cas/*/app.sif").split()
         assert len(there) == 2
         assert slurm_apart.seen_here() == []
-    finally:
-        desk.close()
 
 
 def test_where_no_compute_has_apptainer_the_step_is_named_when_its_plugin_is_loaded(desk: Desk) -> None:

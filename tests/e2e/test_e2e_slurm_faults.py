@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
+KILLS = "JobAcctGatherParams=OverMemoryKill\n"  # it ends what takes more memory than it asked for, on whichever node
 IMPATIENT = Path(__file__).parent.parent / "faults/crash/impatient.py"
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[slurm_rig.Cluster]:
     """It keeps accounts, preempts by killing, and forgets what has ended as soon as Slurm can."""
-    with slurm_rig.running(accounting=True, min_job_age=2, preempt="CANCEL") as found:
+    with slurm_rig.running(accounting=True, min_job_age=2, preempt="CANCEL", more=KILLS) as found:
         yield found
 
 
@@ -227,6 +228,24 @@ def test_J8_a_step_over_its_memory_says_so(desk: Desk) -> None:
     found = desk.daemon.go("hungry", timeout=120)
     assert steps(found) == {"step": "failed"}
     assert "out of memory" in desk.why(found["id"])
+
+
+def test_J8_one_rank_over_its_memory_ends_the_others_and_the_log_says_so(desk: Desk) -> None:
+    code = desk.daemon.plugins / "code"
+    code.mkdir()
+    (code / "ranks.py").write_text(
+        "import os, time\nkept = b'x' * (300 << 20) if os.environ['SLURM_PROCID'] == '1' else b''\ntime.sleep(300)\n"
+    )
+    body = (
+        'step = MpiStep("ranks.py", source_directory="code", name="step", node_count=2, compute_target="cluster",\n'
+        '               resources=Resources(memory="64M"))\npipeline = Pipeline("ranks", steps=[step])\n'
+    )
+    desk.daemon.install("ranks", body)
+    found = desk.daemon.go("ranks", timeout=120)
+    assert steps(found) == {"step": "failed"} and step(found, "step")["attempts"] == 1
+    assert "exited with status 137" in desk.why(found["id"])
+    said = desk.daemon.ctl("logs", f"{found['id']}/step", "--stderr").stdout
+    assert "exceeded memory limit" in said and "task 0: Killed" in said, said
 
 
 @pytest.mark.parametrize("reason", ["Resources", "Priority"])
