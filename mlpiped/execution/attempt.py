@@ -96,7 +96,7 @@ class Attempt:
         except _Cancelled:
             return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
         except CodeChanged as fault:
-            return Ended(None, with_hint(fault), AttemptEnd.NEVER_RAN, moved=True)
+            return Ended(None, fault.advice, AttemptEnd.NEVER_RAN, moved=True)
         except MlpipedError as fault:
             # No intent yet: an input is gone, or the code could not be snapshot. Nothing is in the ledger to end.
             return Ended(StepOutcome.FAILED, fault.advice, AttemptEnd.NEVER_RAN, final=True)
