@@ -4,6 +4,7 @@ others end; queues that are full; names that try to be somebody else's.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import shutil
@@ -27,7 +28,7 @@ from mlpiped.backends.slurm import submission, tools
 from mlpiped.errors import InvalidJob
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from mlpiped.backends.base import Handle
 
@@ -311,17 +312,19 @@ async def test_J7_a_release_that_a_killed_controller_forgot_is_given_again_and_a
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = await desk.backend()
-    release, released = backend._controller.release, []
+    release, first, released = backend._controller.release, backend._controller.release_named, []
 
-    async def forgotten(jobs: Sequence[int | str]) -> None:
-        released.append(jobs)
-        if len(released) > 1:
-            await release(jobs)
-            return
+    async def forgotten(naming: Awaitable[Sequence[int | str]]) -> None:
+        released.append(await asyncio.shield(asyncio.ensure_future(naming)))
         with desk.cluster.forgetting():
-            await release(jobs)
+            await first(asyncio.ensure_future(naming))
 
-    monkeypatch.setattr(backend._controller, "release", forgotten)
+    async def again(jobs: Sequence[int | str]) -> None:
+        released.append(jobs)
+        await release(jobs)
+
+    monkeypatch.setattr(backend._controller, "release_named", forgotten)
+    monkeypatch.setattr(backend._controller, "release", again)
     desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
     handle = await backend.submit(desk.effect())
     job = str(handle["job"])
