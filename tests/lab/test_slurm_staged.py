@@ -255,6 +255,9 @@ async def test_J2_a_fenced_token_never_starts_there(desk: Desk) -> None:
     with pytest.raises(BackendUnavailable, match="was fenced"):
         await backend.submit(job)
     assert await backend.find([job.token]) == {}
+    assert (desk.place / "jobs" / job.token).is_dir()  # by which `gc` finds what is there
+    await backend.discard(job.token, keep_logs=False)
+    assert job.token not in desk.there("ls", "jobs")
 
 
 async def test_many_jobs_are_asked_for_together(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

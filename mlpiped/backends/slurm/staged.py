@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AsyncExitStack
 
-    from mlpiped.backends.base import Handle, Job, Outcome
+    from mlpiped.backends.base import Handle, Job, NeverRan, Outcome
     from mlpiped.backends.slurm.runner import Runner
     from mlpiped.config.computes import SlurmCompute
 
@@ -169,6 +169,7 @@ class StagedFiles(Files):
     async def ready(self, job: Job) -> tuple[dict[str, Any], dict[str, Any], list[str], list[str]]:
         """What it needs is there; what `Records.build` is told of it."""
         environ, folder = await self._prepared(), self.folder(job.token)
+        await self._home_of(job.token)
         placed: Placed = await self.stage.place(job)
         code = None if placed.code is None else f"{placed.root}/{placed.code}"
         needed, uses, image = list(placed.needed), list(placed.uses), None
@@ -181,6 +182,16 @@ class StagedFiles(Files):
         own = {"PATH": ":".join(path), "PYTHONPATH": placed.sdk or "", "PYTHONUNBUFFERED": "1"}
         order = order_of(there, folder, {**environ, **placed.env, **own}, self._tools, self.compute)
         return described(there), order, needed, uses
+
+    async def fence(self, token: str) -> NeverRan | Handle:
+        await self._home_of(token)
+        return await super().fence(token)
+
+    async def _home_of(self, token: str) -> Path:
+        """Its folder here, from before there is one there: what has none here is not found again by who cleans up."""
+        folder = Path(folders.at(self._home, token))
+        await _here(lambda: folder.mkdir(exist_ok=True))
+        return folder
 
     async def _image(self, job: Job) -> tuple[str, str]:
         """(its content, where it lies there)"""
@@ -211,10 +222,9 @@ class StagedFiles(Files):
         """What it has printed and measured, and then its exit.json."""
         if not isinstance(outcome, Exited):
             return
-        folder = Path(folders.at(self._home, token))
+        folder = await self._home_of(token)
         async with self._bringing.setdefault(token, anyio.Lock()):
             if not await _here((folder / "exit.json").exists):
-                await _here(lambda: folder.mkdir(exist_ok=True))
                 await self.stage.bring(token, "its log", folder, SMALL_FILES)
                 await _here(lambda: _testify(folder, outcome))
         self._bringing.pop(token, None)
