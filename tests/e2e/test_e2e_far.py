@@ -116,7 +116,7 @@ def test_what_a_step_on_a_box_measures_is_seen_while_it_runs(daemon: Daemon, box
         return [line["value"] for step in daemon.json("metrics", str(number))["steps"] for line in step["metrics"]]
 
     until(lambda: losses() == [3, 2], "what it has measured", 60)
-    assert steps(daemon.show(number)) == {"fit": "running"}
+    until(lambda: steps(daemon.show(number)) == {"fit": "running"}, "its state")
     box.stop()
     until(lambda: daemon.json("metrics", str(number))["steps"][0]["note"], "why there is no more")
     assert losses() == [3, 2]

@@ -75,7 +75,7 @@ def test_a_step_that_still_runs_at_the_next_start_is_found_again(own: Daemon) ->
     until(lambda: lines(effects), "the first step has started")
     own.restart()
     assert own.show(number)["state"] == "running"
-    assert step(own.show(number), "s0_0")["state"] == "running"
+    until(lambda: step(own.show(number), "s0_0")["state"] == "running", "it is found")
     allow(allowed, 2)
     assert own.end(number)["outcome"] == "succeeded"
     each_once(effects, 2)

@@ -266,9 +266,9 @@ async def test_many_jobs_are_asked_for_together(desk: Desk, monkeypatch: pytest.
     await backend.wait(await backend.submit(desk.job("true")))
     run, asked = desk.runner.run, Counter[str]()
 
-    async def counted(argv: Any, stdin: bytes = b"") -> tuple[int, str, str]:
+    async def counted(argv: Any, *more: Any, **named: Any) -> tuple[int, str, str]:
         asked[next((word for word in argv if word in commands.NAMES), "request")] += 1
-        return await run(argv, stdin)
+        return await run(argv, *more, **named)
 
     monkeypatch.setattr(desk.runner, "run", counted)
     handles = []
@@ -349,7 +349,9 @@ async def test_what_a_fenced_job_would_have_used_goes(desk: Desk) -> None:
     backend = await desk.life(store=1024)
     data = Data(desk, "data")
     token = data.job().token
-    await backend._files.build(replace(data.job(), token=token))
+    job = replace(data.job(), token=token)
+    assert not await backend._files.build([job], [await backend._files.ready(job)])
+    backend._files.left(token)
     await backend.prune(only_look=False)
     assert data.is_there()
     assert isinstance(await backend.fence(token), NeverRan)
