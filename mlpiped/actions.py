@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpiped import inquiry
-from mlpiped.errors import ConfigError, PluginError, UsageError
+from mlpiped.errors import MlpipedError, PluginError, UsageError
 from mlpiped.scheduling.scheduler import parameters_for
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Actions:
         load_file: Callable[[Path], Awaitable[LoadResult]],
         reread: Callable[[], str],
         drain: Callable[[str, bool, str], Awaitable[None]],
+        look_again: Callable[[], None],
     ) -> None:
         self.scheduler = scheduler
         self.registry = registry
@@ -39,6 +40,7 @@ class Actions:
         self.pause = scheduler.pause
         self.resume = scheduler.resume
         self._drain = drain
+        self._look_again = look_again
 
     async def drain(self, compute: str, drained: bool, who: str) -> None:
         """Nothing new starts there, or it does again. Raises UnknownName."""
@@ -80,11 +82,12 @@ class Actions:
         return result.pipelines[0]
 
     async def reload(self, who: str) -> dict[str, Any]:
-        """Read the plugins again, now, and check the config."""
+        """Read the plugins again, now, check the config, and look at the computes."""
         try:
             config = self.reread()
-        except ConfigError as fault:
+        except MlpipedError as fault:
             config = f"refused: {fault.message}"
+        self._look_again()
         await self.registry.reload()
         broken = [fault for each in self.registry.broken() for fault in each.faults]
         return {
@@ -95,6 +98,9 @@ class Actions:
 
     async def why_waiting(self, run_id: int, step: str) -> str | None:
         return inquiry.why_waiting(self.scheduler, run_id, step)
+
+    def stuck(self) -> Sequence[tuple[str, str]]:
+        return inquiry.stuck(self.scheduler)
 
     def active(self) -> Sequence[ActiveJson]:
         return inquiry.active(self.scheduler.dispatch)

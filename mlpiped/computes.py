@@ -107,7 +107,7 @@ def _cluster(
         runner = slurm.LoginRunner(ssh.LoginShell(link))
         if not compute.shared:
             datastores = {each: store.path for each, store in settings.datastores.items()}
-            stage = ssh.Stage(link, compute.work_dir, instance, datastores)
+            stage = ssh.Stage(link, compute.work_dir, instance, datastores, compute.store)
             staged: Backend = slurm.StagedSlurmBackend(
                 name, state, compute, instance=instance, runner=runner, stage=stage
             )

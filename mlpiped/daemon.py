@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 from contextlib import AsyncExitStack, suppress
+from logging import INFO, WARNING
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -39,6 +40,7 @@ from mlpiped.execution.facts import World
 from mlpiped.execution.images import Finder
 from mlpiped.execution.kept import Kept
 from mlpiped.files.fingerprint import Fingerprinter
+from mlpiped.files.roots import Roots
 from mlpiped.ledger import Ledger, moves, sqlite_version
 from mlpiped.live_logs import LiveLogs
 from mlpiped.loader import Known, Registry, load_file
@@ -47,17 +49,19 @@ from mlpiped.placement.decide import Place
 from mlpiped.retention.keeper import Keeper
 from mlpiped.scheduling.dispatch import Dispatch
 from mlpiped.scheduling.hosts import Hosts
+from mlpiped.scheduling.left_behind import LeftBehind
 from mlpiped.scheduling.scheduler import Scheduler
 from mlpiped.triggers import Arrivals, Clockwork, LedgerMemory, cron
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
     from anyio.abc import TaskGroup
 
     from mlpiped.backends.base import Backend
     from mlpiped.config.settings import Settings
+    from mlpiped.execution.attempt import Attempt
     from mlpiped.loader import LoadResult
     from mlpiped.spec import Trigger
     from mlpiped.triggers import ScheduleView
@@ -114,7 +118,8 @@ async def _serve(settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         daemon = await Daemon.build(settings, stack)
         async with anyio.create_task_group() as tasks:
-            await daemon.start(tasks)
+            with daemon.starting:
+                await daemon.start(tasks)
             await daemon.stopping.wait()
             await daemon.stop()
             tasks.cancel_scope.cancel()
@@ -130,12 +135,14 @@ class Daemon:
         self.settings = settings
         self.clock = SystemClock()
         self.ledger = ledger
+        self.starting = anyio.CancelScope()
         self.stopping = anyio.Event()
+        self.hung_up = anyio.Event()
         self.lag = 0.0
         self.fatal: LedgerError | None = None  # why it ends, if not because somebody wants it to
         self._broken_since: float | None = None  # of `ledger.broken`
         state = settings.daemon.state_dir
-        self.fingerprinter = Fingerprinter(ledger, moves.put_stat_cache)
+        self.fingerprinter = Fingerprinter(ledger, moves.put_stat_cache, roots=Roots(state / "mounts.json"))
         self.store = Store(state, self.fingerprinter)
         datastores = {name: each.path for name, each in settings.datastores.items()}
         code = CodeReader(self.fingerprinter, state)
@@ -158,7 +165,7 @@ class Daemon:
         self.arrivals = Arrivals(memory, self.fingerprinter, self.clock, self.scheduler.emit, dict(settings.datastores))
         self.scheduler.on_resume = self.arrivals.look
         self.keeper = Keeper(ledger, self.store, self.backends, settings.retention, datastores, self.clock)
-        self.log_cap = LogCap(self._running_folders)
+        self.log_cap = LogCap(f"{settings.daemon.state_dir}/jobs", self._begun, self._printing)
         self.server = AsyncExitStack()  # the control socket
         self.rooms = AsyncExitStack()  # the backends
         self.triggers = anyio.CancelScope()
@@ -183,6 +190,7 @@ class Daemon:
         await self.hosts.restore()
         await self.hosts.start()
         resumed = await self.scheduler.recover(tasks)
+        await LeftBehind(self.ledger, self.backends, self.dispatch, self.clock).end(tasks)
         self.hosts.watch(tasks)
         self.ledger.on_full = lambda _: self._disk()
         self.ledger.on_broken(lambda _: self._disk())
@@ -190,6 +198,7 @@ class Daemon:
         self._set_triggers()
         await self.scheduler.tell_followers()
         await self._listen()
+        tasks.start_soon(self._reloads, name="reloads")
         tasks.start_soon(self._triggers, name="triggers")
         tasks.start_soon(self._heartbeat, name="heartbeat")
         tasks.start_soon(self._housekeeping, name="housekeeping")
@@ -210,18 +219,19 @@ class Daemon:
 
     async def _listen(self) -> None:
         settings = self.settings
-        actions = Actions(
+        self.actions = Actions(
             self.scheduler,
             self.registry,
             self._load,
             self._reread,
             self.hosts.drain,
+            self.hosts.look_again,
         )
         self.service = Service(
             access=Access(settings.control.group, settings.control.operators),
             ledger=self.ledger,
             registry=self.registry,
-            actions=actions,
+            actions=self.actions,
             schedules=self._schedules,
             clock=self.clock,
             about=About(
@@ -268,13 +278,28 @@ class Daemon:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 if number == signal.SIGHUP:
-                    notify_systemd.reloading()
-                    await self.registry.reload()
-                    notify_systemd.ready()
+                    self.hung_up.set()
                     continue
                 log.info("stopping", signal=signal.Signals(number).name)
                 self.stopping.set()
+                self.starting.cancel()
                 return
+
+    async def _reloads(self) -> None:
+        """One for all SIGHUPs that came meanwhile. It may take as long as plugins do, and a SIGTERM does not wait."""
+        while True:
+            await self.hung_up.wait()
+            self.hung_up = anyio.Event()
+            notify_systemd.reloading()
+            try:
+                answer = await self.actions.reload("SIGHUP")
+            except Exception:
+                log.exception("the reload failed: all is as it was")
+                notify_systemd.ready("the last reload failed")
+                continue
+            said = f"{answer['pipelines']} pipelines, {len(answer['broken'])} faults; config: {answer['config']}"
+            log.log(WARNING if answer["config"].startswith("refused") else INFO, "reloaded", what=said)
+            notify_systemd.ready(said)
 
     # --- what goes on -----------------------------------------------------------------------------------------
     async def _triggers(self) -> None:
@@ -315,10 +340,19 @@ class Daemon:
                 log.warning("housekeeping failed; it is tried again", why=str(fault), in_seconds=CHECKPOINT)
             await anyio.sleep(CHECKPOINT)
 
-    def _running_folders(self) -> list[str]:
-        jobs = f"{self.settings.daemon.state_dir}/jobs"
-        attempts = (t.attempt for each in self.scheduler.executions.values() for t in each.tries.values())
-        return [f"{jobs}/{attempt.token}" for attempt in attempts if attempt is not None and attempt.begun]
+    def _attempts(self) -> Iterator[Attempt]:
+        """Those that have begun and not ended."""
+        for each in self.scheduler.executions.values():
+            for t in each.tries.values():
+                if t.attempt is not None and t.attempt.begun:
+                    yield t.attempt
+
+    def _begun(self) -> list[str]:
+        return [attempt.token for attempt in self._attempts()]
+
+    def _printing(self) -> list[str]:
+        """Without those that wait in a queue."""
+        return [attempt.token for attempt in self._attempts() if attempt.backend.doing(attempt.token) is None]
 
     def _disk(self) -> None:
         """What the ledger can take has changed."""

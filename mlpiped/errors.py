@@ -18,7 +18,8 @@
     │   └── IllegalMove             a move that the table in `model` does not allow, or a stale one
     │       └── StaleReuse          what was to be reused is gone or was made anew: plan again
     ├── InvalidJob                  a backend refuses this job for good: never retried
-    └── BackendUnavailable          a backend cannot be asked now: hold and retry
+    ├── BackendUnavailable          a backend cannot be asked now: hold and retry
+    └── StorageAway                 a datastore, or a disk, cannot be used now: hold and retry
 
 A message is lower case, without a full stop, names in backticks, the value after a colon; the next action
 is `hint`. The class docstring is the message when none is given.
@@ -42,6 +43,11 @@ class MlpipedError(Exception):
         self.message = message or (type(self).__doc__ or "").strip()
         self.hint = hint
         super().__init__(self.message)
+
+    @property
+    def advice(self) -> str:
+        """The message and what to do about it, where there is one line for both."""
+        return self.message if self.hint is None else f"{self.message}; {self.hint}"
 
 
 class UsageError(MlpipedError):
@@ -171,3 +177,7 @@ class InvalidJob(MlpipedError):
 
 class BackendUnavailable(MlpipedError):
     """the backend cannot be asked now"""
+
+
+class StorageAway(MlpipedError):
+    """a datastore cannot be used now"""

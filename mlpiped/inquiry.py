@@ -84,7 +84,7 @@ async def _look_up_images(facts: Facts, indexes: Sequence[int]) -> None:
 
 def _tell(found: dict[int, dict[str, Any]], uncertain: set[int], walk: Plan, decision: Decision) -> None:
     i = decision.index
-    if decision.action in ("run", "hold"):
+    if decision.action in ("run", "hold", "away"):
         action = "run" if decision.action == "run" else "unknown"
         _note(found, uncertain, walk, i, action, decision.why)
         return
@@ -104,6 +104,8 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
     """Present tense, for a step that has not finished; None when there is nothing to say."""
     execution = scheduler.executions.get(run_id)
     if execution is None:
+        if (fault := scheduler.unreadable.get(run_id)) is not None:
+            return f"held: {fault.message}"
         ahead = scheduler.ahead_of(run_id)
         return None if ahead is None else f"waits: {ahead}"
     index = execution.graph.step(step)
@@ -132,6 +134,18 @@ def why_waiting(scheduler: Scheduler, run_id: int, step: str) -> str | None:
     return f"{word} on {t.compute} for {(now - t.since) / 1e6:.0f} s: {t.why}"
 
 
+def stuck(scheduler: Scheduler) -> list[tuple[str, str]]:
+    """What does not go on by itself, each with what to do."""
+    found = [(f"run {run} is held: {fault.message}", fault.hint or "") for run, fault in scheduler.unreadable.items()]
+    for execution in scheduler.executions.values():
+        for index, t in execution.tries.items():
+            if t.stray is not None and execution.plan.outcome[index] is None:
+                name = f"{execution.id}/{execution.graph.steps[index].name}"
+                what = f"`{name}` is held: its attempt is on compute `{t.compute}`, which the config no longer has"
+                found.append((what, f"put that compute back, or give it up: `mlpipectl cancel {execution.id}`"))
+    return found
+
+
 def _bringing(execution: Execution, index: int) -> str | None:
     """What is done for the step's image just now."""
     wanted = wanted_by(execution.graph.steps[index])
@@ -146,9 +160,10 @@ def _on_the_way(execution: Execution) -> list[DoingJson]:
     for index, t in execution.tries.items():
         what = None
         if t.attempt is not None:
-            what = t.attempt.backend.doing(t.attempt.token)
+            held = t.attempt.held
+            what = t.attempt.backend.doing(t.attempt.token) if held is None else f"held: {held}"
         elif t.held is not None:
-            what = _bringing(execution, index)
+            what = _bringing(execution, index) or f"held: {t.held}"
         if what is not None:
             found.append({"step": execution.graph.steps[index].name, "what": what})
             if len(found) >= SHOWN:
@@ -202,6 +217,8 @@ def compute(dispatch: Dispatch, backends: Mapping[str, Backend]) -> list[Compute
             "health": place.unwell,
             "unwell_since": place.unwell_since if place.unwell is not None else None,
             "drained": place.drained,
+            "drained_by": place.drained_by or None,
+            "drained_since": place.drained_since,
             "cards": [
                 {
                     "uuid": card.uuid,

@@ -75,13 +75,22 @@ def bounds(fd: int, offset: int) -> tuple[int, int | None]:
 
 
 class LogCap:
-    """`running` names the folders of the attempts that run now: there may be thousands of them that print nothing, so
-    all are looked at when a disk has filled by `filled` bytes since, or `round` seconds are over; else the new ones."""
+    """Of the attempts whose jobs have folders below `home`. `begun` names those that have begun and not ended, and
+    `printing` leaves out those that wait in a queue. There may be thousands that print nothing: all are looked at when
+    a disk has filled by `filled` bytes since, or `round` seconds are over; else those that have just begun or ended."""
 
     def __init__(
-        self, running: Callable[[], Iterable[str]], every: float = EVERY, round: float = ROUND, filled: int = FILLED
+        self,
+        home: str,
+        begun: Callable[[], Iterable[str]],
+        printing: Callable[[], Iterable[str]] | None = None,
+        *,
+        every: float = EVERY,
+        round: float = ROUND,
+        filled: int = FILLED,
     ) -> None:
-        self._running, self._every, self._round, self._filled = running, every, round, filled
+        self._home, self._begun, self._printing = home, begun, printing or begun
+        self._every, self._round, self._filled = every, round, filled
         self._limiter = anyio.CapacityLimiter(1)
         self._disks: dict[int, _Disk] = {}
         self._looked = 0.0  # at all of them; monotonic
@@ -92,38 +101,46 @@ class LogCap:
         """Until cancelled."""
         before: set[str] = set()
         while True:
-            now = set(self._running())
+            now = set(self._begun())
             if now or before:
-                await to_thread.run_sync(self._look, now, before, limiter=self._limiter)
-            self._cut = {path for path in self._cut if os.path.dirname(path) in now}
+                await self._look(now, before)
             before = now
             await anyio.sleep(self._every)
 
-    def _look(self, now: set[str], before: set[str]) -> None:
-        for folder in now - before:
-            self._note(folder)
-        due = time.monotonic() >= self._looked + self._round
-        filled = [disk.has_filled(self._filled) for disk in self._disks.values()]  # each is asked
-        if due or any(filled):
-            self._looked = time.monotonic()
-            for disk in self._disks.values():
-                disk.free = disk.left()
-            self._trim(now | before)
-        else:
-            self._trim(now ^ before)  # what has ended since had its last word
+    async def _look(self, now: set[str], before: set[str]) -> None:
+        ended = before - now  # these had their last word
+        due = await to_thread.run_sync(self._due, now - before, limiter=self._limiter)
+        tokens = ended | set(self._printing()) if due else now ^ before
+        if tokens:
+            await to_thread.run_sync(self._trim, tokens, limiter=self._limiter)
+        self._cut -= {path for token in ended for path in self._paths(token)}
 
-    def _note(self, folder: str) -> None:
-        """That logs are on its disk."""
-        home = os.path.dirname(os.path.realpath(folder))
+    def _due(self, new: set[str]) -> bool:
+        """Whether all are to be looked at."""
+        for token in new:
+            self._note(token)
+        filled = [disk.has_filled(self._filled) for disk in self._disks.values()]  # each is asked
+        if not any(filled) and time.monotonic() < self._looked + self._round:
+            return False
+        self._looked = time.monotonic()
+        for disk in self._disks.values():
+            disk.free = disk.left()
+        return True
+
+    def _paths(self, token: str) -> list[str]:
+        return [f"{self._home}/{token}/{stream}" for stream in STREAMS]
+
+    def _note(self, token: str) -> None:
+        """That logs are on the disk of its folder."""
+        home = os.path.dirname(os.path.realpath(f"{self._home}/{token}"))
         with suppress(OSError):
             device = os.stat(home).st_dev
             if device not in self._disks:
                 self._disks[device] = _Disk(home)
 
-    def _trim(self, folders: Iterable[str]) -> None:
-        for folder in folders:
-            for stream in STREAMS:
-                path = f"{folder}/{stream}"
+    def _trim(self, tokens: Iterable[str]) -> None:
+        for token in tokens:
+            for path in self._paths(token):
                 try:
                     if trim(path) and path not in self._cut:
                         self._cut.add(path)

@@ -138,6 +138,8 @@ class ComputeJson(TypedDict):
     health: str | None
     unwell_since: int | None
     drained: bool
+    drained_by: str | None
+    drained_since: int | None
     cards: list[CardJson]
     cards_trouble: str | None
     cluster: ClusterJson | None

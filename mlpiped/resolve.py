@@ -65,7 +65,7 @@ class Graph:
         return found
 
 
-Action = Literal["run", "reuse", "skip", "fail", "cancel", "hold", "unknown"]
+Action = Literal["run", "reuse", "skip", "fail", "cancel", "hold", "away", "unknown"]
 """`hold`: it cannot be told now; decide it again when that may have changed."""
 
 

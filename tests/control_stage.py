@@ -165,6 +165,9 @@ class Acts:
     async def why_waiting(self, run_id: int, step: str) -> str | None:
         return self.waiting
 
+    def stuck(self) -> list[Any]:
+        return []
+
     def active(self) -> list[Any]:
         return [
             {
@@ -180,6 +183,8 @@ class Acts:
             {
                 "name": "local", "kind": "local", "slots": 2, "used": 1, "memory": 1 << 30, "memory_used": 0,
                 "holders": [holder], "health": None, "unwell_since": None, "drained": self.drained,
+                "drained_by": "bob" if self.drained else None,
+                "drained_since": self.stage.now if self.drained else None,
                 "cards_trouble": None, "cluster": None,
                 "cards": [
                     {"uuid": "GPU-1", "index": 0, "name": "RTX", "memory": 24 << 30, "foreign": None,

@@ -27,7 +27,10 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "logs": (2, ("logs",)),
     "log cap": (2, ("log_cap",)),
     "decisions": (2, ("keys", "resolve")),
-    "paths and digests": (2, ("files", "files.hashing", "files.portable", "files.walking")),
+    "paths and digests": (
+        2,
+        ("files", "files.hashing", "files.mounts", "files.portable", "files.roots", "files.walking"),
+    ),
     "retention's rules": (2, ("retention", "retention.plan")),
     "spec check": (2, ("spec_check", "spec_cycles", "spec_images", "spec_places")),
     "publish": (2, ("publish",)),

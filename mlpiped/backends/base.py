@@ -177,7 +177,7 @@ class Image:
 
     identity: str  # "sha256:…" of an image named by tag; of a Dockerfile "b3:…" over its text and its base images, of a
     # file over its content
-    run: str  # "sha256:…"; of a file its stamp and path
+    run: str  # "sha256:…"; of a file its stamp, content and path
 
 
 class Images(Protocol):
@@ -203,6 +203,15 @@ class BuildsImages(Protocol):
     async def drop_images(self, before: float, *, only_look: bool) -> int:
         """Remove those that were asked for last before then (seconds since the epoch), and that nothing uses; how many
         went, or would. Raises BackendUnavailable."""
+        ...
+
+
+@runtime_checkable
+class TriesAgain(Protocol):
+    """What a backend offers beside `Backend` that for some time does not try what was refused."""
+
+    def try_again(self) -> None:
+        """Somebody says that it is mended."""
         ...
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FOLDER = "/tmp/mlpiped-gpus"
 SHARED = "shared"
 ANSWER = 20  # seconds for nvidia-smi: a driver that hangs is real
+NOT_TOLD = ("[N/A]", "N/A", "[Not Supported]", "[Insufficient Permissions]")  # in the place of a number: no fault
 HELD = 3  # exit status of `take`: somebody else has one of the cards
 
 SCRIPT = r"""
@@ -38,12 +39,16 @@ smi() { timeout -k 2 ANSWER nvidia-smi "$@" 2>&1 </dev/null; }
 
 each() { while IFS= read -r line; do printf '%s %s\n' "$1" "$line"; done; }
 
-token_of() { # the MLPIPED_TOKEN of process $1, or of the nearest one above it that has one
+token_of() { # the MLPIPED_TOKEN of process $1, or of the nearest one above it that has one, or works in its folder
     above=$1 found=
     while [ "$above" -gt 1 ]; do
         found=$(2>/dev/null tr '\0' '\n' <"/proc/$above/environ" | while IFS= read -r line; do
             case $line in MLPIPED_TOKEN=*) printf '%s' "${line#MLPIPED_TOKEN=}"; break ;; esac
         done)
+        if [ -z "$found" ]; then # who gives himself another title writes it over his environment
+            found=$(2>/dev/null readlink "/proc/$above/cwd")
+            case $found in */mlp-[0-9]*) found=mlp-${found##*/mlp-}; found=${found%%/*} ;; *) found= ;; esac
+        fi
         case $found in '' | *[!A-Za-z0-9_.-]*) found= ;; *) break ;; esac
         stat=$(2>/dev/null cat "/proc/$above/stat") || break
         stat=${stat##*") "}; stat=${stat#* }; above=${stat%% *}
@@ -161,7 +166,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process on a card. `token`: its MLPIPED_TOKEN or that of one above it; None: none that we may read."""
+    """A process on a card. `token`: that of its step, by itself or by one above it; None: none that we may read."""
 
     uuid: str
     pid: int  # 0: not told
@@ -190,8 +195,8 @@ class Look:
         ours = {u: lease for u, lease in leases.items() if (lease.instance, lease.uid) == (instance, self.uid)}
         seen = []
         for card in self.found:
-            foreign = None
-            if card.uuid in leases and card.uuid not in ours:
+            foreign = card.foreign
+            if foreign is None and card.uuid in leases and card.uuid not in ours:
                 foreign = _leased(leases[card.uuid])
             strangers = [
                 process
@@ -262,13 +267,17 @@ def look(said: str) -> Look:
 
 
 def parse_card(line: str) -> Card | None:
-    """A line of `--query-gpu=uuid,index,name,memory.total`: MiB without a unit. Memory that is not told is 0."""
+    """A line of `--query-gpu=uuid,index,name,memory.total`: MiB without a unit. Memory that is not told is 0; an error
+    in its place means that the card does not answer."""
     head, _, memory = line.rpartition(", ")
     parts = head.split(", ", 2)
     if len(parts) != 3 or not _UUID.fullmatch(parts[0]) or not parts[1].isdecimal():
         return None
     mebibytes = memory.strip().removesuffix(" MiB")
-    return Card(parts[0], int(parts[1]), _shown(parts[2]), int(mebibytes) << 20 if mebibytes.isdecimal() else 0)
+    if mebibytes.isdecimal():
+        return Card(parts[0], int(parts[1]), _shown(parts[2]), int(mebibytes) << 20)
+    ill = None if mebibytes in NOT_TOLD else f"ill, says its driver: {_shown(mebibytes.strip('[]'))}"
+    return Card(parts[0], int(parts[1]), _shown(parts[2]), 0, ill)
 
 
 def parse_process(line: str) -> Process | None:
@@ -304,8 +313,9 @@ def _trouble(lines: Mapping[str, Sequence[str]], status: str, words: str) -> str
         return None
     if code in ("124", "137"):
         return f"nvidia-smi has not answered in {ANSWER} s"
-    said = [line.strip() for line in lines.get(words, ()) if line.strip()]
-    first = _shown(said[0].removeprefix("- ") if said else f"exit status {code}", 200)
+    said = [line.strip().removeprefix("- ") for line in lines.get(words, ()) if line.strip()]
+    said = [line for line in said if not _UUID.match(line)]  # of the cards that are well
+    first = _shown(said[0] if said else f"exit status {code}", 200)
     return None if first.startswith("No devices were found") else f"nvidia-smi: {first}"
 
 

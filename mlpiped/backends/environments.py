@@ -54,6 +54,7 @@ class Environments:
         self, envs_dir: Path, python: str = sys.executable, which: Callable[[str], str | None] = shutil.which
     ) -> None:
         self.envs_dir = envs_dir
+        self._sdk = envs_dir / ".sdk"
         self.python = python
         self._which = which
         self._base = clean(os.environ)
@@ -79,10 +80,6 @@ class Environments:
             script.write_text(text)
             script.chmod(0o755)
 
-    @property
-    def _sdk(self) -> Path:
-        return self.envs_dir / ".sdk"
-
     @staticmethod
     def wanted(job: Job) -> bool:
         """Whether `of` may have to build something, which takes minutes."""
@@ -96,7 +93,7 @@ class Environments:
             home = await self.build(job.python, job.requirements or "")
             env["VIRTUAL_ENV"] = str(home)
             folder = str(home / "bin")
-        env["PATH"] = f"{folder}:{self._sdk / 'bin'}:{env.get('PATH', os.defpath)}"
+        env["PATH"] = f"{folder}:{self._sdk}/bin:{env.get('PATH', os.defpath)}"
         env["PYTHONPATH"] = str(self._sdk)
         env["PYTHONUNBUFFERED"] = "1"  # a log that is followed shows a line when it is printed
         return env

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 TOKEN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,127}")
 KEPT = frozenset(
-    {"claim", "exit.json", "metrics.jsonl", "params.json", "slurm.cancel", "slurm.json", "stderr", "stdout"}
+    {"claim", "exit.json", "metrics.jsonl", "params.json", "slurm.cancel", "stderr", "stdout"}
 )  # of a job that is discarded
 NO_PARAMETERS = ".no-params.json"  # in the folder of all jobs: `{}`, for the jobs that have none
 DRAFT_LIFE = 600.0  # seconds; a builder needs less

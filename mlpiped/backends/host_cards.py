@@ -75,9 +75,13 @@ class HostCards:
             self.seen = found.cards(self._instance, pids)[: self._most]
         self.trouble = found.trouble
         leased = {lease.uuid for lease in found.leases}
-        for token, record in self._records(self._mine):
-            if not leased.issuperset(record["cards"]):
-                self._lease(token, record)
+        with _one_at_a_time:  # what is being given back just now is not taken again
+            missing = [(t, record) for t, record in self._records(self._mine) if not leased.issuperset(record["cards"])]
+            for token, record in missing:
+                try:
+                    self._lease(token, record)
+                except BackendUnavailable as fault:
+                    self.trouble = fault.message
 
     def environment(self, job: Job) -> dict[str, str]:
         """Nothing where cards are not ours to give; else the leased ones, and none to a job that has leased none."""

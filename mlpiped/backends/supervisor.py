@@ -44,8 +44,7 @@ CANCELS = frozenset({signal.SIGTERM, signal.SIGINT})
 IGNORED = tuple(number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN)  # here
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 STEP_FILES = 1024  # soft RLIMIT_NOFILE of a step: what programs expect, where the daemon has raised its own
-OOM_SCORE = "/proc/self/oom_score_adj"
-STEP_OOM_SCORE = 500  # when the host runs out of memory, steps go before the daemon and its supervisors
+OOM_SCORE, STEP_OOM_SCORE = "/proc/self/oom_score_adj", 500  # of a host without memory, steps go before daemons
 APPENDED = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 WITNESS_SIZE = 2048  # bytes; what the JSON leaves is spaces
 PACKET = 100_000  # bytes; longer orders come as job.json
@@ -244,16 +243,15 @@ def spawn(folder: str, argv: list[str], env: dict[str, str]) -> int:
         if (name := _found(argv[0], env.get("PATH", os.defpath))) is None:
             raise CannotStart(f"command not found: {shown}")
         return os.posix_spawn(name, argv, env, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=IGNORED)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        number, words = getattr(error, "errno", 0), getattr(error, "strerror", str(error))
         reasons = {
             errno.ENOENT: f"command not found: {shown}, or the interpreter that its first line names",
             errno.EACCES: f"permission denied: {shown} is not an executable file",
             errno.ENOEXEC: f"cannot run {shown}: it has no `#!` line and is no program of this machine",
             errno.E2BIG: f"cannot run {shown}: its arguments and environment are too long together",
         }
-        raise CannotStart(reasons.get(error.errno or 0, f"cannot run {shown}: {error.strerror}")) from None
-    except ValueError as error:
-        raise CannotStart(f"cannot run {shown}: {error}") from None
+        raise CannotStart(reasons.get(number, f"cannot run {shown}: {words}")) from None
     finally:
         _try(_write, OOM_SCORE, score)
 
@@ -404,6 +402,8 @@ def supervise(folder: str, order: dict[str, Any] | None, claimed: str, line: Lin
             with open(folder + "/job.json") as file:
                 order = json.load(file)
             os.unlink(folder + "/job.json")
+            for name, text in order.get("lacks", {}).items():  # folders, and files
+                _try(os.mkdir, f"{folder}/{name}") if text is None else _write(f"{folder}/{name}", text.encode())
         elif order.get("params") is not None:
             os.chmod(folder + "/claim/params.json", 0o644)
             os.rename(folder + "/claim/params.json", folder + "/params.json")

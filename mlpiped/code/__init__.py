@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from mlpiped.code.reader import CodeFact, CodeReader
-from mlpiped.code.sources import SourceFault
+from mlpiped.code.sources import CodeChanged, SourceFault
 
-__all__ = ["CodeFact", "CodeReader", "SourceFault"]
+__all__ = ["CodeChanged", "CodeFact", "CodeReader", "SourceFault"]

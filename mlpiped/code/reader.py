@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from blake3 import blake3
 
-from mlpiped.code.sources import Reach, SourceFault, list_code
+from mlpiped.code.sources import CodeChanged, Reach, SourceFault, list_code
 from mlpiped.code.syntax import LARGEST, Meaning, meaning_of
+from mlpiped.errors import StorageAway
 from mlpiped.files.hashing import Unreadable, copy_fd, open_file, printable, tree_digest
+from mlpiped.files.roots import PASSING
 from mlpiped.files.walking import Member, PathRefused, parts_of
 
 if TYPE_CHECKING:
@@ -95,7 +97,8 @@ class CodeReader:
         """A copy of the code that stays as it is, as an absolute folder.
 
         It has the digests of `fact`, byte for byte, or (when only comments changed since) the same key. Raises
-        SourceFault when the code is another by now: `fact` must then be read again, and with it the step's key.
+        CodeChanged when the code is another by now, or gone: `fact` must then be read again, and with it the step's
+        key; StorageAway, SourceFault.
         """
         now = fact
         for _ in range(TRIES):
@@ -104,12 +107,16 @@ class CodeReader:
                 await self._fingerprinter.hop(lambda p=pieces, t=target: _keep(p, t))  # type: ignore[misc]
                 return target
             except _Changed:
-                now = await self.read(source)
+                try:
+                    now = await self.read(source)
+                except SourceFault as fault:
+                    raise CodeChanged(fault.message, hint=fault.hint) from fault
                 if now.key != fact.key:
                     break
             except OSError as fault:
                 name = printable(os.fsdecode(fault.filename or target))
-                raise SourceFault(f"its code cannot be copied: `{name}`: {(fault.strerror or '').lower()}") from fault
+                said = f"its code cannot be copied: `{name}`: {(fault.strerror or '').lower()}"
+                raise (StorageAway if fault.errno in PASSING else SourceFault)(said) from fault
         raise _unsteady(source)
 
     async def diff(self, old_raw: str | None, old_files: Mapping[str, str], fact: CodeFact) -> str:
@@ -223,8 +230,8 @@ def _assembled(found: Iterable[_Reading]) -> CodeFact:
     )
 
 
-def _unsteady(source: SourceSpec) -> SourceFault:
-    return SourceFault(
+def _unsteady(source: SourceSpec) -> CodeChanged:
+    return CodeChanged(
         f"the code in `{printable(source.directory)}` changed while it was read",
         hint="run it again when whatever writes there is done",
     )

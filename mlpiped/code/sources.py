@@ -36,6 +36,10 @@ class SourceFault(MlpipedError):
     http_status = 400
 
 
+class CodeChanged(SourceFault):
+    """the code is not what it was"""
+
+
 def list_code(directory: str) -> list[Member]:
     """The files and links of a source folder that are not ignored; empty folders do not count.
 

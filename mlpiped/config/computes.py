@@ -217,6 +217,7 @@ class SlurmCompute(Section):
     poll_interval: Seconds = 10.0
     work_dir: AbsolutePath | None = None  # None: the state folder
     shared: Flag = True  # whether this machine sees `work_dir` too
+    store: KeptBytes = 100 << 30  # of what is sent there and built there, where it does not; None: whatever it takes
     options: tuple[SlurmOption, ...] = ()
     apptainer: Apptainer = False  # whether the nodes have it; or what it is called there
     modules_init: AbsolutePath | None = None  # on the nodes: what defines `module` in a shell; None: the usual places
@@ -281,9 +282,6 @@ def _check_staged(name: str, table: Mapping[str, Any], faults: FaultList) -> Non
     if table.get("via", "local") == "local":
         message = f"`[compute.{name}]` has `shared = false` and no `via`: what runs sbatch here must see the files"
         faults.add(path, message, "name the compute of the login node: `via`")
-    elif table.get("apptainer"):
-        message = f"`[compute.{name}]` has `apptainer` beside `shared = false`: images are not brought there yet"
-        faults.add(path, message, "use `modules=` or `requirements=`, or a `work_dir` that this machine sees")
 
 
 def _check_mounts(name: str, table: Mapping[str, Any], ours: Mapping[str, Path], faults: FaultList) -> None:

@@ -39,6 +39,7 @@ async def examine(service: Service) -> list[Finding]:
         ("tools", doctor_host.tools),
         ("compute", _compute),
         ("arrivals", _arrivals),
+        ("runs", _runs),
         ("processes", _orphans),
     ]
     found: list[Finding] = []
@@ -113,6 +114,11 @@ async def _clock(service: Service) -> list[Finding]:
         hint = "was it set back? `timedatectl` shows whether it is synchronised; cron fires wait until it has caught up"
         return [Finding("clock", "warn", f"is {(last - now) / 60e6:.0f} min behind what happened last", hint)]
     return [Finding("clock", "ok", "is not behind the ledger")]
+
+
+async def _runs(service: Service) -> list[Finding]:
+    found = [Finding("runs", "warn", what, hint) for what, hint in service.actions.stuck()]
+    return found or [Finding("runs", "ok", "none waits for a person")]
 
 
 async def _orphans(service: Service) -> list[Finding]:

@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 
 from mlpiped.control.service import Finding
-from mlpiped.triggers import mounts
+from mlpiped.files import mounts
 
 if TYPE_CHECKING:
     from pathlib import Path

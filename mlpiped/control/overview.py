@@ -116,6 +116,7 @@ def computes(service: Service) -> list[dict[str, Any]]:
             **c,
             "holders": _held(c["holders"]),
             "unwell_since": json_time(c["unwell_since"]),
+            "drained_since": json_time(c["drained_since"]),
             "cards": [{**card, "holders": _held(card["holders"])} for card in c["cards"]],
         }
         for c in service.actions.compute()

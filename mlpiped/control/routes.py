@@ -65,7 +65,8 @@ ROUTES: tuple[Route, ...] = (
           "events: id, at, kind, run, step, data; as a stream each with its id, for `Last-Event-ID`",
           query=EventsQuery),
     Route("GET", "/v1/compute", look.compute, "slots and GPUs, who holds them, health of each",
-          "compute: each with slots, holders, health, unwell_since, drained, cards (uuid, foreign, holders), cluster "
+          "compute: each with slots, holders, health, unwell_since, drained, drained_by, drained_since, "
+          "cards (uuid, foreign, holders), cluster "
           "(partition, nodes_up, nodes_down, away, jobs by state, full; null where there is no queue)"),
     Route("POST", "/v1/compute/{compute}/drain", act.drain, "its steps finish, nothing new starts; over restarts too",
           "compute, drained", body=Empty, verb="drain", permit=act.may_drain),

@@ -1,4 +1,4 @@
-"""A backend is asked until it answers: after growing pauses, and at once when somebody finds that it is well again."""
+"""What is away now is asked until it answers: after growing pauses, and at once when somebody finds it well again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
-from mlpiped.errors import BackendUnavailable
+from mlpiped.errors import BackendUnavailable, StorageAway
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -19,17 +19,18 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries to reach a b
 
 
 class Asking:
-    """For one attempt. `on_silence`: it could not be asked; `on_answer`: it can be again."""
+    """One attempt's. `on_silence`: it could not be asked; `on_answer`: it can be again."""
 
     def __init__(self, clock: Clock, on_silence: Callable[[], None], on_answer: Callable[[], None]) -> None:
         self.held: str | None = None
-        """Why it cannot be asked just now."""
+        """Why there is no answer just now."""
         self._clock = clock
         self._on_silence, self._on_answer = on_silence, on_answer
         self._well = asyncio.Event()
 
     async def until_answered(self, question: Callable[[], Awaitable[T]], trouble: str | None = None) -> T:
-        """What `question` gives, as soon as it is not BackendUnavailable; `trouble`: why it was before."""
+        """What `question` gives, as soon as it raises neither BackendUnavailable nor StorageAway; `trouble`: why it did
+        before."""
         pause = FIRST_PAUSE
         while True:
             if trouble is not None:
@@ -39,8 +40,8 @@ class Asking:
             try:
                 answer = await question()
                 break
-            except BackendUnavailable as fault:
-                self.held = trouble = fault.message
+            except (BackendUnavailable, StorageAway) as fault:
+                self.held = trouble = fault.advice
                 self._on_silence()
         if self.held is not None:
             self.held = None

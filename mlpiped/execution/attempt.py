@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,18 +17,20 @@ import structlog
 
 from mlpiped import crash
 from mlpiped.backends.base import Exited, Lost, NeverRan
+from mlpiped.code import CodeChanged
 from mlpiped.errors import BackendUnavailable, InvalidJob, MlpipedError
 from mlpiped.execution.asking import Asking
 from mlpiped.execution.heirs import take_over
-from mlpiped.execution.job import exit_words, job_of, last_words, seconds, with_hint
-from mlpiped.execution.results import Changed, Made, fetch, same_inputs, take
+from mlpiped.execution.job import exit_words, job_of, last_words, seconds
+from mlpiped.execution.results import Changed, Made, fetch, take
+from mlpiped.files.hashing import printable
 from mlpiped.ledger import moves
 from mlpiped.model import AttemptEnd, OutputFact, StepOutcome, StepState
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from mlpiped.backends.base import Backend, Handle, Outcome
+    from mlpiped.backends.base import Backend, Handle, Job, Outcome
     from mlpiped.execution.facts import StepFacts
     from mlpiped.execution.run import Execution
     from mlpiped.ledger import AttemptRow
@@ -52,6 +55,7 @@ class Ended:
     final: bool = False  # trying again cannot help
     usage: dict[str, float | int | None] = field(default_factory=dict)
     refused: bool = False  # its machine had taken it, and did not start it
+    moved: bool = False  # its code was another by then
 
 
 class Attempt:
@@ -70,6 +74,7 @@ class Attempt:
         self.handle: Handle | None = None
         places, compute = execution.dispatcher, backend.name
         self.asking = Asking(self.clock, lambda: places.unavailable(compute, None), lambda: places.answered(compute))
+        self.keeping = Asking(self.clock, _nothing, _nothing)
         self._turn = asyncio.Event()
         self._granted = False
         self._telling: asyncio.TimerHandle | None = None
@@ -87,10 +92,14 @@ class Attempt:
             if (kept := self.world.kept) is not None:
                 made, stop = self.execution.facts.made(step, self.execution.plan), self._cancelled
                 await kept.wait_for(made, self.backend.name, stop, lambda why: setattr(self.asking, "held", why))
-            job = await job_of(self, step)
+            job = await self.keeping.until_answered(lambda: self._job(step))
+        except _Cancelled:
+            return Ended(StepOutcome.CANCELLED, "cancelled before it started", AttemptEnd.NEVER_RAN)
+        except CodeChanged as fault:
+            return Ended(None, fault.advice, AttemptEnd.NEVER_RAN, moved=True)
         except MlpipedError as fault:
             # No intent yet: an input is gone, or the code could not be snapshot. Nothing is in the ledger to end.
-            return Ended(StepOutcome.FAILED, with_hint(fault), AttemptEnd.NEVER_RAN, final=True)
+            return Ended(StepOutcome.FAILED, fault.advice, AttemptEnd.NEVER_RAN, final=True)
         intent = moves.intent(
             self.execution.id,
             self.index,
@@ -114,12 +123,18 @@ class Attempt:
         try:
             handle = await self.backend.submit(job)
         except InvalidJob as fault:
-            return Ended(StepOutcome.FAILED, with_hint(fault), AttemptEnd.FAILED, final=True)
+            return Ended(StepOutcome.FAILED, fault.advice, AttemptEnd.FAILED, final=True)
         except BackendUnavailable as fault:
             self.execution.dispatcher.unavailable(self.backend.name, fault.message)
             return await self._found_or_fenced(fault.message)
         crash.point("after_submit")
         return await self._observe(handle)
+
+    async def _job(self, step: StepFacts) -> Job:
+        """Raises _Cancelled, StorageAway, MlpipedError."""
+        if self.cancelled:
+            raise _Cancelled
+        return await job_of(self, step)
 
     async def adopt(self, row: AttemptRow) -> Ended:
         """Go on with what is begun: with its handle, or by fencing its intent."""
@@ -148,6 +163,7 @@ class Attempt:
         self._unheeded = True
         self._cancelled.set()
         self._turn.set()
+        self.keeping.well_again()
         if self._question is not None:
             self._question.cancel()
 
@@ -157,7 +173,9 @@ class Attempt:
 
     @property
     def held(self) -> str | None:
-        """Why the backend cannot be asked just now."""
+        """Why the backend cannot be asked just now, or what it made cannot be kept."""
+        if self.keeping.held is not None:
+            return self.keeping.held
         held = self.asking.held
         return f"{held}; it is cancelled as soon as that is over" if held and self._unheeded else held
 
@@ -253,7 +271,8 @@ class Attempt:
         except MlpipedError as fault:
             return Ended(StepOutcome.FAILED, fault.message, AttemptEnd.FAILED, 0, usage=usage)
         except OSError as fault:
-            why = f"its outputs could not be kept: {fault.strerror}: {fault.filename}"
+            where = f": `{printable(os.fsdecode(fault.filename))}`" if fault.filename else ""
+            why = f"its outputs cannot be kept: {(fault.strerror or str(fault)).lower()}{where}"
             return Ended(StepOutcome.FAILED, why, AttemptEnd.FAILED, 0, usage=usage)
         finally:
             self._tell(None)
@@ -277,14 +296,25 @@ class Attempt:
         return Ended(StepOutcome.SUCCEEDED, "", AttemptEnd.COMMITTED, 0, outputs, usage=usage)
 
     async def _taken(self, handle: Handle, usage: str) -> tuple[OutputFact, ...]:
-        """Its outputs, if its inputs are what they were. Raises what `results.take` raises, _Cancelled, _Cut."""
-        if not self.step.outputs:
-            await same_inputs(self)
-            return ()
-        if not self._told_exit:
-            now = self.clock.now()
-            self._tell(lambda: moves.collecting(self.token, 0, usage, now))
-        return await take(self, await self._answer(handle, lambda: self._fetched(handle)))
+        """Its outputs, if its inputs are what they were; a disk or a machine that is away is waited for.
+
+        Raises Changed, MlpipedError, OSError, _Cancelled, _Cut.
+        """
+        made = None
+        if self.step.outputs:
+            if not self._told_exit:
+                now = self.clock.now()
+                self._tell(lambda: moves.collecting(self.token, 0, usage, now))
+            made = await self._answer(handle, lambda: self._fetched(handle))
+
+        async def keep() -> tuple[OutputFact, ...]:
+            if self.keeping.held is not None and self._unheeded:
+                if (left := await take_over(self, handle)) is not None:
+                    raise _Cut(Ended(StepOutcome.CANCELLED, left, None))
+                raise _Cancelled
+            return await take(self, made)
+
+        return await self.keeping.until_answered(keep)
 
     async def _fetched(self, handle: Handle) -> Made:
         """Raises _Cancelled, MlpipedError."""
@@ -320,8 +350,12 @@ class Attempt:
                 log.info("left for gc", token=self.token)
 
 
+def _nothing() -> None:
+    """Nobody else is told."""
+
+
 class _Cancelled(Exception):
-    """while its outputs came home"""
+    """before it began, or while its outputs came home"""
 
 
 class _Cut(Exception):

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from mlpiped import keys, resolve
-from mlpiped.errors import InvalidJob, MlpipedError
+from mlpiped.errors import InvalidJob, MlpipedError, StorageAway
 from mlpiped.execution.images import RunImages, wanted_by
 from mlpiped.files.fingerprint import Missing, RefFact
 from mlpiped.resolve import Decision, Graph, Known, PastResult, Plan
 from mlpiped.spec import Reference, SourceSpec, Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from mlpiped.artifacts import Store
@@ -96,20 +96,22 @@ class Facts:
         self.steps: dict[int, StepFacts] = {}
         self.pins: dict[SourceSpec, str] = {}  # the code as it was when the run began, by its raw digest
 
-    async def pin(self, plan: Plan) -> list[list[str | None]]:
-        """Keep the code of all steps: the plugin may be removed while they wait. [folder, mode, script, raw digest] of
-        each, for `unpin` after a restart."""
-        later: set[SourceSpec] = set()
+    async def pin(self, plan: Plan, begun: Collection[int]) -> list[list[str | None]]:
+        """Keep the code of all steps: it may be edited, or removed, while they wait. Those of `begun` make their copies
+        themselves. [folder, mode, script, raw digest] of each, for `unpin` after a restart."""
+        later: dict[SourceSpec, CodeFact | None] = {}
         for i, step in enumerate(self.graph.steps):
             if step.source is not None and plan.outcome[i] is None:
                 code = self.steps[i].code if i in self.steps else None
-                if code is None:
-                    later.add(step.source)
-                else:  # its attempt makes the copy
+                if code is not None and i in begun:
                     self.pins[step.source] = code.raw
-        for source in later - self.pins.keys():
+                else:
+                    later[step.source] = code or later.get(step.source)
+        for source, known in later.items():
+            if source in self.pins:
+                continue
             try:
-                fact = await self.world.code.read(source)
+                fact = known or await self.world.code.read(source)
                 await self.world.code.snapshot(source, fact)
             except (MlpipedError, OSError):
                 continue  # the step that wants it says so in its turn
@@ -123,7 +125,8 @@ class Facts:
     async def decide(self, plan: Plan, indexes: Sequence[int]) -> list[Decision]:
         """A decision for each of `indexes`, all of them ready. Facts of those that run are kept in `steps`.
 
-        "hold" is for a step whose image is not known: `images.look_up` it, and decide the step again.
+        "hold" is for a step whose image is not known: `images.look_up` it, and decide the step again. "away" is for one
+        whose input lies in a datastore that cannot be read now: decide it again after a while.
         """
         decisions: list[Decision] = []
         open_: list[int] = []
@@ -140,7 +143,7 @@ class Facts:
             try:
                 inputs = self._inputs(plan, i, references)
             except _NoInput as fault:
-                decisions.append(Decision(i, "fail", fault.message))
+                decisions.append(Decision(i, "away" if fault.away else "fail", fault.message))
                 continue
             fault_or_code = self._code_of(i, codes)
             if isinstance(fault_or_code, str):
@@ -190,13 +193,16 @@ class Facts:
                 self.images.recall(wanted, json.loads(text))
 
     async def changed_since(self, index: int, plan: Plan) -> str | None:
-        """What of the inputs of step `index` is no longer what its key says, as a sentence's end, or None."""
+        """What of the inputs of step `index` is no longer what its key says, as a sentence's end, or None. Raises
+        StorageAway: nobody can tell now."""
         step = self.steps[index]
         if step.outside:
             found = await self._references_of([o.reference for o in step.outside.values()])
             for port, before in step.outside.items():
                 now = found[before.reference]
                 if isinstance(now, Missing):
+                    if now.away:
+                        raise StorageAway(f"input {port}: {now.sentence}")
                     return f"input {port}: {now.sentence}"
                 change = before.change(now)
                 if change is not None:
@@ -299,7 +305,7 @@ class Facts:
                 continue
             fact = references[port.source]
             if isinstance(fact, Missing):
-                raise _NoInput(f"input {port.name}: {fact.sentence}")
+                raise _NoInput(f"input {port.name}: {fact.sentence}", fact.away)
             found[port.name] = keys.InputPart(fact.digest, port.name, fact.entries)
         return found
 
@@ -379,8 +385,8 @@ class Facts:
 
 
 class _NoInput(Exception):
-    def __init__(self, message: str) -> None:
-        self.message = message
+    def __init__(self, message: str, away: bool) -> None:
+        self.message, self.away = message, away
 
 
 def _outside(step: StepSpec, references: Mapping[Reference, RefFact | Missing]) -> dict[str, Outside]:

@@ -13,7 +13,6 @@ from mlpiped.spec import Concat, Upstream
 
 if TYPE_CHECKING:
     from mlpiped.backends.base import Backend, Exited, Handle
-    from mlpiped.errors import MlpipedError
     from mlpiped.execution.attempt import Attempt
     from mlpiped.execution.facts import StepFacts
     from mlpiped.resolve import Plan
@@ -140,7 +139,3 @@ def seconds(outcome: Exited) -> float | None:
     if outcome.started is None or outcome.ended is None:
         return None
     return max(0.0, outcome.ended - outcome.started)
-
-
-def with_hint(fault: MlpipedError) -> str:
-    return fault.message if fault.hint is None else f"{fault.message}; {fault.hint}"

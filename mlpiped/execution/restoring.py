@@ -63,7 +63,7 @@ async def _adopt(run: Execution, live: Sequence[AttemptRow]) -> None:
         t = run.tries[row.idx]
         if row.compute not in run.backends:
             log.error("an attempt runs on a compute that the config no longer has", compute=row.compute, run=run.id)
-            t.compute = row.compute
+            t.compute, t.stray = row.compute, row.token
             continue
         share = row.key if run.shareable(row.idx) else None
         run.dispatcher.occupy(run.need(row.idx), row, share)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
-from mlpiped.errors import BackendUnavailable, MlpipedError, StaleReuse
+from mlpiped.errors import BackendUnavailable, MlpipedError, StaleReuse, StorageAway
 from mlpiped.execution.attempt import Attempt
 from mlpiped.execution.facts import Facts
 from mlpiped.execution.images import Lookups
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("run")
 
-AWAY_PAUSE = 10.0  # seconds until a machine that is away is asked again for what it keeps
+AWAY_PAUSE = 10.0  # seconds until a machine, or a datastore, that is away is looked for again
 
 _OUTCOMES = {
     "reuse": StepOutcome.REUSED,
@@ -86,6 +86,7 @@ class Execution:
         self.recorded: set[int] = set()  # steps that have a row in the ledger
         self._settling: set[int] = set()  # steps whose end is on its way to the ledger
         self._again: list[int] = []
+        self._resting: set[int] = set()  # steps that are decided again after a pause
         self._wake = asyncio.Event()
         self._tasks: TaskGroup | None = None
         self._lookups = Lookups(self.facts.images, clock, self._hold)
@@ -143,8 +144,10 @@ class Execution:
             decisions = [d for d in decisions if self._open(d.index)]
             for d in [d for d in decisions if d.action == "hold"]:
                 self._lookups.begin(self._tasks, d.index, self.graph.steps[d.index], d.why)
+            for d in [d for d in decisions if d.action == "away"]:
+                self._hold_awhile(d.index, d.why)
             self._queue([d for d in decisions if d.action == "run"])
-            await self._settle([d for d in decisions if d.action not in ("run", "hold")])
+            await self._settle([d for d in decisions if d.action not in ("run", "hold", "away")])
 
     def _hold(self, indexes: Iterable[int], why: str | None) -> None:
         """Why these cannot be decided just now; None: they can again."""
@@ -152,6 +155,17 @@ class Execution:
             self.tries.setdefault(i, Try(since=self.clock.now())).held = why
             if why is None:
                 self.decide_again(i)
+
+    def _hold_awhile(self, index: int, why: str) -> None:
+        """It needs what is away now, and is decided again after a pause."""
+        self._hold([index], why)
+        if index not in self._resting:
+            self._resting.add(index)
+            asyncio.get_running_loop().call_later(AWAY_PAUSE, self._rested, index)
+
+    def _rested(self, index: int) -> None:
+        self._resting.discard(index)
+        self._hold([index], None)
 
     def _undecided(self) -> list[int]:
         again, self._again = self._again, []
@@ -208,15 +222,14 @@ class Execution:
 
     async def _published(self, decision: Decision) -> Decision | None:
         """A reused step publishes too: its path may name the run, or somebody may have removed what was there. None: a
-        machine that keeps what it made is away, and it is decided again later."""
+        machine that keeps what it made, or the datastore, is away, and it is decided again later."""
         if decision.action != "reuse":
             return decision
         step = self.graph.steps[decision.index]
         try:
             await publish(self.world, self.graph.spec, step, self.id, decision.outputs)
-        except BackendUnavailable as fault:
-            self._hold([decision.index], f"cannot publish: {fault.message}")
-            asyncio.get_running_loop().call_later(AWAY_PAUSE, self._hold, [decision.index], None)
+        except (BackendUnavailable, StorageAway) as fault:
+            self._hold_awhile(decision.index, f"cannot publish: {fault.message}")
             return None
         except (MlpipedError, OSError) as fault:
             return Decision(decision.index, "fail", f"cannot publish: {fault}", decision.key)
@@ -240,7 +253,8 @@ class Execution:
             self.dispatcher.request(self, d.index, self.need(d.index), d.key if self.shareable(d.index) else None)
 
     async def _pin(self) -> None:
-        if kept := await self.facts.pin(self.plan):
+        begun = {i for i, t in self.tries.items() if t.attempt is not None}
+        if kept := await self.facts.pin(self.plan, begun):
             self.world.ledger.post(moves.pin_code(self.id, kept))
 
     def shareable(self, index: int) -> bool:
@@ -362,8 +376,13 @@ class Execution:
             elif self.plan.outcome[i] is None:
                 self.tries.setdefault(i, Try(since=self.clock.now())).stop.set()
                 self.dispatcher.withdraw(self, i)
-                await self._settle([Decision(i, "cancel", "cancelled")])
+                await self._settle([Decision(i, "cancel", self._cancelled_words(t))])
         self._wake.set()
+
+    def _cancelled_words(self, t: Try | None) -> str:
+        if t is None or t.compute is None or t.compute in self.backends:
+            return "cancelled"
+        return f"cancelled; what it began on `{t.compute}` is ended when the config has that again"
 
     def cancel_attempts(self) -> None:
         """What an earlier walk had no time for, of a run that is cancelled: its steps end in `_advance`."""

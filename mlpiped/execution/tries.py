@@ -38,9 +38,11 @@ class Try:
     failures: int = 0  # attempts that were the code's fault
     losses: int = 0
     taints: int = 0
+    moves: int = 0  # in a row: its code was another by the time that it was to begin
     refusals: int = 0  # in a row: attempts that its machine did not start
     not_before: int | None = None  # µs: the pause of a retry ends
     attempt: Attempt | None = None
+    stray: str | None = None  # the token of one that is on a compute which the config no longer has
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -80,6 +82,9 @@ class Try:
             if self.taints > TAINTED_LIMIT:
                 why = f"its inputs kept changing while it ran: {ended.why}"
                 return replace(ended, outcome=StepOutcome.FAILED, why=why), None, 0.0
+        self.moves = self.moves + 1 if ended.moved else 0
+        if self.moves > TAINTED_LIMIT:
+            return replace(ended, outcome=StepOutcome.FAILED), None, 0.0
         if self.refusals > 1:
             pause = min(2.0 ** (self.refusals - 2), LONGEST_PAUSE)
             return ended, f"{ended.why} ({self.refusals} times in a row)", pause

@@ -18,6 +18,7 @@ from anyio import to_thread
 
 from mlpiped.files.hashing import CHUNK, FileHash, Hashed, Stamp, StatRow, Unreadable, stamp_of, vouches
 from mlpiped.files.references import Digests, Missing, RefFact, Resolution, Seen, member_digest
+from mlpiped.files.roots import Roots
 from mlpiped.files.walking import Beneath, Member, PathRefused, walk
 
 if TYPE_CHECKING:
@@ -65,12 +66,14 @@ class Fingerprinter:
         *,
         limiter: anyio.CapacityLimiter | None = None,
         memory: int = 50_000,
+        roots: Roots | None = None,
     ) -> None:
         self._ledger = ledger
         self._keep = keep
         self._limiter = limiter or anyio.CapacityLimiter(2)
         self._memory: dict[str, tuple[Stamp, str]] = {}
         self._most = memory
+        self.roots = roots or Roots()
         self._flying: dict[Seen, anyio.Event] = {}
         self.bytes_read = 0  # since the start, for tests and metrics
 
@@ -112,11 +115,11 @@ class Fingerprinter:
         return (await self._resolve([Resolution(str(root), ref, known)]))[0]
 
     async def _resolve(self, resolutions: Sequence[Resolution]) -> list[RefFact | Missing]:
-        return await self.survey(*_resolving(resolutions))
+        return await self.survey(*_resolving(resolutions, self.roots))
 
     def at_hand(self, wanted: Sequence[tuple[Path, Reference]]) -> list[RefFact | Missing] | None:
         """`references`, if nothing has to be read for it; for threads."""
-        look, use = _resolving([Resolution(str(root), ref, None) for root, ref in wanted])
+        look, use = _resolving([Resolution(str(root), ref, None) for root, ref in wanted], self.roots)
         return self.survey_at_hand(look, use)
 
     # --- what other rooms build on --------------------------------------------------------------------------
@@ -274,16 +277,16 @@ class Fingerprinter:
 
 
 def _resolving(
-    resolutions: Sequence[Resolution],
+    resolutions: Sequence[Resolution], roots: Roots
 ) -> tuple[Callable[[], list[Seen]], Callable[[Digests], list[RefFact | Missing]]]:
-    beneath: dict[str, Beneath] = {}
+    beneath: dict[str, tuple[Beneath, str | None]] = {}
 
     def look() -> list[Seen]:
         seen: list[Seen] = []
         for resolution in resolutions:
             if resolution.root not in beneath:
-                beneath[resolution.root] = Beneath(resolution.root)
-            seen += resolution.look(beneath[resolution.root])
+                beneath[resolution.root] = Beneath(resolution.root), roots.away(resolution.root)
+            seen += resolution.look(*beneath[resolution.root])
         return seen
 
     return look, lambda digests: [resolution.fact(digests) for resolution in resolutions]

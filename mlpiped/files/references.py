@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mlpiped.errors import MlpipedError
 from mlpiped.files.hashing import Stamp, Unreadable, printable, stamp_of, tree_digest
+from mlpiped.files.roots import PASSING
 from mlpiped.files.walking import Beneath, Member, PathRefused, Place, is_beneath, kind_of, parts_of, walk
 
 if TYPE_CHECKING:
@@ -46,9 +47,13 @@ class RefFact:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A reference that cannot be used now. `sentence` says why: nothing there, unreadable, or it leads outside."""
+    """A reference that cannot be used now. `sentence` says why: nothing there, unreadable, or it leads outside.
+
+    `away`: it says nothing about what is there, for the datastore cannot be read now.
+    """
 
     sentence: str
+    away: bool = False
 
 
 @dataclass(slots=True)
@@ -61,8 +66,13 @@ class Resolution:
     places: list[Place] = field(default_factory=list)
     trees: dict[str, list[Member]] = field(default_factory=dict)  # by Place.rel
     fault: str | None = None
+    away: bool = False
 
-    def look(self, beneath: Beneath) -> list[Seen]:
+    def look(self, beneath: Beneath, away: str | None) -> list[Seen]:
+        """`away`: why the datastore cannot be read now."""
+        if away is not None:
+            self.fault, self.away = away, True
+            return []
         try:
             self._find(beneath)
             seen: list[Seen] = []
@@ -79,12 +89,11 @@ class Resolution:
         except OSError as fault:
             name = printable(os.fsdecode(fault.filename)) if fault.filename else self.ref.path
             self.fault = f"`{name}` cannot be read: {(fault.strerror or '').lower()}"
+            self.away = fault.errno in PASSING
         return []
 
     def _find(self, beneath: Beneath) -> None:
         parts = parts_of(self.ref.path)
-        if not os.path.isdir(beneath.root):
-            raise PathRefused(f"the datastore's folder `{printable(self.root)}` is not there")
         if self.only is not None:
             found = [(name, beneath.place(name.split("/"))) for name in self.only]
             gone = [name for name, place in found if place is None]
@@ -102,7 +111,7 @@ class Resolution:
 
     def fact(self, digests: Digests) -> RefFact | Missing:
         if self.fault is not None:
-            return Missing(self.fault)
+            return Missing(self.fault, self.away)
         try:
             return self._glob(digests) if self.ref.glob else self._single(digests)
         except Unreadable as fault:

@@ -139,6 +139,10 @@ class Queries(Reads):
     async def attempts(self, run_id: int, idx: int) -> list[AttemptRow]:
         return [attempt_row(row) for row in await self._every("attempts", run_id=run_id, idx=idx)]
 
+    async def left_behind(self) -> list[AttemptRow]:
+        """Those that have not ended though their steps have."""
+        return [attempt_row(row) for row in await self._every("left_behind")]
+
     async def attempt(self, token: str) -> AttemptRow | None:
         row = await self._one("attempt", token=token)
         return None if row is None else attempt_row(row)

@@ -302,6 +302,14 @@ SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, rea
     intent_at, submitted_at, ended_at, slots, cards
 FROM attempts WHERE token = :token;
 
+-- name: left_behind
+-- Attempts that have not ended though their steps have.
+SELECT token, run_id, idx, n, compute, key, state, "end", handle, exit_code, reason, usage, cost_us,
+    intent_at, submitted_at, ended_at, slots, cards
+FROM attempts AS a INDEXED BY attempts_live
+WHERE state <> 'ended'
+    AND EXISTS (SELECT 1 FROM steps AS s WHERE s.run_id = a.run_id AND s.idx = a.idx AND s.state = 'finished');
+
 -- name: recent_use
 -- What owners had of the computes, an hour at a time, by the last attempts: slot-seconds and card-seconds.
 SELECT r.owner, a.ended_at / 3600000000 AS hour, sum((a.ended_at - a.submitted_at) * a.slots) / 1e6,

@@ -317,6 +317,8 @@ def _compiled(data: bytes, path: str) -> types.CodeType:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise SyntaxError(f"not {error.encoding} text", (path, line, None, None)) from None
+    except SyntaxError as error:  # of its first two lines, which may name an encoding: it does not say whose they are
+        raise SyntaxError(error.msg, (path, 1, None, None)) from None
     if b"\0" in data:
         line = data[: data.index(b"\0")].count(b"\n") + 1
         raise SyntaxError("it holds a NUL", (path, line, None, None))

@@ -99,6 +99,8 @@ class Place:
     unwell: str | None = None
     unwell_since: int | None = None  # µs
     drained: bool = False
+    drained_by: str = ""
+    drained_since: int | None = None  # µs
     images: bool = False
     nodes: int | None = 1
     cluster: bool = False
@@ -158,15 +160,15 @@ class Place:
         if need.slots > self.slots:
             return Refusal("never", f"{self.name} has {_slots(self.slots)} in all, {need.slots} are asked for")
         if self.memory is not None and (need.memory or 0) > self.memory:
-            asked = _bytes(need.memory or 0)
-            return Refusal("never", f"{self.name} has {_bytes(self.memory)} of memory in all, {asked} are asked for")
+            has, asked = _told_apart(self.memory, need.memory or 0)
+            return Refusal("never", f"{self.name} has {has} of memory in all, {asked} are asked for")
         if self.cpus is not None and need.cpus > self.cpus:
             return Refusal("never", f"{self.name} has {self.cpus:g} CPUs in all, {need.cpus:g} are asked for")
         if not need.gpus or self.no_cards is not None or (self.unwell is not None and not self.cards):
             return None  # what cannot be seen just now may be there
         if need.gpus > len(self.cards):
             return Refusal("never", f"{self.name} has {_gpus(len(self.cards))}" + _in_all(len(self.cards), need.gpus))
-        fit = sum(card.memory >= (need.gpu_memory or 0) for card in self.cards)
+        fit = sum(_size(card) >= (need.gpu_memory or 0) for card in self.cards)
         if fit < need.gpus:
             large = f"with {_bytes(need.gpu_memory or 0)} of memory"
             return Refusal("never", f"{self.name} has {_gpus(fit)} {large}" + _in_all(fit, need.gpus))
@@ -174,7 +176,9 @@ class Place:
 
     def _away(self) -> Refusal | None:
         if self.drained:
-            return Refusal("away", f"{self.name} is drained: its steps finish, nothing new starts")
+            by = f" by {self.drained_by}" if self.drained_by else ""
+            what = f"{self.name} is drained{by}: its steps finish, nothing new starts"
+            return Refusal("away", what, since=self.drained_since)
         if self.unwell is not None:
             return Refusal("away", f"{self.name}: {self.unwell}", since=self.unwell_since)
         return None
@@ -186,12 +190,12 @@ class Place:
             what = f"{_slots(self.slots)}, {self.used_slots} in use{asked}"
             found.append((what, [spot for spot, held in self.holders.items() if held.slots]))
         if self.cpus is not None and self.used_cpus + need.cpus > self.cpus:
-            found.append(
-                (f"{max(0, self.cpus - self.used_cpus):g} CPUs free, {need.cpus:g} are asked for", [*self.holders])
-            )
+            free_cpus = max(0, self.cpus - self.used_cpus)
+            what = f"{free_cpus:g} CPU{'s' * (free_cpus != 1)} free, {need.cpus:g} are asked for"
+            found.append((what, [*self.holders]))
         if self.memory is not None and self.used_memory + (need.memory or 0) > self.memory:
-            free = _bytes(max(0, self.memory - self.used_memory))
-            what = f"{free} of memory free, {_bytes(need.memory or 0)} are asked for"
+            free, asked = _told_apart(max(0, self.memory - self.used_memory), need.memory or 0)
+            what = f"{free} of memory free, {asked} are asked for"
             found.append((what, [spot for spot, held in self.holders.items() if held.memory]))
         return [Refusal("full", f"{self.name} has {what}", tuple(spots)) for what, spots in found]
 
@@ -200,7 +204,7 @@ class Place:
             return None
         if not self.cards or self.no_cards is not None:
             return Refusal("away", f"{self.name}: {self.no_cards or 'its GPUs have not been seen'}")
-        large = [card for card in self.cards if card.memory >= (need.gpu_memory or 0)]
+        large = [card for card in self.cards if _size(card) >= (need.gpu_memory or 0)]
         foreign = [f"card {card.index} is {card.foreign}" for card in large if card.foreign is not None]
         taken = [card for card in large if self._left(card, need) is not None]
         if not taken:
@@ -209,9 +213,8 @@ class Place:
         some, total = len(taken), len(large)
         how = "" if total == 1 else " both" if some == total == 2 else f" all {some}" if some == total else f" {some}"
         which = f" with {_bytes(need.gpu_memory or 0)} of memory" if total < len(self.cards) else ""
-        left = [(card, free) for card in taken if (free := self._left(card, need))]
-        shared = [f"card {card.index} has {_bytes(free)} free, {_bytes(need.gpu_memory or 0)} are asked for"
-                  for card, free in left]  # fmt: skip
+        left = [(card, *_told_apart(free, need.gpu_memory or 0)) for card in taken if (free := self._left(card, need))]
+        shared = [f"card {card.index} has {free} free, {asked} are asked for" for card, free, asked in left]
         tail = "".join(f"; {each}" for each in (*shared, *foreign))
         return Refusal("gpu", f"{self.name} has {total}{which},{how} held", spots, " by ", tail)
 
@@ -240,12 +243,12 @@ class Place:
 
     def _free(self, card: Card) -> int:
         """Bytes that no step of ours has reserved on a card that is shared."""
-        return card.memory - sum(bytes_ or 0 for bytes_ in self.leased[card.uuid].values())
+        return _size(card) - sum(bytes_ or 0 for bytes_ in self.leased[card.uuid].values())
 
     def _usable(self, need: Need) -> list[Card]:
         """Those that nobody else is on, and large enough."""
         least = need.gpu_memory or 0
-        return [card for card in self.cards if card.foreign is None and card.memory >= least]
+        return [card for card in self.cards if card.foreign is None and _size(card) >= least]
 
     # --- taken and given back ---------------------------------------------------------------------------------
     def take(self, need: Need, cards: Sequence[str] | None = None, *, late: bool = False) -> tuple[str, ...]:
@@ -338,6 +341,18 @@ def _nodes(n: int) -> str:
 
 def _in_all(n: int, asked: int) -> str:
     return f" in all, {asked} are asked for" if n else ""
+
+
+def _size(card: Card) -> int:
+    """In whole G, as it is sold: of 24G a driver keeps some, and shares of 12G are meant to be halves."""
+    return -(-card.memory // (1 << 30)) << 30
+
+
+def _told_apart(has: int, asked: int) -> tuple[str, str]:
+    """Both, so exactly that they differ."""
+    if _bytes(has) != _bytes(asked):
+        return _bytes(has), _bytes(asked)
+    return f"{has / (1 << 20):.10g}M", f"{asked / (1 << 20):.10g}M"
 
 
 def _bytes(n: int) -> str:

@@ -1,7 +1,9 @@
 """Places and shared work for all runs: who waits, who holds what, and who shares whose attempt.
 
 Two steps with the same key, of whatever runs, never run at the same time: the first leads, the others follow; when
-the leader is settled each follower is decided again, and then reuses what the leader made or becomes the leader.
+the leader is settled each follower is decided again, and then reuses what the leader made or becomes the leader. Until
+the leader has a place each of them waits for one too, and whoever gets the first one leads: what the others ask for,
+and how long they would wait, keeps nobody waiting.
 
 Where leases are short, those who are next get ready meanwhile, many with one commit: their intents are durable when
 their turns come. They wait in the same order as before, and who comes late and is better goes first.
@@ -53,7 +55,7 @@ class Dispatch:
         self.executions: dict[int, Execution] = {}
         self._leaders: dict[str, Spot] = {}
         self._keys: dict[Spot, str] = {}
-        self._followers: dict[str, dict[Spot, None]] = {}  # in the order in which they came
+        self._followers: dict[str, dict[Spot, Need]] = {}  # in the order in which they came
         self._follows: dict[Spot, str] = {}
         self._since: dict[Spot, float] = {}  # of each lease
         self._ready: dict[Spot, str] = {}  # who waits and got ready, for which compute
@@ -67,14 +69,20 @@ class Dispatch:
         if self._expected:
             self._early[spot] = execution, index, need, share
             return
+        need = self._resolved(need)
+        self._ready.pop(spot, None)  # it asks anew: its turn had not come in time
         if share is not None:
             leader = self._leaders.setdefault(share, spot)
             if leader != spot:
-                self._followers.setdefault(share, {})[spot] = None
+                self._followers.setdefault(share, {})[spot] = need
                 self._follows[spot] = share
-                return
-            self._keys[spot] = share
-        self.waiting.add(self._resolved(need))
+                if leader in self._ready or self.waiting.get(*leader) is None:
+                    return
+            else:
+                self._keys[spot] = share
+                for other in self._followers.get(share, {}).values():
+                    self.waiting.add(other)
+        self.waiting.add(need)
         self.place()
 
     def withdraw(self, execution: Execution, index: int) -> None:
@@ -165,6 +173,7 @@ class Dispatch:
         del self._leaders[key]
         for follower, step in self._followers.pop(key, ()):
             del self._follows[follower, step]
+            self.waiting.remove(follower, step)
             if follower in self.executions:
                 self.executions[follower].decide_again(step)
 
@@ -195,11 +204,24 @@ class Dispatch:
                 for need, place, cards in self.waiting.place(list(self.places.values()), self.now() / 1e6):
                     self._ready.pop(need.spot, None)
                     self._since[need.spot] = time.monotonic()
+                    self._leads(need.spot)
                     self.executions[need.run].granted(need.index, place.name, cards)
                     if not self._room():
                         break
         finally:
             self._placing = False
+
+    def _leads(self, spot: Spot) -> None:
+        """It has a place: those of its key, who waited for one too, follow it."""
+        key = self._follows.pop(spot, None)
+        if key is not None:
+            before = self._leaders[key]
+            del self._followers[key][spot], self._keys[before]
+            if (waits := self.waiting.get(*before)) is not None:
+                self._followers[key][before] = waits
+            self._leaders[key], self._keys[spot], self._follows[before] = spot, key, key
+        for other in self._followers.get(self._keys.get(spot, ""), ()):
+            self.waiting.remove(*other)
 
     def _get_ready(self, place: Place) -> None:
         """Let those who are next begin, up to their turn: only who can run here and nowhere else."""
@@ -208,6 +230,9 @@ class Dispatch:
             return
         for need in self.waiting.first(place.slots * AHEAD, self.now() / 1e6):
             if need.gpus or need.spot in self._ready:  # which cards it will have, its intent must say
+                continue
+            if need.spot in self._follows or self._followers.get(self._keys.get(need.spot, "")):
+                # another one may lead
                 continue
             if candidates(need, list(self.places.values())) == [place]:
                 self._ready[need.spot] = place.name
@@ -233,14 +258,17 @@ class Dispatch:
 
     def why_waiting(self, run: int, index: int) -> str | None:
         """Present tense: why the queued step has no place yet."""
-        key = self._follows.get((run, index))
-        if key is not None:
-            leader, step = self._leaders[key]
-            name = self.executions[leader].graph.steps[step].name
-            return f"shares the attempt of run {leader}/{name}, which has the same key"
-        need = self.waiting.get(run, index)
+        need, key = self.waiting.get(run, index), self._follows.get((run, index))
         if need is None:
-            return None
+            return None if key is None else f"shares the attempt of {self._named(key)}, which has the same key"
+        waits = self._waits(need)
+        return waits if key is None else f"{waits}; or for {self._named(key)}, which has the same key and waits too"
+
+    def _named(self, key: str) -> str:
+        leader, step = self._leaders[key]
+        return f"run {leader}/{self.executions[leader].graph.steps[step].name}"
+
+    def _waits(self, need: Need) -> str:
         never = self.never(need)
         if never is not None:
             return never

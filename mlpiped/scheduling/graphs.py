@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlpiped.errors import UnknownName
+from mlpiped.errors import Conflict, UnknownName
 from mlpiped.ledger import moves
 from mlpiped.resolve import Graph
 from mlpiped.spec import PipelineSpec
@@ -23,12 +23,19 @@ class Graphs:
         self._kept: dict[str, Graph] = {}
 
     async def of(self, row: RunRow) -> Graph:
-        """That of the version that the run started with. Raises UnknownName."""
+        """That of the version that the run started with. Raises UnknownName, Conflict (nobody here can read it)."""
         if row.version not in self._kept:
             text = await self.ledger.definition(row.version)
             if text is None:
                 raise UnknownName(f"the definition of `{row.pipeline}` version {row.version} is not in the ledger")
-            self._keep(row.version, Graph(PipelineSpec.model_validate_json(text)))
+            try:
+                graph = Graph(PipelineSpec.model_validate_json(text))
+            except (ValueError, TypeError, KeyError) as fault:
+                raise Conflict(
+                    f"this mlpiped cannot read the definition that run {row.id} of `{row.pipeline}` began with",
+                    hint="another version has written it: with that one installed, the run goes on",
+                ) from fault
+            self._keep(row.version, graph)
         return self._kept[row.version]
 
     async def known(self, spec: PipelineSpec, version: str) -> Graph:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
+from mlpiped.backends.base import TriesAgain
 from mlpiped.errors import BackendUnavailable, MlpipedError, UnknownName
 from mlpiped.ledger import moves
 from mlpiped.placement.breaker import Breaker
@@ -69,7 +70,7 @@ class Hosts:
             place = self.dispatch.places.get(name)
             if place is None:
                 continue
-            place.drained = row.drained_by is not None
+            place.drained, place.drained_by, place.drained_since = _drained(row.drained_by, row.drained_at)
             if row.unwell is not None:
                 self.breakers[name].incident = True
                 place.unwell_since = row.unwell_at
@@ -120,6 +121,13 @@ class Hosts:
         if before is not None and breaker.why is None:
             self._wake(name)
         self.dispatch.place()
+
+    def look_again(self) -> None:
+        """At all of them, now: somebody says that what was wrong is mended."""
+        for name, backend in self.backends.items():
+            if isinstance(backend, TriesAgain):
+                backend.try_again()
+            self._soon[name].set()
 
     def _wake(self, name: str) -> None:
         """Its attempts that wait until it can be asked again need not: their pauses may have grown long."""
@@ -185,9 +193,15 @@ class Hosts:
         place = self.dispatch.places.get(name)
         if place is None:
             raise UnknownName.among("compute", name, list(self.dispatch.places))
-        await self.ledger.write(moves.set_drained(name, drained, who, self.clock.now()))
-        place.drained = drained
+        now = self.clock.now()
+        changed = (await self.ledger.write(moves.set_drained(name, drained, who, now)))[0]
+        if changed:
+            place.drained, place.drained_by, place.drained_since = _drained(who if drained else None, now)
         self.dispatch.place()
+
+
+def _drained(who: str | None, at: int | None) -> tuple[bool, str, int | None]:
+    return (False, "", None) if who is None else (True, who, at)
 
 
 def _not_started(fault: Exception) -> str:

@@ -63,6 +63,7 @@ class Scheduler:
         self._retrying: set[int] = set()  # runs of which a retry is being opened
         self.on_resume: Callable[[], None] = lambda: None
         self.graphs = Graphs(world.ledger, clock)
+        self.unreadable: dict[int, MlpipedError] = {}  # unfinished runs that cannot go on here, and why
         self._tasks: TaskGroup | None = None
         self._opening = anyio.Lock()  # one event at a time decides about overlap
 
@@ -77,7 +78,8 @@ class Scheduler:
             try:
                 graph = await self.graphs.of(row)
             except MlpipedError as fault:
-                log.error("a run cannot go on", run=row.id, why=fault.message)
+                log.error("a run cannot go on", run=row.id, why=fault.message, hint=fault.hint)
+                self.unreadable[row.id] = fault
                 self.dispatch.restored(row.id)
                 continue
             if row.state is RunState.RUNNING:
@@ -353,6 +355,8 @@ class Scheduler:
                     await self.world.ledger.write(moves.finish_run(run_id, RunOutcome.CANCELLED, self.clock.now()))
                     self._next(pipeline)
                     return
+        if (fault := self.unreadable.get(run_id)) is not None:
+            raise fault
         row = await self.world.ledger.run(run_id)
         if row is None:
             raise UnknownName(f"no run {run_id}")

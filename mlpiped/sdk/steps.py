@@ -92,19 +92,13 @@ class Step:
         if source_directory is not None:
             form = values.text(source_directory, "source_directory", where)
             self.directory = place.absolute(form, where)
-        values.only(values.listed(resources, "resources", where), Resources, "resources", where, "write `Resources(…)`")
+        values.one(resources, Resources, "resources", where)
         self.resources = resources
         if isinstance(retry, int) and not isinstance(retry, bool):
             retry = Retry(retry)
-        values.only(values.listed(retry, "retry", where), Retry, "retry", where, "write `Retry(…)`")
+        values.one(retry, Retry, "retry", where)
         self.retry: Retry | None = retry  # type: ignore[assignment]
-        values.only(
-            values.listed(environment, "environment", where),
-            Environment,
-            "environment",
-            where,
-            "write `Environment(…)`",
-        )
+        values.one(environment, Environment, "environment", where)
         self.environment = environment
         self.timeout = None if timeout is None else values.seconds(timeout, "timeout", where, least=0.001)
         self.grace = values.seconds(grace, "grace", where)

@@ -145,6 +145,13 @@ def listed(value: object, what: str, where: Place) -> list[Any]:
     return [value]
 
 
+def one(value: object, kind: type, what: str, where: Place) -> None:
+    """`value` is None or of `kind`."""
+    if value is not None and not isinstance(value, kind):
+        form = f"`{kind.__name__}(…)`"
+        raise DefinitionError(f"{what} must be {form}, not {type(value).__name__}: {shown(value)}", where)
+
+
 def words(value: object, what: str, where: Place) -> list[str]:
     """One string, or a list of them."""
     return [name(word, what, where) for word in ([value] if isinstance(value, str) else listed(value, what, where))]

@@ -12,10 +12,10 @@ import anyio
 from anyio import to_thread
 
 from mlpiped.files.hashing import printable
+from mlpiped.files.mounts import is_remote
 from mlpiped.model import Arrival, Cause, CauseKind, Event
 from mlpiped.spec import ArrivalSpec
 from mlpiped.triggers.crowd import PART, Crowd, Lot, in_parts, key_of
-from mlpiped.triggers.mounts import is_remote
 from mlpiped.triggers.packed import NEVER, Found, Pending, Stamp
 from mlpiped.triggers.scan import Look, Point, Target, scan, stamps, touched
 from mlpiped.triggers.schedule import ScheduleView

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from mlpiped.files.mounts import Mount, mount_of
 from mlpiped.spec import ArrivalSpec
-from mlpiped.triggers.mounts import Mount, mount_of
 from mlpiped.triggers.packed import Found, Known, Stamp, Waiting
 
 DRAFTS = (b"~", b".swp", b".swx", b".part", b".tmp", b".crdownload", b".partial", b".filepart")

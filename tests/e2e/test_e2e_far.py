@@ -203,6 +203,41 @@ def test_H2_a_cancel_reaches_a_box_that_was_away(daemon: Daemon, box: ssh_rig.Bo
     assert daemon.end(number)["outcome"] == "cancelled"
 
 
+def test_what_was_cancelled_while_the_config_did_not_have_its_box_is_ended_when_it_has_it_again(
+    daemon: Daemon,
+) -> None:
+    pids = daemon.root / "pids"
+    daemon.install(
+        "long",
+        f"""
+command = "echo $$ >> {pids}; while :; do sleep 0.1; done"
+pipeline = Pipeline("long", steps=[CommandStep(command, name="s", compute_target="gpu1", grace="1s")])
+""",
+    )
+    number = daemon.run("long")
+    until(lambda: lines(pids), "the step", 60)
+    with_box = daemon.config.read_text()
+    daemon.term()
+    daemon.config.write_text(with_box.replace("[compute.gpu1]", "[compute.gpu9]"))
+    daemon.start()
+    gone = "held: its attempt is on compute `gpu1`, which the config no longer has"
+    until(lambda: gone in why(daemon, f"{number}/s"), "why nothing is known of it")
+    assert daemon.ctl("cancel", number).returncode == 0
+    assert daemon.end(number)["outcome"] == "cancelled"
+    assert "what it began on `gpu1` is ended when the config has that again" in why(daemon, f"{number}/s")
+    assert runs(lines(pids)[0])
+    daemon.term()
+    daemon.config.write_text(with_box)
+    daemon.start()
+    until(lambda: not runs(lines(pids)[0]), "its end", 60)
+    until(lambda: "cancelled" in attempt_line(daemon, f"{number}/s"), "its attempt's end", 60)
+
+
+def attempt_line(daemon: Daemon, what: str) -> str:
+    """Of the first attempt."""
+    return next((line for line in why(daemon, what).splitlines() if line.strip().startswith("1 ")), "")
+
+
 def test_H2_transfers_say_how_far_they_are_and_outputs_come_home_after_an_outage(
     wired: Daemon, box: ssh_rig.Box, cable: ssh_rig.Cable
 ) -> None:

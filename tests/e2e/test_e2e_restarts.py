@@ -5,7 +5,9 @@ What happened is judged by files that the steps themselves append to (O_APPEND),
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import subprocess
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -74,6 +76,31 @@ def test_a_step_that_still_runs_at_the_next_start_is_found_again(own: Daemon) ->
     own.restart()
     assert own.show(number)["state"] == "running"
     assert step(own.show(number), "s0_0")["state"] == "running"
+    allow(allowed, 2)
+    assert own.end(number)["outcome"] == "succeeded"
+    each_once(effects, 2)
+
+
+def test_a_run_that_another_version_began_and_this_one_cannot_read_waits_and_stops_nobody_else(own: Daemon) -> None:
+    effects, allowed = chain(own, "old", 2)
+    chain(own, "well", 1)
+    number = own.run("old")
+    until(lambda: lines(effects), "the first step has started")
+    own.term()
+    with contextlib.closing(sqlite3.connect(own.state / "ledger.sqlite3", isolation_level=None)) as ledger:
+        change = "UPDATE definitions SET spec = replace(spec, ?, ?) WHERE pipeline = 'old'"
+        ledger.execute(change, ('"steps":', '"steps_of_tomorrow":'))
+        own.start()
+        why = own.ctl("why", f"{number}/s0_0").stdout
+        assert "held: this mlpiped cannot read the definition" in why
+        refused = own.ctl("cancel", number)
+        assert refused.returncode == 1
+        assert "with that one installed, the run goes on" in refused.stderr
+        allow(own.root / "well-allowed")
+        assert own.go("well")["outcome"] == "succeeded"
+        own.term()
+        ledger.execute(change, ('"steps_of_tomorrow":', '"steps":'))
+    own.start()
     allow(allowed, 2)
     assert own.end(number)["outcome"] == "succeeded"
     each_once(effects, 2)
@@ -247,3 +274,37 @@ pipeline = Pipeline("late", steps=[CommandStep(command, name="s", retry=Retry(at
     (first, began), (second, again) = (line.split() for line in lines(effects))
     assert (first, second) == ("1", "2")
     assert int(again) - int(began) >= 4_000_000_000
+
+
+def test_a_step_on_a_compute_that_the_config_has_lost_waits_for_it_or_is_given_up_in_so_many_words(own: Daemon) -> None:
+    effects, allowed = chain(own, "moved", 1)
+    number = own.run("moved")
+    until(lambda: lines(effects), "the step has started")
+    own.term()
+    config = own.config.read_text()
+    own.config.write_text(config.replace("[compute.local]", "[compute.here]"))
+    own.start()
+    held = "its attempt is on compute `local`, which the config no longer has"
+    assert f"held: {held}" in own.ctl("why", f"{number}/s0_0").stdout
+    said = own.ctl("doctor").stdout
+    assert f"`{number}/s0_0` is held: {held}" in said
+    assert f"`mlpipectl cancel {number}`" in said
+    own.term()
+    own.config.write_text(config)
+    own.start()
+    allow(allowed)
+    assert own.end(number)["outcome"] == "succeeded", "it was put back, and goes on"
+    allowed.write_text("")
+    number = own.run("moved", "--force")
+    until(lambda: len(lines(effects)) == 3, "the step has started again")
+    own.term()
+    own.config.write_text(config.replace("[compute.local]", "[compute.here]"))
+    own.start()
+    assert own.ctl("cancel", number).returncode == 0
+    assert "is ended when the config has that again" in step(own.end(number), "s0_0")["why"]
+    assert "is held" not in own.ctl("doctor").stdout
+    own.term()
+    own.config.write_text(config)
+    own.start()
+    attempt = lambda: own.json("why", f"{number}/s0_0")["attempts"][0]["end"]  # noqa: E731
+    until(lambda: attempt() == "cancelled", "it is put back, and what ran on is ended")

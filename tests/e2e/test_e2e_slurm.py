@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 from harness import lines, steps, until
 from lab import slurm_rig
-from lab.slurm_desk import Desk
+from lab.slurm_desk import Desk, behind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    from lab.slurm_apart import Apart
-    from lab.slurm_login import LoginNode
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
 CHAIN = """
@@ -23,6 +21,11 @@ make = CommandStep(f"echo made by $SLURM_JOB_NAME; printf 'a\\nb\\n' > {made}", 
                    compute_target="cluster")
 count = CommandStep(f"wc -l < {made} > {counted}", name="count", outputs=[counted], compute_target="cluster")
 pipeline = Pipeline("chain", steps=[make, count])
+"""
+TALKS = """
+say = CommandStep("echo first; until test -e GO; do sleep 0.05; done; echo second", name="say",
+                  compute_target="cluster")
+pipeline = Pipeline("talks", steps=[say])
 """
 
 
@@ -81,17 +84,12 @@ def test_a_killed_daemon_finds_its_job_in_the_cluster_again_and_it_runs_once(des
     assert len(lines(desk.effects)) == len(desk.jobs()) == 1
 
 
-def test_a_cluster_behind_an_ssh_compute_is_worked_with_over_a_kill_of_the_daemon(
-    slurm_login: LoginNode, tmp_path: Path
+@pytest.mark.parametrize("form", ["via", "staged"])
+def test_a_cluster_behind_a_login_node_is_worked_with_over_a_kill_of_the_daemon(
+    request: pytest.FixtureRequest, tmp_path: Path, form: str
 ) -> None:
-    desk = Desk(slurm_login.cluster, f'via = "login"\nwork_dir = "{tmp_path}/shared"')
-    try:
-        daemon = desk.daemon
-        daemon.config.write_text(daemon.config.read_text() + slurm_login.config("login"))
-        del daemon.env["SLURM_CONF"]  # no command of Slurm's would work here
-        daemon.state.mkdir(mode=0o700)
-        (daemon.state / "known_hosts").write_text(slurm_login.box.known())
-        daemon.start()
+    with reached(request, tmp_path, form) as desk:
+        daemon = desk.daemon.start()
         daemon.install("chain", CHAIN)
         found = daemon.go("chain")
         assert steps(found) == {"make": "succeeded", "count": "succeeded"}
@@ -105,36 +103,37 @@ def test_a_cluster_behind_an_ssh_compute_is_worked_with_over_a_kill_of_the_daemo
         desk.go.touch()
         assert steps(daemon.end(run)) == {"step": "succeeded"}
         assert len(lines(desk.effects)) == 1 and len(desk.jobs()) == 3
-    finally:
-        desk.close()
 
 
-def test_a_cluster_that_shares_no_files_is_worked_with_over_a_kill_of_the_daemon(slurm_apart: Apart) -> None:
-    work_dir = slurm_apart.work_dir
-    desk = Desk(slurm_apart.cluster, f'via = "login"\nwork_dir = "{work_dir}"\nshared = false')
-    try:
-        daemon = desk.daemon
-        daemon.config.write_text(daemon.config.read_text() + slurm_apart.login.config("login"))
-        del daemon.env["SLURM_CONF"]
-        daemon.state.mkdir(mode=0o700)
-        (daemon.state / "known_hosts").write_text(slurm_apart.login.box.known())
-        daemon.start()
-        daemon.install("chain", CHAIN)
-        found = daemon.go("chain")
-        assert steps(found) == {"make": "succeeded", "count": "succeeded"}
-        assert daemon.ctl("get", f"{found['id']}/counted", "-").stdout.strip() == "2"
-        assert "made by mlp-" in daemon.ctl("logs", f"{found['id']}/make").stdout
-        run = desk.waits("cluster")
-        until(lambda: lines(desk.effects), "the step has begun")
-        daemon.kill9()
-        daemon.start()
-        until(lambda: "runs on cluster" in desk.why(run), "it runs on")
-        desk.go.touch()
-        assert steps(daemon.end(run)) == {"step": "succeeded"}
-        assert len(lines(desk.effects)) == 1 and len(desk.jobs()) == 3
-        assert slurm_apart.seen_here() == []
-    finally:
-        desk.close()
+@pytest.mark.parametrize("form", ["via", "staged"])
+def test_logs_of_a_step_behind_a_login_node_are_followed_while_it_runs(
+    request: pytest.FixtureRequest, tmp_path: Path, form: str
+) -> None:
+    with reached(request, tmp_path, form) as desk:
+        daemon = desk.daemon.start()
+        daemon.install("talks", TALKS.replace("GO", str(desk.go)))
+        run = daemon.run("talks")
+        until(lambda: "runs on cluster" in daemon.ctl("why", f"{run}/say").stdout, "it runs", 60)
+        with daemon.following("logs", f"{run}/say", "-f") as reader:
+            assert reader.stdout is not None and reader.stdout.readline() == "first\n"
+            assert daemon.show(run)["state"] == "running"
+            desk.go.touch()
+            assert reader.stdout.read() == "second\n" and reader.wait(20) == 0
+        assert steps(daemon.end(run)) == {"say": "succeeded"}
+        assert daemon.ctl("logs", f"{run}/say").stdout == "first\nsecond\n"
+
+
+@contextmanager
+def reached(request: pytest.FixtureRequest, tmp_path: Path, form: str) -> Iterator[Desk]:
+    """`via`: the daemon's machine sees the files too. `staged`: it sees nothing of the cluster."""
+    if form == "via":
+        with behind(request.getfixturevalue("slurm_login"), tmp_path / "shared") as desk:
+            yield desk
+        return
+    apart = request.getfixturevalue("slurm_apart")
+    with behind(apart.login, apart.work_dir, "shared = false") as desk:
+        yield desk
+        assert apart.seen_here() == []
 
 
 def test_what_waits_in_slurm_s_queue_says_slurm_s_reason_also_to_the_next_daemon(desk: Desk) -> None:

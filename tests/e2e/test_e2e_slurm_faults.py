@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,12 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
+KILLS = "JobAcctGatherParams=OverMemoryKill\n"  # it ends what takes more memory than it asked for, on whichever node
+IMPATIENT = Path(__file__).parent.parent / "faults/crash/impatient.py"
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[slurm_rig.Cluster]:
     """It keeps accounts, preempts by killing, and forgets what has ended as soon as Slurm can."""
-    with slurm_rig.running(accounting=True, min_job_age=2, preempt="CANCEL") as found:
+    with slurm_rig.running(accounting=True, min_job_age=2, preempt="CANCEL", more=KILLS) as found:
         yield found
 
 
@@ -165,6 +169,38 @@ def test_J4_a_job_that_ended_and_was_forgotten_while_no_daemon_ran_is_told_by_it
     assert len(lines(desk.effects)) == 1
 
 
+def test_J7_a_job_that_a_killed_controller_forgot_costs_no_try_and_whoever_has_its_id_now_is_left_alone(
+    cluster: slurm_rig.Cluster,
+) -> None:
+    desk = Desk(cluster)
+    desk.daemon.program = [sys.executable, IMPATIENT]
+    stranger = ["sbatch", "--parsable", "--output=/dev/null", "--chdir=/tmp", "--job-name=stranger"]
+
+    def ours() -> list[int]:
+        return [job for job, (state, name) in cluster.jobs().items() if name.startswith("mlp-") and state == "PENDING"]
+
+    try:
+        desk.daemon.start()
+        desk.go.touch()
+        full = int(cluster.command(*stranger, "-N2", "--exclusive", "--wrap=sleep 300"))
+        cluster.wait_for(lambda: cluster.jobs()[full][0] == "RUNNING", "both nodes are taken")
+        with cluster.forgetting():
+            run = desk.waits("cluster")
+            told(desk, run, "waits in the queue of cluster: ")
+            (job,) = ours()
+        taken = full
+        while taken < job:
+            taken = int(cluster.command(*stranger, "--wrap=sleep 1"))
+        until(ours, "another job is submitted for the step", 90)
+        assert cluster.jobs()[job] == ("PENDING", "stranger")
+        cluster.command("scancel", str(full))
+        assert steps(desk.daemon.end(run, 120)) == {"step": "succeeded"}
+        assert f"Slurm does not know job {job} any more, and it had not started" in desk.why(run)
+        assert len(lines(desk.effects)) == 1
+    finally:
+        desk.close()
+
+
 # --- J8: ended by others or by its limits; what waits ---------------------------------------------------------------
 def test_J8_an_administrators_scancel_fails_the_step_and_why_says_who_it_was_not(desk: Desk) -> None:
     run = desk.waits("cluster")
@@ -192,6 +228,24 @@ def test_J8_a_step_over_its_memory_says_so(desk: Desk) -> None:
     found = desk.daemon.go("hungry", timeout=120)
     assert steps(found) == {"step": "failed"}
     assert "out of memory" in desk.why(found["id"])
+
+
+def test_J8_one_rank_over_its_memory_ends_the_others_and_the_log_says_so(desk: Desk) -> None:
+    code = desk.daemon.plugins / "code"
+    code.mkdir()
+    (code / "ranks.py").write_text(
+        "import os, time\nkept = b'x' * (300 << 20) if os.environ['SLURM_PROCID'] == '1' else b''\ntime.sleep(300)\n"
+    )
+    body = (
+        'step = MpiStep("ranks.py", source_directory="code", name="step", node_count=2, compute_target="cluster",\n'
+        '               resources=Resources(memory="64M"))\npipeline = Pipeline("ranks", steps=[step])\n'
+    )
+    desk.daemon.install("ranks", body)
+    found = desk.daemon.go("ranks", timeout=120)
+    assert steps(found) == {"step": "failed"} and step(found, "step")["attempts"] == 1
+    assert "exited with status 137" in desk.why(found["id"])
+    said = desk.daemon.ctl("logs", f"{found['id']}/step", "--stderr").stdout
+    assert "exceeded memory limit" in said and "task 0: Killed" in said, said
 
 
 @pytest.mark.parametrize("reason", ["Resources", "Priority"])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lab import packages
 from trigger_rig import Folder, arrival, landing, rig
 
-from mlpiped.triggers import mounts
+from mlpiped.files import mounts
 
 BINDFS = {"bindfs": "bindfs"}
 pytestmark = pytest.mark.anyio

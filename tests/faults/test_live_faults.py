@@ -307,3 +307,32 @@ pipeline = Pipeline("scripts", steps=[one, two])
     assert own.ctl("logs", f"{number}/two").stdout == "as it was\n"
     install()
     assert step(own.go("scripts"), "two")["outcome"] == "reused", "it has the identity that it had"
+
+
+@pytest.mark.parametrize("change", ["edited", "removed"])
+def test_G9_a_script_that_is_edited_or_removed_while_its_step_waits_for_a_place_is_run_as_it_was(change: str) -> None:
+    with Daemon(slots=1) as own:
+        go, source = own.root / "go", own.plugins / "src"
+        source.mkdir()
+        (source / "say.py").write_text("print('as it was')\n")
+        own.install(
+            "waits",
+            f"""
+ahead = Pipeline("ahead", steps=[CommandStep("while [ ! -e {go} ]; do sleep 0.02; done", name="a")])
+waits = Pipeline("waits", steps=[PythonScriptStep("say.py", source_directory="src", name="say")])
+""",
+            "ahead",
+            "waits",
+        )
+        first = own.run("ahead")
+        until(lambda: own.show(first)["steps"][0]["state"] == "running", "the place is taken")
+        number = own.run("waits")
+        until(lambda: list((own.state / "code").glob("*/*/say.py")), "its code is kept")
+        if change == "edited":
+            (source / "say.py").write_text("print('another')\n")
+        else:
+            shutil.rmtree(source)
+        go.touch()
+        run = own.end(number)
+        assert run["outcome"] == "succeeded", run["steps"]
+        assert own.ctl("logs", f"{number}/say").stdout == "as it was\n"

@@ -11,13 +11,12 @@ import json
 import os
 import re
 import sys
-import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from crash import mutants
-from crash.elsewhere import TrialElsewhere
+from crash.elsewhere import WAYS, TrialElsewhere, harm
 from harness import until
 from lab.ssh_rig import Box, Cable, name_of
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 RUNS = int(os.environ.get("MLPIPED_SSH_CRASH_RUNS", "50"))
 TRIALS = 3  # a mutant's race is lost in the first one, or nearly always
-KINDS = ("sshd", "sessions", "cable", "answers")
 ON_BOXES = """
 from functools import partial
 CommandStep = partial(CommandStep, compute_target="boxes")
@@ -80,18 +78,8 @@ class BoxTrial(TrialElsewhere):
         """What happens to a box, or to the way to it."""
         which = self.random.randrange(len(self.boxes))
         box, cable = self.boxes[which], self.cables[which]
-        what = KINDS[self.shaken.total() % len(KINDS)]
-        if what == "sshd":
-            box.stop()
-            time.sleep(self.random.uniform(0, 0.3))
-            box.start()
-        elif what == "sessions":
-            box.drop()
-        else:
-            if what == "answers":  # what is asked for is done, and nobody learns of it
-                cable.freeze_down()
-                time.sleep(self.random.uniform(0, 0.3))
-            cable.cut()
+        what = WAYS[self.shaken.total() % len(WAYS)]
+        harm(what, box, cable, self.random.uniform(0, 0.3))
         self.shaken[what] += 1
 
     def processes(self) -> set[int]:
@@ -127,7 +115,7 @@ def test_no_step_on_a_box_is_lost_or_runs_twice_however_often_daemon_sshd_and_li
         assert trial.kept() > 0
         trial.clean()
         until(lambda: not trial.processes(), "the end of every process on the boxes")
-    assert verdict.injected >= RUNS and min(trial.shaken[kind] for kind in KINDS) >= 1
+    assert verdict.injected >= RUNS and min(trial.shaken[kind] for kind in WAYS) >= 1
 
 
 @pytest.mark.lab

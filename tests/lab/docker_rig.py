@@ -142,6 +142,18 @@ class Engine:
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)
 
+    @contextlib.contextmanager
+    def short_of_space(self, free: int) -> Iterator[None]:
+        """So many KiB are left on its disk."""
+        data = f"{self.folder}/data"
+        told = subprocess.run(self.enter("df", "-k", "--output=used", data), capture_output=True, text=True, check=True)
+        resize = self.enter("mount", "-o", f"remount,size={int(told.stdout.split()[-1]) + free}k", data)
+        subprocess.run(resize, check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(self.enter("mount", "-o", "remount,size=100%", data), check=True)
+
     # --- what is done with it ---------------------------------------------------------------------------------------
     def enter(self, *argv: object) -> list[str]:
         """The command that runs `argv` where dockerd runs: its loopback and its mounts are not the host's."""

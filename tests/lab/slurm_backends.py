@@ -75,7 +75,10 @@ class Desk:
         return self.place / "jobs" / str(handle["token"])
 
     def go(self, handle: Handle) -> None:
-        (self.folder(handle) / "work" / "go").touch()
+        """Whether it has started or not."""
+        work = self.folder(handle) / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "go").touch()
 
     async def until(self, look: Callable[[], object], what: str, timeout: float = 60.0) -> None:
         with anyio.move_on_after(timeout):

@@ -10,8 +10,10 @@ from lab import packages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from lab import slurm_rig
+    from lab.slurm_login import LoginNode
 
 WAITS = """
 step = CommandStep("echo $MLPIPED_TOKEN >> EFFECTS; until test -e GO; do sleep 0.05; done", name="step",
@@ -63,3 +65,18 @@ class Desk:
     def close(self) -> None:
         self.daemon.close()
         self.cluster.command("scancel", "-u", "root", check=False)
+
+
+@contextmanager
+def behind(login: LoginNode, work_dir: Path, more: str = "") -> Iterator[Desk]:
+    """A desk whose machine has none of Slurm's commands; nor has it the cluster's files, with `shared = false`."""
+    desk = Desk(login.cluster, f'via = "login"\nwork_dir = "{work_dir}"\n{more}')
+    try:
+        daemon = desk.daemon
+        daemon.config.write_text(daemon.config.read_text() + login.config("login"))
+        del daemon.env["SLURM_CONF"]
+        daemon.state.mkdir(mode=0o700)
+        (daemon.state / "known_hosts").write_text(login.box.known())
+        yield desk
+    finally:
+        desk.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,10 @@ class LoginNode:
         facts = SshCompute(**self.box.settings(**{"gpus": 0, "slots": 0, **settings}))
         return SshBackend("login", state, facts, instance="0" * 32, datastores={})
 
-    def config(self, via: str) -> str:
-        return (
-            f'[compute.{via}]\nkind = "ssh"\nhost = "{self.box.address}"\nport = {self.box.port}\n'
-            f'key_file = "{self.box.key}"\ngpus = 0\nslots = 0\n'
-        )
+    def config(self, via: str, **settings: Any) -> str:
+        facts = self.box.settings(**{"gpus": 0, "slots": 0, **settings})
+        words = [f"{name} = {json.dumps(value, default=str)}" for name, value in facts.items()]
+        return "\n".join([f"[compute.{via}]", *words, ""])
 
 
 def node(lab: ssh_rig.Lab, cluster: slurm_rig.Cluster, *tools: Path, **facts: Any) -> LoginNode:

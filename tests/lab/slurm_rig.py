@@ -277,6 +277,19 @@ class Cluster:
         )
         self.command("scancel", job)
 
+    @contextlib.contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Of what is done meanwhile the controller knows nothing afterwards: it was killed, and is as it was before."""
+        state, before = self.folder / "state", self.folder / "state.before"
+        self.kill("slurmctld", signal.SIGTERM)  # it saves all
+        shutil.copytree(state, before)
+        self.restart()
+        yield
+        self.kill("slurmctld")
+        shutil.rmtree(state)
+        before.rename(state)
+        self.restart()
+
     def controller_answers(self) -> bool:
         return "is UP" in self.command("scontrol", "ping", check=False)
 

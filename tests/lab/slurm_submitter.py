@@ -6,6 +6,7 @@ python slurm_submitter.py STATE_DIR TOKEN[,TOKEN…] EFFECTS before|after sbatch
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -23,20 +24,49 @@ from mlpiped.config.computes import SlurmCompute
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mlpiped.backends.slurm.runner import Answer, Stdin
 
-class Killed(HostRunner):
+
+class Watched(HostRunner):
+    """`words`: of a command, and what a scontrol is told. `before` is called when it has been started, if it is told
+    later what to do, and has not been told."""
+
+    async def before(self, words: Sequence[str]) -> None: ...
+
+    async def after(self, words: Sequence[str]) -> None: ...
+
+    async def run(self, argv: Sequence[str], stdin: Stdin = b"", within: float | None = None) -> Answer:
+        words = list(argv)
+        if isinstance(stdin, bytes):
+            await self.before(words)
+            answer = await super().run(argv, stdin, within)
+        else:
+            told: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+
+            async def tell() -> None:
+                text = await stdin
+                words.extend((text or b"").decode().split() if argv[0] == "scontrol" else ())
+                if text is not None:
+                    await self.before(words)
+                told.set_result(text)
+
+            answer, _ = await asyncio.gather(super().run(argv, told, within), tell())
+        await self.after(words)
+        return answer
+
+
+class Killed(Watched):
     def __init__(self, when: str, what: str) -> None:
         super().__init__(os.environ)
         self.when, self.what = when, what
 
-    async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
-        there = self.what in argv
-        if there and self.when == "before":
+    async def before(self, words: Sequence[str]) -> None:
+        if self.what in words and self.when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        answer = await super().run(argv, stdin)
-        if there:
+
+    async def after(self, words: Sequence[str]) -> None:
+        if self.what in words:
             os.kill(os.getpid(), signal.SIGKILL)
-        return answer
 
 
 def effect(token: str, effects: str) -> Job:

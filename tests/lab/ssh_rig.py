@@ -204,6 +204,7 @@ class Cable:
                 except OSError:
                     here.close()
                     continue
+                there.settimeout(None)
                 self._ends += [here, there]
                 self._thread(self._pump, here, there, True)
                 self._thread(self._pump, there, here, False)

@@ -12,7 +12,7 @@ from contract.conftest import DockerBench
 from lab.docker_scene import bench, folder, gated, open_gate, said, served
 
 from mlpiped.backends.base import Exited
-from mlpiped.errors import InvalidJob
+from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
     from mlpiped.backends.docker import DockerBackend
@@ -58,6 +58,20 @@ async def test_what_dockerfiles_made_goes_with_its_stages_and_what_builds_that_f
         assert await drop(backend) == count
     assert bench.engine.holds() == before
     assert list((bench.place / "state/docker-images").iterdir()) == []
+
+
+async def test_a_build_that_finds_the_engines_disk_full_waits_and_is_no_fault_of_its_dockerfile(
+    bench: DockerBench,
+) -> None:
+    copies = f"FROM lab-python\nCOPY --from=lab-python /usr/lib /{secrets.token_hex(4)}\n"
+    writes = f"FROM lab-python\nRUN cp -r /usr/lib /{secrets.token_hex(4)}\n"
+    async with served(bench) as backend:
+        with bench.engine.short_of_space(2000):
+            for text in (copies, writes):
+                with pytest.raises(BackendUnavailable, match="the Dockerfile does not build: ") as fault:
+                    await backend.image(None, text)
+                assert "no space left on device" in fault.value.advice.lower()
+        assert (await backend.image(None, writes)).run
 
 
 async def test_what_was_asked_for_again_stays_and_what_goes_is_made_again_when_it_is_wanted(bench: DockerBench) -> None:

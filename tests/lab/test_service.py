@@ -19,6 +19,8 @@ from lab import packages, rootfs
 from nspawn import CannotBoot, Machine
 from service_rig import UNIT, WATCHDOG, Load, Service
 
+from mlpiped.backends.ssh.agent import script
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -91,6 +93,29 @@ def test_exposure_stays_low(service: Service) -> None:
     assert found, said
     print(found[0])
     assert float(found[1]) <= EXPOSURE, said
+
+
+def test_a_box_whose_logind_ends_steps_with_the_connection_says_so(service: Service) -> None:
+    """Nothing that is started there would outlive its connection. As who logs in to it finds it; root's stay."""
+    boot = service.machine.root / "tmp/boot.sh"
+    boot.write_bytes(script("boot.sh"))
+    drop_in = service.machine.root / "etc/systemd/logind.conf.d/lab.conf"
+    drop_in.parent.mkdir()
+
+    def told(settings: str, *, root: bool = False) -> bool:
+        drop_in.write_text(f"[Login]\n{settings}\n")
+        service.machine.run("systemctl", "restart", "systemd-logind")
+        who = [] if root else ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+        said = service.machine.run(*who, "env", "XDG_SESSION_ID=1", "sh", "/tmp/boot.sh", check=False).stdout
+        return "x its logind ends steps with the connection" in said
+
+    try:
+        assert told("KillUserProcesses=yes")
+        assert not told("KillUserProcesses=yes", root=True)
+        assert not told("KillUserProcesses=no")
+    finally:
+        drop_in.unlink()
+        service.machine.run("systemctl", "restart", "systemd-logind")
 
 
 def test_the_hardening_breaks_nothing_that_steps_need(service: Service) -> None:

@@ -4,6 +4,7 @@ others end; queues that are full; names that try to be somebody else's.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import shutil
@@ -27,6 +28,8 @@ from mlpiped.backends.slurm import submission, tools
 from mlpiped.errors import InvalidJob
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Sequence
+
     from mlpiped.backends.base import Handle
 
 __all__ = ["accounted", "cluster", "desk", "plain"]
@@ -123,12 +126,11 @@ async def test_J2_three_jobs_of_one_token_are_one_execution(desk: Desk) -> None:
 
 
 def _sbatch(desk: Desk, token: str, *more: str) -> list[str]:
-    folder = desk.place / "jobs" / token
-    return ["sbatch", "--parsable", f"--job-name=mlp-{token}", f"--output={folder}/slurm.out", "--export=NONE", *more]
+    return ["sbatch", "--parsable", f"--job-name=mlp-{token}", "--output=/dev/null", "--export=NONE", *more]
 
 
 def _script(desk: Desk, token: str) -> str:
-    return tools.script(str(desk.place / "jobs" / token), tools.install(desk.place), sys.executable).decode()
+    return tools.script(str(desk.place), token, tools.install(desk.place), sys.executable).decode()
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,7 @@ async def test_J3_a_requeue_cannot_start_the_step_again(desk: Desk) -> None:
     over = ("COMPLETED", "FAILED", "CANCELLED", "")
     await desk.until(lambda: desk.cluster.jobs().get(handle["job"], ("", ""))[0] in over, "it is out of the queue")
     assert len(lines(desk.effects)) == 1
+    assert await (await desk.backend()).wait(handle) == outcome  # we took it out: nobody else has cancelled it
 
 
 async def test_J3_a_node_that_cannot_start_a_job_has_not_cancelled_the_step(tmp_path: Path) -> None:
@@ -283,16 +286,8 @@ async def test_J5_names_of_other_jobs_cannot_speak_for_ours(desk: Desk) -> None:
 async def test_J7_a_job_that_a_killed_controller_forgot_never_ran_and_its_id_is_anothers(desk: Desk) -> None:
     backend = await desk.backend()
     desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
-    state, before = desk.cluster.folder / "state", desk.cluster.folder / "state.before"
-    desk.cluster.kill("slurmctld", signal.SIGTERM)
-    shutil.copytree(state, before)
-    desk.cluster.restart()
-    job = desk.effect()
-    handle = await backend.submit(job)
-    desk.cluster.kill("slurmctld")
-    shutil.rmtree(state)
-    before.rename(state)
-    desk.cluster.restart()
+    with desk.cluster.forgetting():
+        handle = await backend.submit(desk.effect())
     other = [
         "sbatch",
         "--parsable",
@@ -311,6 +306,46 @@ async def test_J7_a_job_that_a_killed_controller_forgot_never_ran_and_its_id_is_
     await anyio.to_thread.run_sync(desk.cluster.ready)
     await desk.until(lambda: lines(desk.effects), "the other job has run")
     assert set(lines(desk.effects)) == {"other"}
+
+
+async def test_J7_a_release_that_a_killed_controller_forgot_is_given_again_and_a_person_s_hold_is_left(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = await desk.backend()
+    release, first, released = backend._controller.release, backend._controller.release_named, []
+
+    async def forgotten(naming: Awaitable[Sequence[int | str]]) -> None:
+        released.append(await asyncio.shield(asyncio.ensure_future(naming)))
+        with desk.cluster.forgetting():
+            await first(asyncio.ensure_future(naming))
+
+    async def again(jobs: Sequence[int | str]) -> None:
+        released.append(jobs)
+        await release(jobs)
+
+    monkeypatch.setattr(backend._controller, "release_named", forgotten)
+    monkeypatch.setattr(backend._controller, "release", again)
+    desk.cluster.command("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
+    handle = await backend.submit(desk.effect())
+    job = str(handle["job"])
+    assert desk.reason(handle["token"]) == "JobHeldUser"
+    outcomes = []
+    async with anyio.create_task_group() as group:
+
+        async def wait() -> None:
+            outcomes.append(await backend.wait(handle))
+
+        group.start_soon(wait)
+        freed = lambda: "T" in desk.cluster.command("squeue", "-h", "-O", "AccrueTime")  # noqa: E731
+        await desk.until(freed, "it is released again")
+        desk.cluster.command("scontrol", "uhold", job)
+        await anyio.to_thread.run_sync(desk.cluster.ready)
+        looks = backend._queue.looks
+        await desk.until(lambda: backend._queue.looks > looks + 3, "the queue is looked at")
+        assert desk.reason(handle["token"]) == "JobHeldUser" and not outcomes
+        desk.cluster.command("scontrol", "release", job)
+    assert isinstance(outcomes[0], Exited) and outcomes[0].code == 0
+    assert len(released) == 2 and lines(desk.effects) == [handle["token"]]
 
 
 async def test_J7_what_a_killed_controller_holds_again_after_its_end_is_taken_out_each_time(desk: Desk) -> None:
@@ -434,7 +469,7 @@ async def test_a_job_that_asks_for_what_there_is_not_is_refused_for_good(desk: D
     job = desk.job("true")
     with pytest.raises(InvalidJob, match="Slurm refuses the job"):
         await backend.submit(job)
-    assert not (desk.place / "jobs" / job.token / "job.json").exists()
+    assert not (desk.place / "slurm" / "orders" / job.token).exists()
     assert isinstance(await backend.fence(job.token), NeverRan)
 
 

@@ -15,10 +15,10 @@ import pytest
 from harness import lines
 from lab import slurm_rig
 from slurm_backends import BOTH, WAIT, Desk, accounted, cluster, desk, plain
-from slurm_submitter import effect
+from slurm_submitter import Watched, effect
 
 from mlpiped.backends.base import Exited, NeverRan
-from mlpiped.backends.slurm.runner import HostRunner
+from mlpiped.backends.slurm import submission
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.lab, pytest.mark.timeout(200)]
 MANY = 20
 
 
-class Counted(HostRunner):
+class Counted(Watched):
     """Counts the commands, and may lose the answer of one."""
 
     def __init__(self, environ: dict[str, str]) -> None:
@@ -42,13 +42,13 @@ class Counted(HostRunner):
         self.arrays: list[int] = []  # elements of each
         self.lose: str | None = None
 
-    async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
-        self.said += [name for name in ("sbatch", "release", "scancel") if name in argv]
-        self.arrays += [int(word.partition("=0-")[2]) + 1 for word in argv if word.startswith("--array=")]
-        answer = await super().run(argv, stdin)
-        if self.lose is not None and self.lose in argv:
+    async def before(self, words: Sequence[str]) -> None:
+        self.said += [name for name in ("sbatch", "release", "scancel") if name in words]
+        self.arrays += [int(word.partition("=0-")[2]) + 1 for word in words if word.startswith("--array=")]
+
+    async def after(self, words: Sequence[str]) -> None:
+        if self.lose is not None and self.lose in words:
             raise TimeoutError
-        return answer
 
 
 async def counted(desk: Desk, **settings: Any) -> tuple[SlurmBackend, Counted]:
@@ -132,8 +132,7 @@ async def test_what_comes_while_an_sbatch_is_under_way_goes_with_the_next(desk: 
             group.start_soon(submitted, backend, [desk.effect()])
             await desk.until(lambda: runner.said == ["sbatch"], "the first is under way")
             group.start_soon(submitted, backend, [desk.effect() for _ in range(5)])
-            folders = desk.place / "jobs"
-            await desk.until(lambda: len(list(folders.glob("[!.]*"))) == 6, "the others are ready")
+            await desk.until(lambda: len(backend._counter) == 6, "the others are ready")
         finally:
             desk.cluster.kill("slurmctld", signal.SIGCONT)
     assert runner.arrays == [5]
@@ -265,7 +264,7 @@ async def test_J2_an_array_that_sbatch_did_not_speak_of_is_adopted_element_by_el
 
 async def test_J2_elements_that_were_fenced_are_taken_out_one_by_one_and_the_others_run(desk: Desk) -> None:
     backend, runner = await counted(desk)
-    await backend._queue.configure()
+    await backend._queue.fresh()
     jobs = [desk.effect() for _ in range(6)]
     desk.cluster.kill("slurmctld", signal.SIGSTOP)
     async with anyio.create_task_group() as group:
@@ -338,6 +337,8 @@ async def test_J2_a_daemon_killed_while_it_submits_an_array_starts_each_step_onc
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     if what == "sbatch":
         assert lines(desk.effects) == []
+    if (when, what) == ("before", "sbatch"):  # it had started, and was not told what to submit
+        assert waiting(desk) == []
     backend = await desk.backend()
     found = await backend.find(tokens)
     assert len(found) == (5 if handle_is_durable else 0)
@@ -350,6 +351,79 @@ async def test_J2_a_daemon_killed_while_it_submits_an_array_starts_each_step_onc
     assert all("array" in handle for handle in found.values())
     assert good(await ends(backend, list(found.values())))
     assert sorted(lines(desk.effects)) == sorted(tokens)
+
+
+async def test_J2_an_array_of_which_half_is_recorded_is_taken_on_whole_by_the_next_daemon(desk: Desk) -> None:
+    backend, runner = await counted(desk)
+    runner.lose = "sbatch"
+    jobs = [desk.effect() for _ in range(6)]
+    await together(backend, jobs)
+    number = int(waiting(desk)[0].partition("_")[0])
+    array = desk.cluster.command("squeue", "-h", "-j", str(number), "-o", "%j").split()[0].removeprefix("mlpa-")
+    half = {
+        job.token: submission.submitted(f"{number}_{index}", 3.0, array) for index, job in enumerate(jobs) if index % 2
+    }
+    assert await backend._files.settle(half) == half
+    late = await desk.backend()
+    found = await late.find([job.token for job in jobs])
+    assert [found[job.token]["job"] for job in jobs] == [f"{number}_{index}" for index in range(6)]
+    assert good(await ends(late, list(found.values())))
+    assert sorted(lines(desk.effects)) == sorted(job.token for job in jobs)
+
+
+@pytest.mark.parametrize("recovery", ["fence", "find"])
+async def test_J2_an_element_whose_order_was_not_written_never_runs_and_is_taken_out(desk: Desk, recovery: str) -> None:
+    """The daemon was killed when sbatch had heard the script, and not all orders were there."""
+    backend, runner = await counted(desk)
+    runner.lose = "sbatch"
+    jobs = [desk.effect() for _ in range(4)]
+    await together(backend, jobs)
+    for job in jobs[2:]:
+        (desk.place / "slurm" / "orders" / job.token).unlink()
+    late = await desk.backend()
+    if recovery == "find":
+        assert set(await late.find([job.token for job in jobs])) == {job.token for job in jobs[:2]}
+    found = [await late.fence(job.token) for job in jobs]
+    assert [isinstance(one, NeverRan) for one in found] == [False, False, True, True]
+    handles = [one for one in found if not isinstance(one, NeverRan)]
+    assert good(await ends(late, handles))
+    await late._queue.fresh()
+    await desk.until(lambda: not waiting(desk), "the others are taken out")
+    assert sorted(lines(desk.effects)) == sorted(job.token for job in jobs[:2])
+
+
+async def test_an_array_is_made_durable_at_once_however_many_its_elements_are(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, runner = await counted(desk)
+    await backend._queue.fresh()
+    synced: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), fsync(fd))[1])
+    counts = []
+    for many in (3, 60):
+        synced.clear()
+        handles = await submitted(backend, [desk.job("true") for _ in range(many)])
+        counts.append(len(synced))
+        for handle in handles:
+            assert (desk.place / "slurm" / "records" / handle["token"]).exists()
+    assert runner.arrays == [3, 60] and counts[0] == counts[1], counts
+
+
+async def test_nothing_of_a_discarded_element_is_left_and_its_order_goes_when_it_starts(desk: Desk) -> None:
+    backend = await desk.backend()
+    handles = await submitted(backend, [desk.job(WAIT, env={"SECRET": "s3cret"}) for _ in range(3)])
+    for handle in handles:
+        await desk.started(handle)
+        assert not (desk.folder(handle) / "job.json").exists()
+        desk.go(handle)
+    assert os.listdir(desk.place / "slurm" / "orders") == []
+    assert good(await ends(backend, handles))
+    await backend.discard(handles[0]["token"], keep_logs=False)
+    await backend.discard(handles[1]["token"], keep_logs=True)
+    left = {path.name for path in desk.place.rglob("t-*")}
+    assert left == {handle["token"] for handle in handles[1:]}
+    assert desk.folder(handles[1]).is_dir() and not desk.folder(handles[0]).exists()
 
 
 # --- J4, J7 ---------------------------------------------------------------------------------------------------------
@@ -394,7 +468,7 @@ async def test_J7_an_array_that_a_killed_controller_forgot_never_ran_and_its_id_
 # --- how many -------------------------------------------------------------------------------------------------------
 async def test_an_array_is_no_longer_than_the_site_allows(desk: Desk) -> None:
     backend, runner = await counted(desk)
-    await backend._queue.configure()
+    await backend._queue.fresh()
     backend._queue.config = {**(backend._queue.config or {}), "MaxArraySize": "8"}
     handles = await submitted(backend, [desk.effect() for _ in range(20)])
     assert sorted(runner.arrays) == [4, 8, 8]
@@ -403,7 +477,7 @@ async def test_an_array_is_no_longer_than_the_site_allows(desk: Desk) -> None:
 
 async def test_where_arrays_are_not_allowed_there_are_none(desk: Desk) -> None:
     backend, runner = await counted(desk)
-    await backend._queue.configure()
+    await backend._queue.fresh()
     backend._queue.config = {**(backend._queue.config or {}), "MaxArraySize": "0"}
     handles = await submitted(backend, [desk.effect() for _ in range(3)])
     assert runner.arrays == [] and good(await ends(backend, handles))
@@ -416,7 +490,7 @@ async def test_an_array_that_asks_for_what_there_is_not_is_refused_for_good(desk
     assert all(isinstance(one, InvalidJob) for one in found)
     for job in jobs:
         assert isinstance(await backend.fence(job.token), NeverRan)
-    assert not any(os.path.exists(desk.place / "jobs" / job.token / "job.json") for job in jobs)
+    assert os.listdir(desk.place / "slurm" / "orders") == []
 
 
 # --- a full queue ---------------------------------------------------------------------------------------------------
@@ -447,8 +521,8 @@ async def test_an_array_that_is_more_than_the_site_takes_goes_in_parts_and_waits
             await desk.until(lambda: backend._controller.full is not None, "the queue is full")
             waits = [job.token for job in jobs if backend.waiting(job.token) is not None]
             assert len(waits) == 4 and all(words in (backend.waiting(token) or "") for token in waits)
-            for folder in folders:
-                folder.joinpath("work", "go").touch()
+            for job in jobs:
+                desk.go({"token": job.token})
         assert not [one for one in found if isinstance(one, Exception)]
         assert good(await ends(backend, [one for one in found if not isinstance(one, Exception)]))
         assert runner.arrays[:2] == [7, 3]
@@ -480,7 +554,7 @@ async def test_a_controller_that_holds_no_more_jobs_means_wait(tmp_path: Path) -
                 await desk.until(lambda: len(started(folders)) >= 2, "some run", 100)
                 await desk.until(lambda: backend._controller.full is not None, "it is full again", 100)
                 assert found == [] and "temporarily unable to accept" in str(backend._controller.full)
-                for folder in folders:
-                    folder.joinpath("work", "go").touch()
+                for job in jobs:
+                    desk.go({"token": job.token})
             handles = [one for one in found if not isinstance(one, Exception)]
             assert len(handles) == 6 and good(await ends(backend, handles))

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import secrets
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 from blake3 import blake3
 from lab import slurm_apart, ssh_rig
+from lab.ssh_daemon import make_wheel
 
-from mlpiped.backends.base import Exited, Job, JobOutput, NeverRan, Part
-from mlpiped.backends.slurm import LoginRunner, StagedSlurmBackend
+from mlpiped.backends.base import Exited, Job, JobOutput, NeverRan, Part, Prunes
+from mlpiped.backends.slurm import LoginRunner, StagedSlurmBackend, commands
 from mlpiped.backends.ssh import LoginShell, Stage
 from mlpiped.config.computes import SlurmCompute
-from mlpiped.errors import BackendUnavailable
+from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from mlpiped.backends.base import Handle
 
 pytestmark = [pytest.mark.anyio, pytest.mark.lab, pytest.mark.timeout(200)]
+MANY = 100  # jobs
 WAIT = "echo began; while ! test -e go; do sleep 0.05; done; echo over"
 
 
@@ -39,14 +47,14 @@ class Desk:
         self.instance = secrets.token_hex(16)
         self.cable = ssh_rig.Cable(apart.login.box)
 
-    async def life(self) -> StagedSlurmBackend:
+    async def life(self, store: int | None = None) -> StagedSlurmBackend:
         """The backend of the daemon's next life."""
         work_dir = self.apart.work_dir
         compute = SlurmCompute(kind="slurm", via="login", work_dir=work_dir, shared=False, poll_interval="200ms")
         link = self.apart.login.backend(self.place, port=self.cable.port).link
         self.stack.push_async_callback(link.close)
         self.runner = LoginRunner(LoginShell(link))
-        stage = Stage(link, work_dir, self.instance, {})
+        stage = Stage(link, work_dir, self.instance, {}, store)
         backend = StagedSlurmBackend(
             "cluster", self.place, compute, instance=self.instance, runner=self.runner, stage=stage, patience=5.0
         )
@@ -56,8 +64,28 @@ class Desk:
     def job(self, script: str, **fields: Any) -> Job:
         return Job(token=f"t-{secrets.token_hex(6)}", arguments=((Part("text", script),),), shell=True, **fields)
 
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """All that is submitted meanwhile waits in the queue."""
+        self.apart.cluster.command("scontrol", "update", "partitionname=main", "state=down")
+        try:
+            yield
+        finally:
+            self.open()
+
+    def open(self) -> None:
+        self.apart.cluster.command("scontrol", "update", "partitionname=main", "state=up")
+
+    @property
+    def root(self) -> str:
+        return f"{self.apart.work_dir}/{self.instance}"
+
     def folder(self, token: str) -> str:
-        return f"{self.apart.work_dir}/{self.instance}/jobs/{token}"
+        return f"{self.root}/jobs/{token}"
+
+    def there(self, *argv: str) -> list[str]:
+        """The lines that a command says on the cluster's side."""
+        return self.apart.there("sh", "-c", 'cd "$0" && exec "$@"', self.root, *argv).splitlines()
 
     def close(self) -> None:
         self.cable.close()
@@ -117,6 +145,33 @@ async def test_code_and_inputs_go_there_by_content_and_outputs_come_home(desk: D
     assert not home.exists()
 
 
+async def test_requirements_are_built_there_once_per_content_by_the_login_node(desk: Desk) -> None:
+    """The nodes need no network for it; neither for `import mlpiped`."""
+    wheel = make_wheel(desk.place)
+    python = "import sys, os, tiny, mlpiped; print(tiny.WORD, sys.prefix, os.environ['VIRTUAL_ENV'])"
+
+    def job() -> Job:
+        return desk.job(f'python -c "{python}"', requirements=f"{wheel}\n")
+
+    async def one(backend: StagedSlurmBackend) -> None:
+        handle = await backend.submit(job())
+        outcome = await backend.wait(handle)
+        assert isinstance(outcome, Exited) and outcome.code == 0, (outcome, await log(backend, handle))
+        word, prefix, home = (await log(backend, handle)).decode().split()
+        assert word == "tiny" and prefix == home and home.startswith(f"{desk.root}/.envs/")
+
+    for _ in range(2):  # the next daemon finds it there
+        backend = await desk.life()
+        async with anyio.create_task_group() as group:
+            for _ in range(2):
+                group.start_soon(one, backend)
+    built = desk.there("sh", "-c", "cat .envs/*.log")
+    assert sum("Successfully installed tiny" in line for line in built) == 1
+    with pytest.raises(InvalidJob, match="cannot install the step's requirements"):
+        await backend.submit(desk.job("true", requirements="/no/such.whl\n"))
+    assert (await backend.prune(only_look=False))[0] == 0  # for ever, unless the config says how much
+
+
 async def test_what_a_step_prints_is_followed_and_the_next_daemon_goes_on_with_it(desk: Desk) -> None:
     backend = await desk.life()
     handle = await backend.submit(desk.job(WAIT))
@@ -145,10 +200,11 @@ async def test_J2_a_step_starts_once_when_the_connection_is_cut_after(
     backend = await desk.life()
     run, lost = desk.runner.run, []
 
-    async def cut(argv: Any, stdin: bytes = b"") -> tuple[int, str, str]:
-        answer = await run(argv, stdin)
+    async def cut(argv: Any, stdin: Any = b"", within: float | None = None) -> tuple[int, str, str]:
+        text = stdin if isinstance(stdin, bytes) else await stdin or b""
+        answer = await run(argv, text, within)
         mark = {"sbatch": "sbatch" in argv, "install": "zipfile" in " ".join(argv)}
-        if not lost and mark.get(what, f'"name": "{what}"'.encode() in stdin):
+        if not lost and mark.get(what, f'"name": "{what}"'.encode() in text):
             lost.append(what)
             desk.cable.cut()
             raise ConnectionError("cut")
@@ -185,6 +241,7 @@ async def test_J1_a_login_node_that_is_away_is_no_answer_and_the_step_goes_on(de
         await backend.fence(handle["token"])
     backend = await desk.life()  # it starts while the login node is away
     desk.apart.login.box.start()
+    desk.apart.there("mkdir", "-p", f"{desk.folder(handle['token'])}/work")
     desk.apart.there("touch", f"{desk.folder(handle['token'])}/work/go")
     outcome = await answered(lambda: backend.wait(handle))
     assert isinstance(outcome, Exited) and outcome.code == 0, outcome
@@ -198,3 +255,127 @@ async def test_J2_a_fenced_token_never_starts_there(desk: Desk) -> None:
     with pytest.raises(BackendUnavailable, match="was fenced"):
         await backend.submit(job)
     assert await backend.find([job.token]) == {}
+    assert (desk.place / "jobs" / job.token).is_dir()  # by which `gc` finds what is there
+    await backend.discard(job.token, keep_logs=False)
+    assert job.token not in desk.there("ls", "jobs")
+
+
+async def test_many_jobs_are_asked_for_together(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one request all that is asked for while the one before is under way; and for jobs that wait, none at all."""
+    backend = await desk.life()
+    await backend.wait(await backend.submit(desk.job("true")))
+    run, asked = desk.runner.run, Counter[str]()
+
+    async def counted(argv: Any, stdin: bytes = b"") -> tuple[int, str, str]:
+        asked[next((word for word in argv if word in commands.NAMES), "request")] += 1
+        return await run(argv, stdin)
+
+    monkeypatch.setattr(desk.runner, "run", counted)
+    handles = []
+
+    async def submit() -> None:
+        handles.append(await backend.submit(desk.job("true")))
+
+    async def looks(count: int) -> None:
+        until = backend._queue.looks + count
+        while backend._queue.looks < until:
+            await anyio.sleep(0.05)
+
+    with desk.closed():
+        async with anyio.create_task_group() as group:
+            for _ in range(MANY):
+                group.start_soon(submit)
+        assert asked["request"] < MANY / 2, asked
+        async with anyio.create_task_group() as group:
+            for handle in handles:
+                group.start_soon(backend.wait, handle)
+            asked.clear()
+            await looks(8)
+            assert asked["squeue"] <= 9 and asked["request"] <= 6, asked
+            asked.clear()
+            desk.apart.cluster.command("scancel", "-u", "root")  # all change at once
+        assert asked["request"] < MANY / 2, asked
+
+
+# --- what lies there goes again -------------------------------------------------------------------------------------
+class Data:
+    """A file here, its content there, and jobs that read it."""
+
+    def __init__(self, desk: Desk, name: str) -> None:
+        self.desk, self.path = desk, desk.place / name
+        self.path.write_bytes(secrets.token_bytes(1 << 20))
+        self.digest = f"b3:{blake3(self.path.read_bytes()).hexdigest()}"
+        self.content = self.digest.replace(":", "-")
+
+    def job(self) -> Job:
+        given, told = {"x": (str(self.path),)}, {str(self.path): self.digest}
+        return replace(
+            self.desk.job(""), arguments=((Part("text", "b2sum "), Part("input", "x")),), inputs=given, contents=told
+        )
+
+    def is_there(self) -> bool:
+        return self.content in self.desk.there("ls", ".cas")
+
+    async def read_by(self, backend: StagedSlurmBackend, handle: Handle) -> None:
+        """What the job has read is what lies here."""
+        outcome = await backend.wait(handle)
+        assert isinstance(outcome, Exited) and outcome.code == 0, outcome
+        assert (await log(backend, handle)).split()[0].decode() == hashlib.blake2b(self.path.read_bytes()).hexdigest()
+
+
+async def test_what_nobody_uses_goes_and_never_what_a_job_in_the_queue_will_read(desk: Desk) -> None:
+    """Another life of the daemon prunes; it knows nothing of the job."""
+    backend = await desk.life()
+    used, idle = Data(desk, "used"), Data(desk, "idle")
+    await idle.read_by(backend, await backend.submit(idle.job()))
+    with desk.closed():
+        handle = await backend.submit(used.job())
+        backend = await desk.life(store=1024)
+        assert isinstance(backend, Prunes)
+        would = await backend.prune(only_look=True)
+        assert would[0] == 1 and would[1] >= 1 << 20 and idle.is_there()
+        assert await backend.prune(only_look=False) == would
+        assert used.is_there() and not idle.is_there()
+    await used.read_by(backend, handle)
+    await backend.prune(only_look=False)
+    assert not used.is_there()
+    assert backend.missing({used.digest: 1}) == 1
+    await used.read_by(backend, await backend.submit(used.job()))  # which is sent again
+    await backend.discard(handle["token"], keep_logs=True)
+    assert handle["token"] not in desk.there("ls", "slurm/uses")
+
+
+async def test_what_a_fenced_job_would_have_used_goes(desk: Desk) -> None:
+    backend = await desk.life(store=1024)
+    data = Data(desk, "data")
+    token = data.job().token
+    await backend._files.build(replace(data.job(), token=token))
+    await backend.prune(only_look=False)
+    assert data.is_there()
+    assert isinstance(await backend.fence(token), NeverRan)
+    await backend.prune(only_look=False)
+    assert not data.is_there()
+
+
+async def test_a_job_waits_for_who_prunes_and_has_sent_again_what_went(desk: Desk) -> None:
+    backend = await desk.life()
+    data = Data(desk, "data")
+    await data.read_by(backend, await backend.submit(data.job()))
+    began = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
+    mark = f".pruning/{os.getpid()}.{began}"
+    desk.there("touch", mark)
+    job = data.job()
+    handles = []
+    async with anyio.create_task_group() as group:
+
+        async def submit() -> None:
+            handles.append(await backend.submit(job))
+
+        group.start_soon(submit)
+        while job.token not in desk.there("ls", "slurm/uses"):
+            await anyio.sleep(0.05)
+        desk.there("mv", f".cas/{data.content}", ".new/gone")  # which it has not looked for yet
+        assert job.token not in desk.there("ls", "jobs") and not handles
+        desk.there("rm", mark)
+    await data.read_by(backend, handles[0])
+    assert data.is_there()

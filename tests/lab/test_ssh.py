@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -12,7 +14,7 @@ import pytest
 from blake3 import blake3
 from harness import processes_below
 from lab import ssh_rig
-from lab.ssh_daemon import Daemon, ended, job, log, said, shell, well
+from lab.ssh_daemon import Daemon, ended, job, log, make_wheel, said, shell, well
 
 from mlpiped.backends.base import JobOutput, Part
 from mlpiped.errors import BackendUnavailable, InvalidJob
@@ -20,7 +22,6 @@ from mlpiped.files.hashing import tree_digest
 
 if TYPE_CHECKING:
     from contextlib import AsyncExitStack
-    from pathlib import Path
 
     from lab.ssh_rig import Box, Lab
 
@@ -244,6 +245,29 @@ async def test_cancel_ends_everything_of_a_step_that_forks_hides_and_ignores_sig
     assert daemon.processes(handle["token"]) == []
 
 
+async def test_cancel_ends_what_has_left_its_group_and_its_environment_and_nobody_who_looks_at_the_folder(
+    box: Box, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    daemon = Daemon(box, tmp_path / "state")
+    backend = await daemon.life(stack)
+    hidden = "trap '' TERM HUP INT; echo \\$\\$ >> pids; while :; do /bin/sleep 0.1; done"
+    handle = await backend.submit(shell(f'env -i setsid /bin/sh -c "{hidden}" & echo began; sleep 300', grace=0.3))
+    await said(backend, handle, b"began")
+    work = daemon.root / handle["token"] / "work"
+    with anyio.fail_after(20):
+        while not (work / "pids").exists() or not (work / "pids").read_text():
+            await anyio.sleep(0.01)
+    [pid] = (work / "pids").read_text().split()
+    with subprocess.Popen(["sleep", "300"], cwd=work) as looks:
+        try:
+            await backend.cancel(handle)
+            await backend.wait(handle)
+            assert looks.poll() is None
+        finally:
+            looks.kill()
+    assert not Path(f"/proc/{pid}/exe").exists()
+
+
 async def test_a_script_on_the_box_imports_the_sdk_and_logs_a_metric(
     box: Box, tmp_path: Path, stack: AsyncExitStack
 ) -> None:
@@ -278,19 +302,6 @@ async def test_requirements_are_built_there_once_per_content(box: Box, tmp_path:
     assert log_file.read_text().count("Successfully installed tiny") == 1
     with pytest.raises(InvalidJob, match="requirements"):
         await backend.submit(job("true", requirements="/no/such.whl\n"))
-
-
-def make_wheel(folder: Path) -> Path:
-    """The least that pip installs, without an index."""
-    import zipfile
-
-    wheel = folder / "tiny-1-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny.py", "WORD = 'tiny'\n")
-        archive.writestr("tiny-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1\n")
-        archive.writestr("tiny-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr("tiny-1.dist-info/RECORD", "")
-    return wheel
 
 
 @pytest.mark.parametrize("shell_name", ["dash", "bash", "busybox"])

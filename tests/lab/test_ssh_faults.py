@@ -233,7 +233,7 @@ async def test_H4_a_changed_host_key_stops_that_host_alone(
         with pytest.raises(BackendUnavailable) as caught:
             await backend.find([handle["token"]])
         assert caught.value.message == words and str(daemon.state / "known_hosts") in (caught.value.hint or "")
-        assert await backend.health() == words
+        assert await backend.health() == f"{words}; {caught.value.hint}"
         assert box.connections() == before and box.knocks() == 1  # no storm of attempts
         assert await well_one.health() is None
         assert (await ended(well_one, job("true")))[1].code == 0
@@ -254,7 +254,7 @@ async def test_H4_an_unknown_host_is_refused_with_the_way_to_trust_it(
     with pytest.raises(BackendUnavailable) as caught:
         await backend.find(["t"])
     assert caught.value.message == f"the host key of `box` ({box.address}) is not known"
-    assert f"ssh-keyscan -p {box.port} {box.address}" in (caught.value.hint or "")
+    assert caught.value.hint == "`mlpiped trust box`, as the daemon's user"
     assert box.connections() == 0
 
 
@@ -277,6 +277,22 @@ async def test_H5_a_box_that_refuses_our_key_is_disabled_after_three_times(
     assert box.knocks() == knocks == 3
     os.utime(box.key)  # somebody has put a key there
     await well(backend)
+
+
+async def test_H5_a_box_that_was_disabled_is_tried_again_when_somebody_says_so(
+    box: Box, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    allowed = box.folder / "authorized_keys"
+    keys = allowed.read_text()
+    allowed.write_text("")
+    backend = await Daemon(box, tmp_path).life(stack)
+    with anyio.fail_after(30):
+        while "then `mlpipectl reload`" not in (await backend.health() or ""):
+            await anyio.sleep(0.05)
+    allowed.write_text(keys)
+    assert "is disabled" in (await backend.health() or "")
+    backend.try_again()
+    assert await backend.health() is None
 
 
 async def test_H6_a_full_disk_on_the_box_fails_the_step_and_its_exit_is_readable(
@@ -392,6 +408,20 @@ async def test_a_step_whose_supervisor_was_killed_is_lost_and_nothing_of_it_is_l
     found = await outcome(await daemon.life(stack), handle)
     assert isinstance(found, Lost) and "its supervisor was killed" in found.reason
     assert daemon.processes(handle["token"]) == []
+
+
+async def test_a_step_that_its_box_claimed_and_could_not_begin_never_ran(
+    box: Box, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    daemon = Daemon(box, tmp_path)
+    handle = await (await daemon.life(stack)).submit(shell(UNTIL_GO))
+    os.kill(handle["pid"], signal.SIGKILL)
+    for pid in daemon.processes(handle["token"]):
+        os.kill(pid, signal.SIGKILL)
+    (daemon.root / handle["token"] / "claim/pid").unlink()  # as if no process could have been made for it
+    found = await outcome(await daemon.life(stack), handle)
+    assert isinstance(found, NeverRan) and "could not begin it" in found.reason
+    assert (daemon.root / handle["token"] / "claim/cancelled").exists()  # who is about to begin it ends there
 
 
 async def test_a_box_that_stays_away_loses_its_steps_after_its_time(

@@ -8,16 +8,19 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
 import pytest
-from lab.ssh_daemon import Daemon, ended, job, log, said, shell, well
+from lab.ssh_daemon import UNTIL_GO, Daemon, ended, job, log, outcome, said, shell, well
 from smi_rig import Smi
 
 from mlpiped.backends import cards
-from mlpiped.backends.base import Exited
+from mlpiped.backends.base import Exited, Lost
+from mlpiped.backends.ssh import gpus
+from mlpiped.backends.ssh.gpus import BoxCards
 from mlpiped.errors import BackendUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from contextlib import AsyncExitStack
 
     from lab.ssh_rig import Box, Lab
@@ -97,6 +100,75 @@ async def test_cards_that_cannot_be_read_say_why_and_steps_without_run_on(
     await well(backend)
     assert "couldn't communicate" in (backend.capacity().no_cards or "")
     assert (await ended(backend, job("true")))[1].code == 0
+
+
+async def test_a_step_that_was_called_lost_gives_its_card_back_when_its_box_is_back(
+    box: Box, smi: Smi, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    backend = await Daemon(box, tmp_path / "state", unreachable_timeout="1.0s").life(stack)
+    handle = await backend.submit(shell("echo began; sleep 300", gpus=smi.uuids[:1]))
+    await said(backend, handle, b"began")
+    box.stop()
+    assert isinstance(await outcome(backend, handle), Lost)
+    box.start()
+    with anyio.fail_after(30):
+        while leases(smi):
+            await well(backend)
+            await anyio.sleep(0.05)
+
+
+async def test_two_computes_of_one_box_give_a_shared_card_back_when_neither_needs_it(
+    box: Box, smi: Smi, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    daemon = Daemon(box, tmp_path / "state")
+    one, two = await daemon.life(stack, "one"), await daemon.life(stack, "two")
+    first, second = [await each.submit(shell(UNTIL_GO, gpus=smi.uuids[:1], gpu_memory=1 << 30)) for each in (one, two)]
+    daemon.let_go(first)
+    await outcome(one, first)
+    assert leases(smi) == [smi.uuids[0]]
+    daemon.let_go(second)
+    await outcome(two, second)
+    assert not leases(smi)
+
+
+async def test_a_look_that_comes_while_a_card_is_given_back_does_not_lease_it_again(
+    box: Box, smi: Smi, tmp_path: Path, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = await Daemon(box, tmp_path / "state").life(stack)
+    handle = await backend.submit(shell("echo began; sleep 300", gpus=smi.uuids[:1]))
+    await said(backend, handle, b"began")
+    looked, run = anyio.Event(), BoxCards._run
+
+    async def slow(self: BoxCards, arguments: Sequence[str]) -> tuple[int, str]:
+        done = await run(self, arguments)
+        if arguments[1] == "give":  # the lease is gone, and who gives it back does not know it yet
+            tasks.start_soon(backend._cards.look)
+            await looked.wait()
+            await anyio.sleep(0.5)  # as far as it gets
+        elif arguments[1] == "look":
+            looked.set()
+        return done
+
+    await backend.cancel(handle)
+    monkeypatch.setattr(BoxCards, "_run", slow)
+    async with anyio.create_task_group() as tasks:
+        await backend.wait(handle)
+    assert not leases(smi)
+
+
+async def test_a_driver_that_hangs_in_the_kernel_is_the_cards_trouble_and_is_left_in_peace(
+    box: Box, smi: Smi, tmp_path: Path, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tmp_path / "asked"
+    (smi.folder / "timeout").write_text(f"#!/bin/sh\necho >> {asked}\nexec sleep 60\n")  # not to be ended in time
+    (smi.folder / "timeout").chmod(0o755)
+    monkeypatch.setattr(gpus, "PATIENCE", 1.0)
+    backend = await Daemon(box, tmp_path / "state").life(stack)
+    assert await backend.health() is None
+    assert backend.capacity().no_cards == "nvidia-smi hangs on `box` and cannot be ended"
+    assert (await ended(backend, job("true")))[1].code == 0
+    assert await backend.health() is None
+    assert asked.read_text() == "\n"
 
 
 def leases(smi: Smi) -> list[str]:

@@ -63,6 +63,26 @@ async def test_the_login_shell_of_a_box_does_not_matter_nor_what_it_prints(
         box.stop()
 
 
+@pytest.mark.parametrize("size", [6, 9 << 20])
+async def test_a_box_whose_shells_complain_of_its_locale_takes_what_is_sent_and_gives_back_what_was_made(
+    ssh_lab: Lab, tmp_path: Path, stack: AsyncExitStack, size: int
+) -> None:
+    box = ssh_lab.box(LC_ALL="de_DE.UTF-8", LANG="tr_TR.UTF-8", CDPATH="/tmp:/usr", POSIXLY_CORRECT="1")
+    try:
+        backend = await Daemon(box, tmp_path).life(stack)
+        path = tmp_path / "input"
+        path.write_bytes(os.urandom(size))
+        wanted = job(
+            "sh", "-c", 'cat "$1" > "$2"', "sh", Part("input", "x"), Part("output", "y"),
+            inputs={"x": (str(path),)}, outputs=(JobOutput("y", "y", "file"),),
+        )  # fmt: skip
+        handle, found = await ended(backend, wanted)
+        assert found.code == 0
+        assert ((await backend.fetch(handle, tmp_path)) / "out/y/y").read_bytes() == path.read_bytes()
+    finally:
+        box.stop()
+
+
 @pytest.mark.parametrize("ignored", ["", "trap '' INT QUIT; "])
 async def test_signals_are_as_a_program_expects_whatever_the_box_s_login_ignores(
     ssh_lab: Lab, tmp_path: Path, stack: AsyncExitStack, ignored: str

@@ -10,8 +10,8 @@ import anyio
 import pytest
 from trigger_rig import Folder, arrival, landing, rig
 
+from mlpiped.files import mounts
 from mlpiped.model import Arrival
-from mlpiped.triggers import mounts
 from mlpiped.triggers.crowd import key_of
 from mlpiped.triggers.packed import NEVER, Batch, Known, Pending, Stamp, Waiting
 from mlpiped.triggers.scan import Target, scan

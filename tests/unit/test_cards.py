@@ -94,6 +94,8 @@ def process(token: str | None, *, inner_env: str = "") -> Iterator[int]:
         (f"{A}, 0, Tesla K80, [Not Supported]", Card(A, 0, "Tesla K80", 0)),
         (f"{A}, 0, Quadro\x1b[31m, 8192 MiB", Card(A, 0, "Quadro?[31m", 8 << 30)),
         ("uuid, index, name, memory.total [MiB]", None),
+        (f"{A}, 1, NVIDIA A100, [GPU is lost]", Card(A, 1, "NVIDIA A100", 0, "ill, says its driver: GPU is lost")),
+        (f"{A}, 1, NVIDIA A100, ERR!", Card(A, 1, "NVIDIA A100", 0, "ill, says its driver: ERR!")),
         (f"{A}, [N/A], [GPU is lost], [N/A]", None),
         ("No devices were found", None),
         ("", None),
@@ -148,6 +150,20 @@ def test_a_driver_that_is_ill_is_told_and_no_devices_are_none(
     assert [card.uuid for card in box.look().found] == [A, B]
 
 
+def test_of_a_driver_that_names_some_cards_and_then_fails_the_failure_is_told() -> None:
+    card, app = f"{A}, 0, NVIDIA A100, 40960", f"{A}, 4242, python, 1210"
+    assert told(f"card {card}", f"card {FALLEN_OFF}", "cards 15").trouble == f"nvidia-smi: {FALLEN_OFF}"
+    assert told(f"card {card}", "cards 0", f"app - {app}", f"app - {FALLEN_OFF}", "apps 15").trouble == (
+        f"nvidia-smi: {FALLEN_OFF}"
+    )
+
+
+def test_a_card_that_fell_off_the_bus_is_left_alone_though_it_is_listed(box: Box) -> None:
+    (box.smi.folder / "cards").write_text(f"{A}, 0, NVIDIA A100, 40960\n{B}, 1, NVIDIA A100, [GPU is lost]\n")
+    assert box.foreign() == {A: None, B: "ill, says its driver: GPU is lost"}
+    assert box.look().trouble is None
+
+
 def test_a_driver_that_hangs_is_told() -> None:
     assert told("uid 0", "card ", "cards 124").trouble == "nvidia-smi has not answered in 20 s"
 
@@ -195,6 +211,26 @@ def test_a_process_of_the_step_that_has_the_lease_is_ours_and_its_children_too(b
         box.give("us", "mlp-1-0-1-ab", A)  # it outlived its step
         box.smi.used_by((A, plain, "python"))
         assert box.foreign()[A] == f"in use by python (pid {plain}), not ours"
+
+
+def test_a_process_that_has_written_over_its_environment_is_known_by_the_folder_that_it_works_in(
+    box: Box, tmp_path: Path
+) -> None:
+    work = tmp_path / "work/mlp-scratch/jobs/mlp-1-0-1-ab/work/deeper"
+    work.mkdir(parents=True)
+    box.take("us", "mlp-1-0-1-ab", A)
+    with (
+        subprocess.Popen(["sleep", "300"], env={}, cwd=work) as ours,
+        subprocess.Popen(["sleep", "300"], env={}) as not_,
+    ):
+        try:
+            box.smi.used_by((A, ours.pid, "ray::IDLE"))
+            assert box.foreign()[A] is None
+            box.smi.used_by((A, not_.pid, "ray::IDLE"))
+            assert box.foreign()[A] == f"in use by ray::IDLE (pid {not_.pid}), not ours"
+        finally:
+            ours.kill()
+            not_.kill()
 
 
 def test_on_a_shared_card_each_of_our_steps_is_ours(box: Box) -> None:

@@ -126,12 +126,13 @@ def test_a_cluster_that_is_reached_through_a_box_uses_the_connection_of_that_box
 
 
 def test_a_cluster_that_shares_no_files_is_staged_through_that_box(tmp_path: Path) -> None:
-    found = settings(tmp_path, 'via = "gpu1"\nwork_dir = "/only/there"\nshared = false')
+    found = settings(tmp_path, 'via = "gpu1"\nwork_dir = "/only/there"\nshared = false\nstore = "5G"')
     built = computes.backends_of(found)
     stage: Any = built["cluster"]._stage  # type: ignore[attr-defined]
     assert stage.root == f"/only/there/{computes.instance_of(tmp_path / 'state')}"
     assert stage._keeper.link is built["gpu1"].link  # type: ignore[attr-defined]
     assert not built["cluster"].logs_here
+    assert stage._pruning._store == 5 << 30
 
 
 def test_a_daemon_with_local_computes_alone_loads_no_library_of_the_others(tmp_path: Path) -> None:

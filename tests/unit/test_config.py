@@ -133,7 +133,8 @@ def test_computes_of_every_kind_are_read_with_their_defaults(tmp_path: Path) -> 
         | {"store": 100 << 30},
         "s": {"kind": "slurm", "slots": 1000, "max_jobs": None, "partition": None, "account": None, "qos": None}
         | {"time": None, "via": "local", "poll_interval": 10.0, "work_dir": None, "options": ()}
-        | {"apptainer": False, "modules_init": None, "shared": True},
+        | {"apptainer": False, "modules_init": None, "shared": True}
+        | {"store": 100 << 30},
         "l": room | {"kind": "local", "slots": cpus, "gpus": "auto"},
     }
 
@@ -205,6 +206,7 @@ options = ["--constraint=a100", "--exclusive"]
 apptainer = "/opt/bin/apptainer"
 modules_init = "/etc/profile.d/lmod.sh"
 shared = true
+store = "5G"
 """
     )
     found = config.load(write(tmp_path, text)).compute["s"]
@@ -366,14 +368,6 @@ SINGLE = [
         "this machine, the login node and the nodes",
     ),
     (SLURM + 'shared = false\nwork_dir = "/w"', 3, "`shared = false` and no `via`", "the compute of the login node"),
-    (
-        SLURM
-        + 'shared = false\nwork_dir = "/w"\napptainer = true\nvia = "l"\n'
-        + SSH.replace("compute.g", "compute.l"),
-        3,
-        "`apptainer` beside `shared = false`",
-        "`modules=`",
-    ),
     (SLURM + 'apptainer = "a b"', 3, "must be true, or one command", None),
     (SLURM + 'partition = "a b"', 3, "is not a name that Slurm knows", None),
     (SLURM + 'partition = "-x"', 3, "is not a name that Slurm knows", None),

@@ -647,7 +647,8 @@ async def test_compute_shows_each_card_who_is_on_it_and_what_is_drained() -> Non
         done = await stage.ctl("compute", "drain", "local")
         assert (done.code, done.out) == (0, "")
         assert done.err == "`local` is drained: its steps finish, nothing new starts\n"
-        assert "drained: its steps finish" in (await stage.ctl("compute")).out
+        assert "drained by bob: its steps finish" in (await stage.ctl("compute")).out
+        assert re.search(r"^ +local +local +1/2 +drained by bob; 7/train$", (await stage.ctl("status")).out, re.M)
         assert stage.acts.asked[-1] == ("drain", {"compute": "local", "drained": True, "who": getpass.getuser()})
         await stage.ctl("compute", "undrain", "local")
         assert "drained" not in (await stage.ctl("compute")).out

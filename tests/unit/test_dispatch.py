@@ -95,6 +95,67 @@ def test_equal_steps_of_two_runs_share_one_attempt(lab: Lab) -> None:
     assert two.again == [5]
 
 
+def test_a_step_of_an_equal_one_that_can_have_no_place_takes_its_own(lab: Lab) -> None:
+    one, two, three = lab.run(1), lab.run(2), lab.run(3)
+    lab.ask(one, 0, "key", slots=9)  # what a step asks for is no part of what it is
+    lab.ask(two, 5, "key")
+    lab.ask(three, 7, "key")
+    assert (one.granted_to, two.granted_to, three.granted_to) == ([], [(5, "local")], [])
+    for run, index in ((1, 0), (3, 7)):
+        assert lab.dispatch.why_waiting(run, index) == "shares the attempt of run 2/s5, which has the same key"
+    assert {walk.id for walk, _ in lab.dispatch.followers(2, 5)} == {1, 3}
+    lab.dispatch.release(2, 5)
+    lab.dispatch.settled(2, 5)
+    assert (one.again, three.again) == ([0], [7])
+
+
+def test_of_equal_steps_that_wait_the_one_whose_turn_comes_first_leads(lab: Lab) -> None:
+    full, one, two = lab.run(9), lab.run(1), lab.run(2)
+    for index in range(2):
+        lab.ask(full, index)
+    for index in range(5):
+        lab.ask(one, index, f"key{index}")
+    lab.ask(two, 0, "key4", priority=1)
+    shares = "; or for run 1/s4, which has the same key and waits too"
+    assert (lab.dispatch.why_waiting(2, 0) or "").endswith(shares)
+    lab.dispatch.release(9, 0)
+    assert (one.granted_to, two.granted_to) == ([], [(0, "local")])
+    for index in (0, 1, 2, 3):
+        lab.dispatch.release(9, 1) if index == 0 else lab.dispatch.release(1, index - 1)
+    assert [index for index, _ in one.granted_to] == [0, 1, 2, 3]  # its fifth follows
+    lab.dispatch.release(2, 0)
+    lab.dispatch.settled(2, 0)
+    assert one.again == [4] and len(one.granted_to) == 4
+
+
+def test_who_follows_a_step_that_waits_once_more_waits_for_a_place_of_its_own_too(lab: Lab) -> None:
+    one, two = lab.run(1), lab.run(2)
+    lab.ask(one, 0, "key")
+    lab.ask(two, 0, "key", computes=("other",))
+    assert two.granted_to == []
+    lab.dispatch.places["local"].unwell = "gone"
+    lab.dispatch.release(1, 0)  # its machine failed it
+    lab.ask(one, 0, "key")
+    assert two.granted_to == [(0, "other")]
+    lab.dispatch.places["local"].unwell = None
+    lab.dispatch.place()
+    assert one.granted_to == [(0, "local")]  # the first time, and never beside the other
+
+
+def test_when_who_led_is_settled_nobody_who_waited_with_it_has_a_place_before_he_decides_again(lab: Lab) -> None:
+    full, one, two = lab.run(9), lab.run(1), lab.run(2)
+    for index in range(2):
+        lab.ask(full, index)
+    lab.ask(one, 0, "key")
+    lab.ask(two, 0, "key")
+    lab.dispatch.withdraw(cast(Any, one), 0)
+    lab.dispatch.settled(1, 0)
+    lab.dispatch.release(9, 0)
+    assert two.again == [0] and two.granted_to == []
+    lab.ask(two, 0, "key")
+    assert two.granted_to == [(0, "local")]
+
+
 def test_when_the_leader_failed_the_first_follower_leads(lab: Lab) -> None:
     one, two, three = lab.run(1), lab.run(2), lab.run(3)
     for walk in (one, two, three):

@@ -13,8 +13,8 @@ from control_stage import staged
 from mlpiped.control import doctor_host
 from mlpiped.control.doctor import has_wal_reset_bug
 from mlpiped.errors import Fault
+from mlpiped.files.mounts import Mount
 from mlpiped.ledger import moves
-from mlpiped.triggers.mounts import Mount
 
 pytestmark = pytest.mark.anyio
 

@@ -306,22 +306,48 @@ async def test_a_backend_with_a_fault_of_its_own_takes_nobody_down(lab: Computes
     assert lab.dispatch.places["gpu1"].unwell == "it could not be asked: a bug"
 
 
+async def test_when_somebody_says_that_it_is_mended_a_compute_is_tried_at_once(lab: Computes) -> None:
+    lab.one.sentence = "it refused our key 3 times"
+    for _ in range(12):
+        lab.hosts.breakers["gpu1"].looked(lab.one.sentence)
+    assert lab.hosts.breakers["gpu1"].pause() > 60
+    asked: list[str] = []
+
+    def mended() -> None:
+        asked.append("gpu1")
+        lab.one.sentence = None
+
+    lab.one.try_again = mended  # type: ignore[attr-defined]
+    async with anyio.create_task_group() as tasks:
+        lab.hosts.watch(tasks)
+        while lab.dispatch.places["gpu1"].unwell is None:
+            await anyio.sleep(0.01)
+        lab.hosts.look_again()
+        with anyio.fail_after(20):
+            while lab.dispatch.places["gpu1"].unwell is not None:
+                await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
+    assert asked == ["gpu1"]
+
+
 # --- people -----------------------------------------------------------------------------------------------------
 async def test_a_drained_compute_gets_nothing_new_over_a_restart_too(lab: Computes) -> None:
     await lab.hosts.drain("gpu1", True, "alice")
-    await lab.hosts.drain("gpu1", True, "alice")
+    await lab.hosts.drain("gpu1", True, "bob")  # it is drained already
     execution = await lab.open(ON_EITHER, {"name": "b", "compute": ["gpu1"], "salt": "b"})
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(execution.run)
         while lab.two.world == {} or lab.dispatch.why_waiting(execution.id, 1) is None:
             await anyio.sleep(0.01)
-        told = "waits for a place: gpu1 is drained: its steps finish, nothing new starts"
-        assert lab.dispatch.why_waiting(execution.id, 1) == told
+        told = "waits for a place: gpu1 is drained by alice: its steps finish, nothing new starts (since "
+        assert (lab.dispatch.why_waiting(execution.id, 1) or "").startswith(told)
+        since = lab.dispatch.places["gpu1"].drained_since
         tasks.cancel_scope.cancel()
     await lab.events()
     lab.begin()
     await lab.hosts.restore()
     assert lab.dispatch.places["gpu1"].drained and not lab.dispatch.places["gpu2"].drained
+    assert (lab.dispatch.places["gpu1"].drained_by, lab.dispatch.places["gpu1"].drained_since) == ("alice", since)
     again = await lab.execution(execution.id)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(again.run)

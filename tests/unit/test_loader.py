@@ -270,14 +270,16 @@ async def test_files_of_other_kinds_are_refused_without_waiting(tmp_path: Path) 
 
 
 async def test_text_that_is_not_utf8_or_holds_a_nul_names_the_line(tmp_path: Path) -> None:
-    for data, message in (
-        (b"x = 1\n# caf\xe9\n", "syntax error: not utf-8 text"),
-        (b"x = 1\n\0\n", "syntax error: it holds a NUL"),
+    for data, line, message in (
+        (b"# caf\xe9\nx = 1\n", 1, "syntax error: invalid or missing encoding declaration"),
+        (b"x = 1\n\n# caf\xe9\n", 3, "syntax error: not utf-8 text"),
+        (b"# coding: klingon\n", 1, "syntax error: unknown encoding: klingon"),
+        (b"x = 1\n\0\n", 2, "syntax error: it holds a NUL"),
     ):
         path = tmp_path / "plugin.py"
         path.write_bytes(data)
         result = await load_file(path)
-        assert [(fault.line, fault.message) for fault in result.faults] == [(2, message)]
+        assert [tuple(fault[:3]) for fault in result.faults] == [(str(path), line, message)]
 
 
 async def test_a_package_loads_with_its_modules_and_relative_imports(tmp_path: Path) -> None:

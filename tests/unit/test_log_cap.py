@@ -107,20 +107,21 @@ async def test_logs_of_what_runs_and_of_what_has_just_ended_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[str] = []
-    running = [["a"], ["a", "b"], ["b"], [], []]
+    running, shown = [["a"], ["a", "b"], ["b"], [], []], [[""]]
     done = anyio.Event()
 
     def now() -> list[str]:
         if not running:
             done.set()
-        return running.pop(0) if running else []
+        shown.append(running.pop(0) if running else [])
+        return shown[-1]
 
     monkeypatch.setattr(log_cap, "trim", lambda path: looked.append(path) or 0)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(log_cap.LogCap(now, every=0, round=0).run)
+        tasks.start_soon(log_cap.LogCap("jobs", now, lambda: shown[-1], every=0, round=0).run)
         await done.wait()
         tasks.cancel_scope.cancel()
-    assert sorted(looked) == sorted(f"{f}/{s}" for f in "aaabbb" for s in ("stdout", "stderr"))
+    assert sorted(looked) == sorted(f"jobs/{f}/{s}" for f in "aaabbb" for s in ("stdout", "stderr"))
 
 
 @pytest.mark.anyio
@@ -128,19 +129,23 @@ async def test_what_prints_little_is_looked_at_when_it_begins_and_ends_and_all_w
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[str] = []
-    folders = [str(tmp_path / name) for name in "ab"]
-    free = [1000, 1000, 1000, 990, 980, 979, 979]  # as it is noted, and then at each look; twice where all are due
+    free = [1000, 1000, 1000, 990, 980, 979, 979, 979, 950, 950]  # when noted, at each look; twice where all are due
     monkeypatch.setattr(log_cap, "trim", lambda path: looked.append(path[-8]) or 0)
     monkeypatch.setattr(log_cap._Disk, "left", lambda disk: free.pop(0))
-    cap = log_cap.LogCap(list, round=1e9, filled=20)
+    waits: set[str] = set()
+    cap = log_cap.LogCap(str(tmp_path), list, lambda: {"a", "b"} - waits, round=1e9, filled=20)
     cap._looked = log_cap.time.monotonic()
     seen = []
-    a, b = ({folder} for folder in folders)
+    a, b = {"a"}, {"b"}
     for now, before in ((a, set()), (a | b, a), (a | b, a | b), (a | b, a | b), (b, a | b)):
-        cap._look(now, before)
+        await cap._look(now, before)
         seen.append("".join(sorted(set(looked))))
         looked.clear()
     assert seen == ["a", "b", "", "ab", "a"]
+    waits |= a
+    await cap._look(a | b, a | b)
+    await cap._look(a | b, a | b)
+    assert set(looked) == b, "one that waits in a queue prints nothing"
 
 
 def test_a_file_system_that_cannot_give_back_is_told_of(tmp_path: Path) -> None:

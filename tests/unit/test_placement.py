@@ -60,8 +60,13 @@ def test_a_compute_is_chosen_in_the_order_of_preference() -> None:
             Place("local", 2, memory=8 * G, used_memory=6 * G),
             "local has 2G of memory free, 4G are asked for",
         ),
+        (
+            Need(1, 0, memory=16 * G),
+            Place("local", 2, memory=16 * G - (1 << 20)),
+            "local has 16383M of memory in all, 16384M are asked for",
+        ),
         (Need(1, 0, cpus=8), Place("local", 2, cpus=4), "local has 4 CPUs in all, 8 are asked for"),
-        (Need(1, 0, cpus=2), Place("local", 4, cpus=4, used_cpus=3), "local has 1 CPUs free, 2 are asked for"),
+        (Need(1, 0, cpus=2), Place("local", 4, cpus=4, used_cpus=3), "local has 1 CPU free, 2 are asked for"),
         (Need(1, 0), Place("gpu1", 2, unwell="does not answer"), "gpu1: does not answer"),
         (Need(1, 0, computes=("gpu9",)), Place("local", 2), "no compute named `gpu9` in the config"),
     ],
@@ -236,6 +241,17 @@ def test_a_shared_card_takes_what_fits_into_its_memory_and_whole_cards_stay_whol
     assert place.refusal(Need(1, 4, gpus=1)) is not None  # one of them is on it still
     place.give_back(1, 1)
     assert place.take(Need(1, 5, gpus=1)) == ("GPU-0",)
+
+
+@pytest.mark.parametrize("mebibytes", [24564, 24576])
+def test_two_halves_of_a_card_fit_though_its_driver_keeps_some_of_it(mebibytes: int) -> None:
+    place = box(card(0, memory=mebibytes << 20))
+    assert place.could_ever(Need(1, 0, gpus=1, gpu_memory=24 * G))
+    assert place.could_ever(Need(1, 0, gpus=1, gpu_memory=24 * G + 1)) is False
+    for index in range(2):
+        assert place.take(Need(1, index, gpus=1, gpu_memory=12 * G)) == ("GPU-0",)
+    refusal = place.refusal(Need(1, 2, gpus=1, gpu_memory=1))
+    assert refusal is not None and refusal.kind == "gpu"
 
 
 def test_a_card_of_unknown_memory_is_not_shared() -> None:

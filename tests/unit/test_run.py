@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import itertools
 import json
+import os
 import random
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +20,7 @@ from mlpiped.backends.base import Exited
 from mlpiped.backends.fake import FakeBackend
 from mlpiped.clock import SystemClock
 from mlpiped.code import CodeReader
+from mlpiped.errors import StorageAway
 from mlpiped.execution import attempt
 from mlpiped.execution.facts import World
 from mlpiped.execution.run import Execution
@@ -445,6 +449,118 @@ async def test_an_unknown_datastore_fails_the_step_with_a_sentence(lab: Lab) -> 
     execution = await lab.open(step)
     assert await execution.run() is RunOutcome.FAILED
     assert "no datastore named `gone` in the config" in (await lab.step(execution)).why
+
+
+async def test_F3_a_step_whose_datastore_is_away_is_held_and_runs_when_it_is_back(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlpiped.execution.run.AWAY_PAUSE", 0.01)
+    place = lab.folder / "lab"
+    place.rmdir()
+    execution = await lab.open(reading("x.csv"))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(execution.run)
+        with anyio.fail_after(20):
+            while not (execution.tries and execution.tries[0].held):
+                await anyio.sleep(0.001)
+            assert f"the datastore's folder `{place}` is not there" in (execution.tries[0].held or "")
+            place.mkdir()
+            (place / "x.csv").write_text("1")
+            await execution.over.wait()
+    assert execution.outcome() is RunOutcome.SUCCEEDED
+
+
+async def test_F3_a_run_that_waits_for_a_datastore_can_be_cancelled(lab: Lab) -> None:
+    (lab.folder / "lab").rmdir()
+    execution = await lab.open(reading("x.csv"))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(execution.run)
+        with anyio.fail_after(20):
+            while not (execution.tries and execution.tries[0].held):
+                await anyio.sleep(0.001)
+            await execution.cancel()
+            await execution.over.wait()
+    assert execution.outcome() is RunOutcome.CANCELLED
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
+async def test_C2_an_output_that_cannot_be_kept_just_now_is_kept_later_and_nothing_runs_twice(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    lab.backend = Faraway(lab.folder, silent=0)
+    tried, collect = [], lab.world.store.collect
+
+    async def full(*args: Any) -> Any:
+        tried.append(args)
+        if len(tried) <= 4:
+            raise OSError(code, os.strerror(code))
+        return await collect(*args)
+
+    monkeypatch.setattr(lab.world.store, "collect", full)
+    execution = await lab.open({"name": "a", **MAKES})
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
+
+
+async def scripted(lab: Lab) -> tuple[Execution, Path]:
+    """A run of one script, and that script."""
+    source = lab.folder / "src"
+    source.mkdir()
+    script = source / "say.py"
+    script.write_text("print(0)\n")
+    words = {"directory": str(source), "mode": "tree", "script": "say.py"}
+    return await lab.open({"name": "a", "source": words}), script
+
+
+@pytest.mark.parametrize(("times", "outcome"), [(2, RunOutcome.SUCCEEDED), (99, RunOutcome.FAILED)])
+async def test_code_that_is_edited_just_before_its_step_begins_is_looked_at_again_but_not_for_ever(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, times: int, outcome: RunOutcome
+) -> None:
+    execution, script = await scripted(lab)
+    snapshot, edits = lab.world.code.snapshot, itertools.count(1)
+
+    async def edited(source: Any, fact: Any) -> Path:
+        if (number := next(edits)) <= times:
+            script.write_text(f"print({number})\n")
+        return await snapshot(source, fact)
+
+    monkeypatch.setattr(lab.world.code, "snapshot", edited)
+    assert await execution.run() is outcome
+    row = await lab.step(execution)
+    if outcome is RunOutcome.FAILED:
+        assert "changed while it was read" in row.why
+    else:
+        assert (row.attempts, await lab.ends(execution)) == (1, [AttemptEnd.COMMITTED])
+
+
+async def test_C2_code_that_cannot_be_copied_just_now_is_copied_later(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execution, _ = await scripted(lab)
+    snapshot, tried = lab.world.code.snapshot, []
+
+    async def full(source: Any, fact: Any) -> Path:
+        tried.append(fact)
+        if len(tried) < 5:
+            raise StorageAway("its code cannot be copied: no space left on device")
+        return await snapshot(source, fact)
+
+    monkeypatch.setattr(lab.world.code, "snapshot", full)
+    assert await execution.run() is RunOutcome.SUCCEEDED
+    assert await lab.ends(execution) == [AttemptEnd.COMMITTED]
+
+
+async def test_a_step_costs_two_group_commits_and_no_more(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "TELL", 3600.0)  # what a busy machine may tell besides holds nobody up
+    costs = []
+    for count in (5, 25):
+        names = [f"{count}-{i}" for i in range(count)]
+        before = {name: [above] for above, name in itertools.pairwise(names)}
+        execution = await lab.open(*({"name": name, "salt": name, "after": before.get(name, [])} for name in names))
+        commits = lab.ledger.commits
+        assert await execution.run() is RunOutcome.SUCCEEDED
+        costs.append(lab.ledger.commits - commits)
+    assert costs[1] - costs[0] <= 2 * 20, costs
 
 
 async def test_why_a_step_ran_is_still_known_after_it_was_tried_again(lab: Lab) -> None:

@@ -507,7 +507,9 @@ def test_what_is_no_size(form: object) -> None:
         (lambda: CommandStep(["x"], name="../x"), "not a name: '../x'"),
         (lambda: CommandStep(["x"], timeout="soon"), "timeout is not a duration"),
         (lambda: CommandStep(["x"], retry=0), "attempts must be at least 1"),
-        (lambda: CommandStep(["x"], retry="3"), "retry must be a list|retry cannot hold"),  # type: ignore[arg-type]
+        (lambda: CommandStep(["x"], retry="3"), r"retry must be `Retry\(…\)`, not str: '3'"),  # type: ignore[arg-type]
+        (lambda: CommandStep(["x"], resources={"gpus": 1}), r"resources must be `Resources\(…\)`, not dict"),  # type: ignore[arg-type]
+        (lambda: CommandStep(["x"], environment=["a"]), r"environment must be `Environment\(…\)`, not list"),  # type: ignore[arg-type]
         (lambda: PythonScriptStep("../x.py"), "the script lies outside"),
         (lambda: PythonScriptStep("/x.py"), "the script lies outside"),
         (lambda: PythonScriptStep("x.py", arguments="--help"), "arguments must be a list"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,8 @@ from mlpiped.placement.decide import Need, Place
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from mlpiped.backends.slurm.runner import Answer, Stdin
 
 OURS = "77|RUNNING|mlp-t-1|None"
 PATIENCE = 90.0
@@ -86,22 +87,15 @@ def test_J6_elements_that_were_cancelled_together_are_one_record_of_accounting()
 
 def test_J6_an_element_that_waits_is_never_named_to_a_scancel_with_a_filter() -> None:
     """It would end the whole array, as long as that is one record."""
-    assert commands.scancel_elements(["12_3", "12_4"])[2:] == ["scancel", "12_3", "12_4"]
+    assert commands.scancel_elements(["12_3", "12_4"]) == ["scancel", "12_3", "12_4"]
 
 
-def test_J2_the_script_of_an_array_finds_each_element_s_own_folder(tmp_path: Path) -> None:
-    tokens = ["t-0", "t-1", "t-2"]
-    jobs = tmp_path / "the jobs"
-    for token in tokens:
-        (jobs / token).mkdir(parents=True)
-    folder = str(jobs / "t-0")
-    single = os.fsencode(f'#!/bin/sh\nfolder={shlex.quote(folder)}\necho "$folder" here\n')
-    text = arrays.script(single, folder, tokens)
-    for index, code in (("1", 0), ("2", 0), ("3", 69), ("", 2)):
+def test_J2_the_script_of_an_array_finds_each_element_s_own_token(tmp_path: Path) -> None:
+    single = b'#!/bin/sh\ntoken=t-0\necho "$token" here\n'
+    text = arrays.script(single, ["t-0", "t-1", "t-2"])
+    for index, said in (("0", b"t-0 here\n"), ("1", b"t-1 here\n"), ("2", b"t-2 here\n"), ("3", b""), ("", b"")):
         done = subprocess.run(["sh"], input=text, env={"SLURM_ARRAY_TASK_ID": index}, capture_output=True)
-        assert (done.returncode == 0) == (code == 0), done
-    assert (jobs / "t-1" / "slurm.out").read_text() == f"{jobs}/t-1 here\n"
-    assert not (jobs / "t-0" / "slurm.out").exists()
+        assert (done.returncode == 0, done.stdout) == (said != b"", said), done
 
 
 @pytest.mark.anyio
@@ -111,7 +105,8 @@ async def test_which_element_is_whose_is_known_to_the_next_daemon_and_forgotten_
     def files() -> SharedFiles:
         return SharedFiles("cluster", tmp_path, SlurmCompute(kind="slurm"), "python3")
 
-    array = await files().write_array(["t-0", "t-1"])
+    array = "fedcba9876543210"
+    await files().enlist(array, ["t-0", "t-1"])
     lists, mine, other = arrays.Lists(files()), f"mlpa-{array}", "mlpa-0123456789abcdef"
     said = f"5_0|PENDING|{mine}|None\n5_1|CANCELLED|{mine}|None\n5_2|PENDING|{mine}|None\n6|PENDING|mlp-t-1|None\n"
     listing = commands.listed(f"{said}7_0|PENDING|{other}|None\n")
@@ -185,10 +180,8 @@ def test_what_a_full_queue_says_is_not_what_an_impossible_job_is_told() -> None:
 
 
 def test_an_sbatch_that_asks_a_full_controller_again_and_again_has_an_end() -> None:
-    argv = commands.command("sbatch", "--hold")
-    head, end = ["env", "LC_ALL=C", "timeout", "--signal=KILL"], ["sbatch", "--hold"]
-    assert commands.limited(argv, {"MessageTimeout": "10 sec"}) == [*head, "25", *end]
-    assert commands.limited(argv, None) == [*head, "60", *end]
+    assert commands.patience({"MessageTimeout": "10 sec"}) == 25
+    assert commands.patience(None) == 60
     said = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying\n"
     assert commands.is_full(said) and not commands.is_never(said)
 
@@ -252,6 +245,21 @@ TERMINATED = Exited(code=None, signal=15, cancelled=True)
 KILLED = Exited(code=None, signal=9)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        pytest.param({}, id="claimed"),
+        pytest.param({"claimed": False, "fenced": True}, id="fenced"),
+        pytest.param({"witness": Exited(code=None, signal=15, cancelled=True)}, id="told to stop"),
+        pytest.param({"witness": Exited(code=None, signal=9)}, id="killed"),
+    ],
+)
+def test_J7_what_we_took_out_of_the_queue_ourselves_was_cancelled_by_nobody_else(facts: dict[str, Any]) -> None:
+    before = judge(look(**facts), "PENDING")
+    assert isinstance(before, Lost | NeverRan)
+    assert judge(look(**facts, dropped=True), "CANCELLED") == before  # the next daemon says so too
+
+
 @pytest.mark.parametrize("state", ["", "PENDING", "RUNNING", "COMPLETED", "NODE_FAIL", "PREEMPTED", None])
 def test_a_witness_of_an_end_of_its_own_needs_no_word_of_slurm(state: str | None) -> None:
     for said in (Exited(0), Exited(3), Exited(None, signal=11), Exited(None, signal=9, timed_out=True)):
@@ -301,6 +309,11 @@ def test_J4_silence_is_a_loss_after_the_patience_and_not_while_the_lock_is_held(
         assert isinstance(judge(look(held=True), state, PATIENCE * verdict.STUCK), Lost)
 
 
+def test_J7_what_was_never_free_to_start_is_told_from_what_was_held_later() -> None:
+    said = "33_21               N/A                 \n34                  2026-11-24T00:05:16 \n35   Unknown\n? N/A\n"
+    assert commands.never_freed(said) == {"33_21", 35}
+
+
 def test_J7_a_job_that_nobody_knows_is_fenced_before_it_is_given_up() -> None:
     assert judge(look(claimed=False), None, PATIENCE - 1) == "wait"
     assert judge(look(claimed=False), None) == "fence"
@@ -326,7 +339,7 @@ class Answering:
     def __init__(self) -> None:
         self.listing: str | None = None
 
-    async def run(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
+    async def run(self, argv: Sequence[str], stdin: Stdin = b"", within: float | None = None) -> Answer:
         if "config" in argv:
             return 0, "AccountingStorageType = accounting_storage/none\nMinJobAge = 300 sec\n", ""
         if self.listing is None:
@@ -355,10 +368,27 @@ async def test_a_fault_of_ours_in_the_look_at_the_queue_keeps_nobody_waiting_and
 
 def test_J1_however_long_the_controller_is_down_it_is_asked_again_within_a_minute() -> None:
     queue = Queue("cluster", Answering(), 10.0, _nothing)
-    for queue._failures in (1, 2, 3, 60, 5000):
-        assert queue.delay() <= 60.0
-    queue._failures = 1
-    assert queue.delay() == 20.0
+    with queue.watch("t-1", 77, "t-1", 0.0):
+        for queue._failures in (1, 2, 3, 60, 5000):
+            assert queue.delay() <= 60.0
+        queue._failures = 1
+        assert queue.delay() == 20.0
+
+
+def test_while_nobody_waits_the_queue_is_looked_at_ever_more_rarely_but_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1e6
+    monkeypatch.setattr("mlpiped.backends.slurm.queue.time.monotonic", lambda: now)
+    queue = Queue("cluster", Answering(), 10.0, _nothing)
+    queue.expect()
+    pauses = []
+    for _ in range(60):
+        pauses.append(queue.delay())
+        now += pauses[-1]
+    assert pauses[0] == 10.0 and pauses == sorted(pauses) and pauses[-1] == 600.0
+    with queue.watch("t-1", 77, "t-1", 0.0):
+        assert queue.delay() == 10.0
 
 
 @pytest.mark.anyio

@@ -67,7 +67,7 @@ def has(place: Place, card: Card, need: Need) -> bool:
 
 
 def what_is_told(text: str) -> str:
-    for mark, what in (("slot", "slots"), ("CPUs", "CPUs"), ("of memory free", "memory")):
+    for mark, what in (("slot", "slots"), ("CPU", "CPUs"), ("of memory free", "memory")):
         if re.match(rf"\w+ has [\d.]+[GMKB]? ?{mark}", text):
             return what
     return "cards"

@@ -378,7 +378,7 @@ class DockerBackend:
             await self._engine.well()
             return await self._do("look at its folders", look) or self._remover.trouble
         except BackendUnavailable as fault:
-            return fault.message
+            return fault.advice
 
     def _alone(self, token: str) -> anyio.Lock:
         return self._locks.setdefault(token, anyio.Lock())

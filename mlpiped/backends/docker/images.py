@@ -31,12 +31,13 @@ REFERENCE = re.compile(
     r"(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?)"
 )
 NO_SUCH_IMAGE = re.compile(
-    r"manifest unknown|not found|does not exist|denied|repository name not known|unauthorized|no matching manifest"
-    r"|invalid reference"
+    r"manifest unknown|not found|does not exist|(?<!permission )denied|repository name not known|unauthorized"
+    r"|no matching manifest|invalid reference"
 )
-UNREACHABLE = re.compile(
+MACHINES_FAULT = re.compile(
     r"dial tcp|no such host|connection refused|timeout|temporary failure|connection reset|no route|unreachable|EOF"
-    r"|TLS handshake|proxyconnect|Temporary failure resolving|Could not resolve|Failed to establish a new connection",
+    r"|TLS handshake|proxyconnect|Temporary failure resolving|Could not resolve|Failed to establish a new connection"
+    r"|no space left on device|disk quota exceeded",
     re.IGNORECASE,
 )
 
@@ -105,7 +106,7 @@ class ImageRoom:
             self._bringing[reference] = f"pulls image {reference}"
             await self._spoken("pulling an image", reference, self._engine.pull(reference))
         except Refused as no:
-            if NO_SUCH_IMAGE.search(no.words) and not UNREACHABLE.search(no.words):
+            if NO_SUCH_IMAGE.search(no.words) and not MACHINES_FAULT.search(no.words):
                 raise InvalidJob(f"{missing}, and its registry gives none: {no.words[:500]}") from None
             raise BackendUnavailable(f"{missing}, and it cannot be pulled: {no.words[:500]}") from None
         finally:
@@ -125,7 +126,7 @@ class ImageRoom:
                 await self._spoken("building an image", tag, self._engine.build(context, tag), said)
         except Refused as no:
             last = "; ".join(line for line in "".join(said).splitlines()[-4:] if line.strip())
-            kind = BackendUnavailable if UNREACHABLE.search(no.words + last) else InvalidJob
+            kind = BackendUnavailable if MACHINES_FAULT.search(no.words + last) else InvalidJob
             raise kind(f"the Dockerfile does not build: {no.words[:500]}", hint=last[-500:] or None) from None
         finally:
             self._bringing.pop(dockerfile, None)

@@ -1,7 +1,8 @@
 """Images of Apptainer (`.sif` files that the nodes see too): which one it is, and the words that run a command in it.
 
 The image of a run is the content that its file had when the run looked at it. A node starts it only while the file's
-stamp is still the same: what was written there since is another image, and the next run's.
+stamp is still the same: what was written there since is another image, and the next run's. Where nodes see other files,
+it is brought there by content, which nobody changes: its mark is "-" then.
 """
 
 from __future__ import annotations
@@ -66,9 +67,17 @@ class Sifs:
             os.close(fd)
         if not hashing.vouches(hashed.stamp, hashed.began_ns):
             raise BackendUnavailable(f"`{path}` was written just now")
-        image = Image(identity=hashed.digest, run=f"{_mark(hashed.stamp)}:{real}")
+        content = hashed.digest.replace(":", "-")
+        image = Image(identity=hashed.digest, run=f"{_mark(hashed.stamp)}:{content}:{real}")
         self._known[path] = hashed.stamp, image
         return image
+
+
+def parts(run: str) -> tuple[str, str, str]:
+    """(what its stamp was, its content, its path), of an `Image.run`."""
+    mark, _, rest = run.partition(":")
+    content, _, path = ("", "", rest) if rest.startswith("/") else rest.partition(":")
+    return mark, content, path
 
 
 def _mark(stamp: hashing.Stamp) -> str:
@@ -87,7 +96,7 @@ def inside(
     assert job.image is not None
     program = "apptainer" if program is True else str(program)
     prefix = "SINGULARITY" if os.path.basename(program).startswith("singularity") else "APPTAINER"
-    mark, _, image = job.image.partition(":")
+    mark, _, image = parts(job.image)
     options = ["exec", "--containall", f"--pwd={folder}/work", *(["--nv"] if job.gpus else [])]
     own = folders.variables(folder, job)
     sdk = env["PYTHONPATH"].rpartition(":")[2]

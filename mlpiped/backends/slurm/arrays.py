@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 from typing import TYPE_CHECKING
 
 from mlpiped.backends.slurm import commands
@@ -17,18 +15,12 @@ if TYPE_CHECKING:
 REMEMBERED = 64  # lists
 
 
-def script(single: bytes, folder: str, tokens: Sequence[str]) -> bytes:
-    """The script of one element -> that of all. What it has to say is said in the folder that it finds."""
-    line = os.fsencode(f"folder={shlex.quote(folder)}\n")
+def script(single: bytes, tokens: Sequence[str]) -> bytes:
+    """The script of the first of them -> that of all."""
+    line = f"token={tokens[0]}\n".encode()
     assert single.count(line) == 1
-    jobs_dir = shlex.quote(os.path.dirname(folder))
-    pick = (
-        f"set -- {' '.join(tokens)}\n"
-        'shift "$SLURM_ARRAY_TASK_ID" && test -n "$1" || exit 69\n'
-        f'folder={jobs_dir}/"$1"\n'
-        'exec >>"$folder/slurm.out" 2>&1 || exit 69\n'
-    )
-    return single.replace(line, os.fsencode(pick))
+    pick = f'set -- {" ".join(tokens)}\nshift "$SLURM_ARRAY_TASK_ID" && test -n "$1" || exit 69\ntoken=$1\n'
+    return single.replace(line, pick.encode())
 
 
 class Lists:

@@ -16,13 +16,13 @@ import anyio
 import structlog
 
 from mlpiped.backends import folder as folders
-from mlpiped.backends.base import Capacity, Card, Cluster, Job
+from mlpiped.backends.base import Capacity, Card, Cluster
 from mlpiped.backends.slurm import commands, submission, verdict
 from mlpiped.backends.slurm.apptainer import Sifs
 from mlpiped.backends.slurm.arrays import Lists
 from mlpiped.backends.slurm.commands import Ref
 from mlpiped.backends.slurm.controller import Controller
-from mlpiped.backends.slurm.counter import Counter, Entry
+from mlpiped.backends.slurm.counter import Counter
 from mlpiped.backends.slurm.files import SharedFiles
 from mlpiped.backends.slurm.queue import Queue
 from mlpiped.backends.slurm.runner import HostRunner
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
     from pathlib import Path
 
-    from mlpiped.backends.base import Handle, Image, NeverRan, Outcome
+    from mlpiped.backends.base import Handle, Image, Job, NeverRan, Outcome
     from mlpiped.backends.slurm.commands import Listed, Nodes
     from mlpiped.backends.slurm.files import Files
     from mlpiped.backends.slurm.queue import Watch
@@ -73,13 +73,14 @@ class SlurmBackend:
         self._counter = Counter(self._controller, self._queue, self._files, f"mlpiped:{instance}")
         self._sifs = Sifs()
         self._nodes: Nodes | None = None
-        self._turns: dict[str, anyio.Lock] = {}
+        self._held: set[str] = set()  # tokens of jobs that a person holds
         self._signalled: set[str] = set()  # tokens of cancelled jobs whose supervisor has been told
 
     async def start(self, stack: AsyncExitStack) -> None:
         await self._files.start()
         self._queue.start()
         stack.push_async_callback(self._queue.close)
+        stack.push_async_callback(self._counter.close)
 
     def capacity(self) -> Capacity:
         """Cards are places in Slurm's own queue: which of them a job gets, Slurm says."""
@@ -102,30 +103,12 @@ class SlurmBackend:
 
     # --- submitted --------------------------------------------------------------------------------------------
     async def submit(self, job: Job) -> Handle:
-        folder = self._files.folder(job.token)
-        turn = self._turns.setdefault(job.token, anyio.Lock())
+        self._files.folder(job.token)
         try:
-            with self._counter.coming(job) as place:
-                async with turn:
-                    known = await self._standing(job.token)
-                    if known is not None:
-                        return known
-                    script = await self._files.build(job)
-                    try:
-                        return await place.submit(folder, script)
-                    except InvalidJob:
-                        await self._files.fence(job.token)
-                        raise
-        finally:
-            if not turn.statistics().tasks_waiting:
-                self._turns.pop(job.token, None)
-
-    async def _standing(self, token: str) -> Handle | None:
-        """Raises BackendUnavailable when it is fenced: its submitter is late, and will find that out by `fence`."""
-        found = (await self._files.standing([token]))[token]
-        if found.fenced:
-            raise BackendUnavailable(f"token `{token}` was fenced and cannot start")
-        return None if found.record is None else submission.handle_of(token, found.record)
+            return await self._counter.submit(job)
+        except InvalidJob:
+            await self._files.fence(job.token)
+            raise
 
     # --- found and fenced -------------------------------------------------------------------------------------
     async def find(self, tokens: Sequence[str]) -> dict[str, Handle]:
@@ -153,35 +136,31 @@ class SlurmBackend:
         alive = (await self._lists.by_token(listing)).get(token)
         if not alive:
             return None
-        grace = (await self._files.standing([token]))[token].grace
         first = min(alive, key=lambda one: (commands.array_of(one.job), str(one.job)))
         array = first.name.partition("/")[0] if isinstance(first.job, str) else None
-        entry = Entry(Job(token, (), grace=grace), self._files.folder(token), b"")
-        try:
-            await self._counter.settle([entry], [first.job], array)
-        except BackendUnavailable:
-            pass  # not released: who waits for it will see that
-        found = (await self._files.standing([token]))[token]
-        return None if found.record is None or found.fenced else submission.handle_of(token, found.record)
+        return await self._counter.adopt(token, first.job, array)
 
     async def _on_strangers(self, held: list[Listed]) -> None:
         """Take out of the queue what nobody will release: its token was fenced or has ended, or another job has it."""
 
-        async def look() -> list[Listed]:
+        async def look() -> list[tuple[Listed, str | None]]:
+            """Those, and of each the token whose submission it is."""
             tokens = await self._lists.tokens(held)
             standing = await self._files.standing(sorted(set(tokens.values())))
-            found = []
-            for one in held:
-                at = standing[tokens[one.job]] if one.job in tokens else None
-                if at is None or at.record is None:
-                    continue
-                if at.over or at.record.get("job") != one.job:  # a killed controller may hold again what has ended
-                    found.append(one)
+            found: list[tuple[Listed, str | None]] = []
+            for one in (one for one in held if one.job in tokens):
+                at = standing[tokens[one.job]]
+                if at.record is not None and at.record.get("job") != one.job:
+                    found.append((one, None))
+                elif at.record is not None and at.over:  # a killed controller may hold again what has ended
+                    found.append((one, tokens[one.job]))
             return found
 
-        async def take_out(one: Listed) -> None:
+        async def take_out(one: Listed, token: str | None) -> None:
             log.info("a job that will never run is taken out of the queue", compute=self.name, job=one.job)
             try:
+                if token is not None:
+                    await self._files.drop(token)
                 await self._controller.cancel(one.job, one.name)
             except BackendUnavailable as fault:
                 log.warning(fault.message, compute=self.name)
@@ -192,14 +171,15 @@ class SlurmBackend:
             log.warning(fault.message, compute=self.name)
             return
         async with anyio.create_task_group() as group:
-            for one in found:
-                group.start_soon(take_out, one)
+            for one, token in found:
+                group.start_soon(take_out, one, token)
 
     # --- waited for -------------------------------------------------------------------------------------------
     async def wait(self, handle: Handle) -> Outcome:
         outcome = await self._wait(handle)
         await self._files.ended(handle["token"], outcome)
         self._signalled.discard(handle["token"])
+        self._held.discard(handle["token"])
         return outcome
 
     async def _wait(self, handle: Handle) -> Outcome:
@@ -222,16 +202,22 @@ class SlurmBackend:
                     told = verdict.judge(look, job, state, reason, waited, self._patience)
                 if told not in ("wait", "fence"):
                     if state in commands.WAITING:
+                        await self._files.drop(token)
                         await self._controller.cancel(job, name)  # requeued, or fenced: it has no business there
                     return told  # type: ignore[return-value]
                 await self._care(handle, watch, look, ending)
 
     async def _care(self, handle: Handle, watch: Watch, look: submission.Look, ending: verdict.Ending) -> None:
         """Do what an earlier daemon, or a command that failed, has left undone."""
-        if watch.reason == commands.HELD and watch.state in commands.WAITING and not look.released:
-            await self._controller.release([handle["job"]])
-            await self._files.released([handle["token"]])
-            self._queue.expect()
+        if watch.reason != commands.HELD or watch.state not in commands.WAITING:
+            self._held.discard(handle["token"])
+        elif handle["token"] not in self._held:
+            if look.released and not await self._controller.forgot(handle["job"]):
+                self._held.add(handle["token"])
+            else:
+                await self._controller.release([handle["job"]])
+                await self._files.released([handle["token"]])
+                self._queue.expect()
         if look.cancelled and watch.state not in ("", None) and watch.state not in commands.ENDED:
             if handle["token"] not in self._signalled:  # the controller did not answer then, or we are another daemon
                 await self.cancel(handle)
@@ -246,10 +232,10 @@ class SlurmBackend:
 
     def waiting(self, token: str) -> str | None:
         """In Slurm's own words: `Priority`, `Resources`; while the queue takes no more, those with which it refuses."""
-        return self._controller.full if token in self._turns else self._queue.waiting(token)
+        return self._controller.full if token in self._counter else self._queue.waiting(token)
 
     def cluster(self) -> Cluster:
-        nodes, full = self._nodes, self._controller.full if self._turns else None
+        nodes, full = self._nodes, self._controller.full if self._counter else None
         return Cluster(
             partition=self.settings.partition,
             up=None if nodes is None else nodes.up,

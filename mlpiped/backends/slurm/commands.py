@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlpiped.config.computes import SlurmCompute
 
 NAMES = frozenset("sacct sbatch scancel scontrol sinfo squeue".split())
+PLAIN = {"LC_ALL": "C", "SLURM_BITSTR_LEN": "0"}  # around each: words in no language, and lists in full
 PREFIX = "mlp-"
 ARRAYS = "mlpa-"
 Ref = int | str
@@ -28,6 +29,7 @@ Ref = int | str
 
 LEAST_CONFIG = ("AccountingStorageType", "MinJobAge")
 UNKNOWN_PATIENCE = 60.0  # seconds for an sbatch, while it is not known how long an answer may take
+MOST = 200  # jobs that one command names
 OVERHEAD = 32  # MiB of a job that are the supervisor's
 HELD = "JobHeldUser"  # Slurm's reason for a job that was submitted with --hold
 MOST_ELEMENTS = 4_000_001  # of an array, whatever its site allows
@@ -50,6 +52,7 @@ _LISTED = re.compile(
 _ACCOUNTED = re.compile(
     r"([0-9]{1,10})(?:_([0-9]{1,7})|_\[([0-9,-]{1,200000})(?:%[0-9]+)?\])?\|([A-Z_]{1,32})(?: by [0-9]{1,10})?"
 )
+_FREED = re.compile(r"([0-9]{1,10})(?:_([0-9]{1,7}))? +([0-9T:-]+|N/A|Unknown) *")
 _SUBMITTED = re.compile(r"([0-9]{1,10})(?:;[A-Za-z0-9_.-]+)?\n?")
 _CONFIG = re.compile(r"([A-Za-z]+) *= (.*)")
 _NODES = re.compile(r"([0-9]{1,9})\|([a-z_]+)([^|a-z_]?)\|([^|]*)")
@@ -96,15 +99,10 @@ class Nodes:
     away: tuple[NodesAway, ...] = ()  # those that are down
 
 
-def command(*argv: str) -> list[str]:
-    """In words that do not depend on the machine's language. Settings (`A=b`) may come before the command."""
-    return ["env", "LC_ALL=C", *argv]
-
-
 # --- submitted
 
 
-def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str, *, token: str | None = None) -> list[str]:
+def sbatch(job: Job, jobs_dir: str, compute: SlurmCompute, comment: str) -> list[str]:
     """The script comes on stdin. Held, so that nothing runs of which the id is not durable."""
     argv = [
         "sbatch",
@@ -112,12 +110,11 @@ def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str, *, token:
         "--hold",
         "--parsable",
         "--no-requeue",
-        f"--job-name={PREFIX}{job.token if token is None else token}",
+        f"--job-name={PREFIX}{job.token}",
         f"--comment={comment}",
         "--export=NONE",
-        "--open-mode=append",
-        f"--output={folder}/slurm.out",
-        f"--chdir={folder}",
+        "--output=/dev/null",  # what it prints, the script puts where it belongs
+        f"--chdir={jobs_dir}",
         f"--nodes={job.nodes}",
         f"--ntasks={job.nodes * job.tasks}",
         f"--ntasks-per-node={job.tasks}",
@@ -134,15 +131,19 @@ def sbatch(job: Job, folder: str, compute: SlurmCompute, comment: str, *, token:
     seconds = compute.time if job.timeout is None else job.timeout + job.grace
     if seconds is not None:  # the supervisor ends the step in time; Slurm, which counts in minutes, is the backstop
         argv.append(f"--time={math.ceil(seconds / 60) + (job.timeout is not None)}")
-    return command(*argv)
+    return argv
 
 
-def limited(argv: Sequence[str], config: Mapping[str, str] | None) -> list[str]:
-    """That command with an end. A controller that has all the jobs that it can hold is asked by sbatch again and again,
-    for two minutes: it says so at once, and is heard when it has ended."""
+def likeness(job: Job) -> tuple[object, ...]:
+    """Equal for jobs of which `sbatch` says the same, but for their names."""
+    return job.nodes, job.tasks, job.cpus, job.memory, len(job.gpus), job.timeout, job.grace
+
+
+def patience(config: Mapping[str, str] | None) -> float:
+    """Seconds for an sbatch. A controller that has all the jobs that it can hold is asked by it again and again, for
+    two minutes: it says so at once, and is heard when it has ended."""
     answer = seconds((config or {}).get("MessageTimeout", ""))
-    longest = 2 * answer + 5 if answer else UNKNOWN_PATIENCE
-    return [*argv[:2], "timeout", "--signal=KILL", f"{longest:.0f}", *argv[2:]]
+    return 2 * answer + 5 if answer else UNKNOWN_PATIENCE
 
 
 def submitted(stdout: str) -> int | None:
@@ -187,11 +188,10 @@ def cpus_of(job: Job) -> int:
     return max(1, math.ceil(job.cpus))
 
 
-def as_array(argv: Sequence[str], array: str, jobs_dir: str, count: int) -> list[str]:
-    """The words for one job -> for an array of such. What they print, the script puts where it belongs."""
-    ours = ("--job-name=", "--output=", "--chdir=")
-    named = [f"--job-name={ARRAYS}{array}", "--output=/dev/null", f"--chdir={jobs_dir}", f"--array=0-{count - 1}"]
-    return [*(word for word in argv if not word.startswith(ours)), *named]
+def as_array(argv: Sequence[str], array: str, count: int) -> list[str]:
+    """The words for one job -> for an array of such."""
+    named = [f"--job-name={ARRAYS}{array}", f"--array=0-{count - 1}"]
+    return [*(word for word in argv if not word.startswith("--job-name=")), *named]
 
 
 def shown(name: str) -> str:
@@ -205,23 +205,29 @@ def array_of(job: Ref) -> int:
 
 
 def release(jobs: Iterable[Ref]) -> list[str]:
-    return command("scontrol", "release", ",".join(map(str, jobs)))
+    return ["scontrol", "release", ",".join(map(str, jobs))]
+
+
+def releases(jobs: Sequence[Ref]) -> bytes:
+    """For a scontrol that reads what to do; it ends with 1 when a line of it failed."""
+    shares = (jobs[first : first + MOST] for first in range(0, len(jobs), MOST))
+    return "".join(f"{' '.join(release(share)[1:])}\n" for share in shares).encode()
 
 
 def scancel(job: Ref, name: str) -> list[str]:
     """Ends it, or takes it from the queue; a job with that id and another name is left alone. Never for an element
     that waits: as long as an array is one record, a scancel with a filter ends all of it."""
-    return command("scancel", f"--name={shown(name)}", str(job))
+    return ["scancel", f"--name={shown(name)}", str(job)]
 
 
 def scancel_elements(jobs: Iterable[Ref]) -> list[str]:
     """Whatever their names are: who says this has just seen them."""
-    return command("scancel", *map(str, jobs))
+    return ["scancel", *map(str, jobs)]
 
 
 def terminate(job: Ref, name: str) -> list[str]:
     """SIGTERM to its supervisor, which knows the step's grace."""
-    return command("scancel", "--batch", "--signal=TERM", f"--name={shown(name)}", str(job))
+    return ["scancel", "--batch", "--signal=TERM", f"--name={shown(name)}", str(job)]
 
 
 # --- asked
@@ -230,7 +236,7 @@ def terminate(job: Ref, name: str) -> list[str]:
 def squeue(jobs: Iterable[int] = ()) -> list[str]:
     """All of ours, or these and their elements: a line each."""
     some = f"--jobs={','.join(map(str, jobs))}" if jobs else "--me"
-    return command("squeue", some, "--noheader", "--states=all", "--array", "--format=%i|%T|%j|%r|%B")
+    return ["squeue", some, "--noheader", "--states=all", "--array", "--format=%i|%T|%j|%r|%B"]
 
 
 def listed(stdout: str) -> dict[Ref, Listed]:
@@ -262,10 +268,10 @@ def _element(job: str, index: str, array: str, state: str, reason: str) -> Liste
 def sacct(jobs: Mapping[Ref, str], since: str) -> list[str]:
     """`jobs`: id -> name. `since`: a time before their submission, as Slurm writes it."""
     names = ",".join(dict.fromkeys(map(shown, jobs.values())))
-    return command(
-        "SLURM_BITSTR_LEN=0", "sacct", "-X", "-n", "-P", "-D", f"--jobs={','.join(map(str, jobs))}",
+    return [
+        "sacct", "-X", "-n", "-P", "-D", f"--jobs={','.join(map(str, jobs))}",
         f"--name={names}", f"--starttime={since}", "--format=JobID,State",
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def accounted(stdout: str) -> dict[Ref, str]:
@@ -292,8 +298,23 @@ def _indices(text: str) -> Iterator[int]:
             yield from range(int(first), int(last or first) + 1)
 
 
+def squeue_freed() -> list[str]:
+    """Since when each of those that wait has been free to start, held or not."""
+    return ["squeue", "--me", "--noheader", "--states=PENDING", "--array", "--Format=JobArrayID,AccrueTime"]
+
+
+def never_freed(stdout: str) -> set[Ref]:
+    """Those that were held from the first, as far as the controller knows. It keeps that time of one that was released
+    and is held again."""
+    found: set[Ref] = set()
+    for match in map(_FREED.fullmatch, stdout.split("\n")):
+        if match is not None and not match[3][0].isdigit():
+            found.add(int(match[1]) if match[2] is None else f"{match[1]}_{match[2]}")
+    return found
+
+
 def show_config() -> list[str]:
-    return command("scontrol", "show", "config")
+    return ["scontrol", "show", "config"]
 
 
 def config(stdout: str) -> dict[str, str] | None:
@@ -317,7 +338,7 @@ def seconds(text: str) -> float:
 
 def sinfo(partition: str | None, form: str = "%D|%T|%G") -> list[str]:
     where = [] if partition is None else [f"--partition={partition}"]
-    return command("sinfo", "--noheader", *where, f"--format={form}")
+    return ["sinfo", "--noheader", *where, f"--format={form}"]
 
 
 def nodes(stdout: str) -> Nodes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,7 @@ import anyio
 import structlog
 
 from mlpiped.backends.slurm import commands
+from mlpiped.backends.slurm.commands import MOST
 from mlpiped.backends.slurm.runner import ask, attempt
 from mlpiped.errors import BackendUnavailable, InvalidJob
 
@@ -16,12 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from mlpiped.backends.slurm.commands import Nodes, Ref
-    from mlpiped.backends.slurm.runner import Runner
+    from mlpiped.backends.slurm.runner import Answer, Runner, Stdin
     from mlpiped.config.computes import SlurmCompute
 
 log = structlog.get_logger("slurm")
 AT_ONCE = 4  # commands: each is a question to a controller that other people ask too
-MOST = 200  # jobs that one command names
 
 
 class Controller:
@@ -36,14 +38,17 @@ class Controller:
         self._unreleased: set[Ref] = set()
         self._releasing = anyio.Lock()
         self._limiter = anyio.CapacityLimiter(AT_ONCE)
+        self._never_freed: tuple[float, set[Ref]] = float("-inf"), set()  # when it was asked, and its answer
+        self._remembering = anyio.Lock()
 
-    async def offer(self, argv: Sequence[str], script: bytes) -> int | None:
+    async def offer(self, argv: Sequence[str], script: Stdin, within: float) -> int | None:
         """The id of the held job; None while the queue is full. Raises InvalidJob for what never can run there.
+        `script`, `within`: as `Runner` has it.
 
         An sbatch that was ended while the queue was full may have left a job all the same. It is held, and no record
         names it: so it is taken out, and it is safe to ask again.
         """
-        code, stdout, stderr = await self._say(argv, script)
+        code, stdout, stderr = await self._say(argv, script, within)
         number = commands.submitted(stdout) if code == 0 else None
         if number is not None:
             self.full = None
@@ -58,6 +63,19 @@ class Controller:
             log.info("the queue takes no more jobs: they wait", compute=self.name, why=words)
         self.full = words
         return None
+
+    async def release_named(self, naming: asyncio.Future[Sequence[Ref]]) -> None:
+        """As `release`, by a command that starts while it is found out which: none, perhaps."""
+        words: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+
+        def tell(_: object) -> None:
+            if not words.done():
+                words.set_result(None if naming.cancelled() else commands.releases(naming.result()) or None)
+
+        naming.add_done_callback(tell)
+        code, _, _ = await self._say(["scontrol"], words)
+        if code != 0 and (jobs := naming.result()):
+            await self.release(jobs)
 
     async def release(self, jobs: Sequence[Ref]) -> None:
         """With those that come while another release is on its way: one command for all of them."""
@@ -81,6 +99,19 @@ class Controller:
         for job in first:  # which of them it was, it says in words alone
             await self._done(commands.release([job]), f"job {job} of `{self.name}` is not released")
             self._unreleased.discard(job)
+
+    async def forgot(self, job: Ref) -> bool:
+        """Whether it knows nothing of the release of this job: one that is killed forgets what it was told last. Of a
+        Slurm that cannot say so, it is not believed."""
+        now = time.monotonic()
+        async with self._remembering:
+            if self._never_freed[0] < now:
+                now = time.monotonic()
+                code, stdout, stderr = await self._say(commands.squeue_freed())
+                if code != 0 and commands.is_unreachable(stderr):
+                    raise BackendUnavailable(f"job {job} of `{self.name}` is held: {commands.complaint(stderr)}")
+                self._never_freed = now, commands.never_freed(stdout) if code == 0 else set()
+        return job in self._never_freed[1]
 
     async def cancel(self, job: Ref, name: str) -> None:
         """Out of the queue, or ended by Slurm."""
@@ -123,9 +154,9 @@ class Controller:
         if code != 0 and not commands.is_gone(stderr):
             raise BackendUnavailable(f"{fault}: {commands.complaint(stderr)}")
 
-    async def _say(self, argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
+    async def _say(self, argv: Sequence[str], stdin: Stdin = b"", within: float | None = None) -> Answer:
         async with self._limiter:
-            return await attempt(self._runner, argv, stdin)
+            return await attempt(self._runner, argv, stdin, within)
 
 
 class _Together:

@@ -20,35 +20,37 @@ from mlpiped.backends.environments import Environments
 from mlpiped.backends.slurm import commands, surroundings, tools
 from mlpiped.backends.slurm.records import Records
 from mlpiped.backends.slurm.submission import Look
-from mlpiped.errors import BackendUnavailable
+from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from mlpiped.backends.base import Handle, Job, Outcome
+    from mlpiped.backends.slurm.commands import Ref
     from mlpiped.config.computes import SlurmCompute
 
 T = TypeVar("T")
+Fault = BackendUnavailable | InvalidJob
 Phase = Literal["waits", "started", "over"]
-SYNCED_AT_ONCE = 4  # shares of an array whose records are made durable at the same time: each waits for the disk
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What the folder of a token says of its submission. `record`: of slurm.json; `over`: it has ended, or cannot
-    start on a node; `grace`: as its order says."""
+    start on a node."""
 
     record: dict[str, Any] | None
     built: bool
     fenced: bool
     over: bool
-    grace: float
 
 
 class Files(ABC):
     """All that waits raises BackendUnavailable when it is not known whether it was done, or how it is."""
 
     logs_here: bool
+    place: str
+    """As the nodes see it: where the folders `jobs` and `slurm` are."""
     follow: float
     """Seconds between two looks at a log that is followed."""
 
@@ -61,8 +63,20 @@ class Files(ABC):
         """As the nodes see it. Raises InvalidJob for what is no token."""
 
     @abstractmethod
-    async def build(self, job: Job) -> bytes:
-        """Make the folder, complete; the script that is to be submitted. Raises InvalidJob."""
+    def at_once(self, job: Job) -> bool:
+        """Whether `ready` has nothing to wait for."""
+
+    @abstractmethod
+    async def ready(self, job: Job) -> Any:
+        """All that may take long; what `build` then has use for. Raises InvalidJob."""
+
+    @abstractmethod
+    async def build(self, jobs: Sequence[Job], ready: Sequence[Any]) -> dict[str, Fault]:
+        """Write their orders, and make what else they need; by token, what cannot be run."""
+
+    @abstractmethod
+    def script(self, token: str) -> bytes:
+        """What is to be submitted, for one job."""
 
     @abstractmethod
     async def fetch(self, token: str) -> Path: ...
@@ -73,6 +87,9 @@ class Files(ABC):
     @abstractmethod
     async def call(self, what: str, name: str, *facts: Any) -> Any:
         """What that method of `Records` answers. `what`: for a complaint, "cannot …"."""
+
+    def left(self, token: str) -> None:  # noqa: B027
+        """Nobody submits it any more: what was made `ready` for it, and not built, is of no use."""
 
     async def ended(self, token: str, outcome: Outcome) -> None:  # noqa: B027
         """It has ended so: bring home what the daemon wants to have of it."""
@@ -94,26 +111,21 @@ class Files(ABC):
         found = await self.call("look for jobs", "standing", list(tokens))
         return {token: Standing(**one) for token, one in found.items()}
 
-    async def settle(self, tokens: Sequence[str], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Make these the records of the submissions, unless there are others; those that stand, durable."""
-        found: dict[str, dict[str, Any]] = {}
-        faults: list[BackendUnavailable] = []
+    async def enlist(self, array: str | None, tokens: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The records of those that have been submitted, or fenced. When there are none, these are the elements of
+        the new `array`, durable at the return."""
+        found: dict[str, dict[str, Any]] = await self.call("look for jobs", "enlist", array, list(tokens))
+        return found
 
-        async def share(first: int) -> None:
-            mine = list(tokens[first::SYNCED_AT_ONCE])
-            try:
-                standing = await self.call("record the jobs", "settle", mine, list(records[first::SYNCED_AT_ONCE]))
-            except BackendUnavailable as fault:
-                faults.append(fault)
-            else:
-                found.update(zip(mine, standing, strict=True))
+    async def settle(self, records: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Make these, by token, the records of the submissions, unless there are others; those that stand, durable."""
+        found: dict[str, dict[str, Any]] = await self.call("record the jobs", "settle", dict(records))
+        return found
 
-        async with anyio.create_task_group() as group:
-            for first in range(min(SYNCED_AT_ONCE, len(tokens))):
-                group.start_soon(share, first)
-        if faults:
-            raise faults[0]
-        return [found[token] for token in tokens]
+    async def adopt(self, token: str, job: Ref, array: str | None) -> dict[str, Any] | None:
+        """The same of a job that is in the queue. None: it has no order to carry out, and must not be released."""
+        found: dict[str, Any] | None = await self.call("record the jobs", "adopt", token, job, array)
+        return found
 
     async def released(self, tokens: Sequence[str]) -> None:
         """Remember that they were released."""
@@ -127,6 +139,10 @@ class Files(ABC):
     async def bar(self, token: str) -> None:
         """Nothing starts on a node, unless it has."""
         await self.call("fence the job", "bar", token)
+
+    async def drop(self, token: str) -> None:
+        """Remember that we take it out of the queue."""
+        await self.call("record the job", "drop", token)
 
     async def look(self, token: str) -> Look:
         found = await self.call("look at the job", "look", token)
@@ -148,11 +164,6 @@ class Files(ABC):
         over, text = await self.call("read the log", "read", token, stream, offset)
         return over, text.encode("latin-1")
 
-    async def write_array(self, tokens: Sequence[str]) -> str:
-        """The ID of a new array with these elements. Durable at the return."""
-        found: str = await self.call("list an array's jobs", "write_array", list(tokens))
-        return found
-
     async def arrays(self, ids: Sequence[str]) -> dict[str, list[str]]:
         """The elements of those arrays that are known here."""
         found: dict[str, list[str]] = await self.call("look for jobs", "arrays", list(ids))
@@ -169,7 +180,8 @@ class SharedFiles(Files):
         self.name = name
         self.compute = compute
         self.root = (compute.work_dir or state_dir).absolute()
-        self._records = Records(os.fspath(self.root))
+        self.place = os.fspath(self.root)
+        self._records = Records(self.place)
         self._home = state_dir.absolute() / "jobs"  # where the daemon looks for logs
         self._python = python
         self._environments = Environments(self.root / "envs", python)
@@ -189,18 +201,40 @@ class SharedFiles(Files):
     def folder(self, token: str) -> str:
         return self._records.at(token)
 
-    async def build(self, job: Job) -> bytes:
-        base = await self._environments.of(job)
-        return await self._do("make the job's folder", lambda: self._build(self.folder(job.token), job, base))
+    def at_once(self, job: Job) -> bool:
+        return not Environments.wanted(job)
 
-    def _build(self, folder: str, job: Job, base: dict[str, str]) -> bytes:
-        if job.code is not None and not os.path.isdir(job.code):
-            raise BackendUnavailable(f"the code snapshot is missing: {job.code}")
-        self._records.build(described(job), order_of(job, folder, base, self._tools, self.compute))
-        link = self._home / job.token
-        if os.fspath(self._home) != self._records.jobs and not link.is_symlink():
-            link.symlink_to(folder)
-        return tools.script(folder, self._tools, self._python)
+    async def ready(self, job: Job) -> dict[str, str]:
+        """The environment."""
+        return await self._environments.of(job)
+
+    async def build(self, jobs: Sequence[Job], ready: Sequence[dict[str, str]]) -> dict[str, Fault]:
+        wrong: dict[str, Fault] = {}
+
+        def make() -> None:
+            orders: dict[str, dict[str, Any]] = {}
+            for job, base in zip(jobs, ready, strict=True):
+                try:
+                    if job.code is not None and not os.path.isdir(job.code):
+                        raise BackendUnavailable(f"the code snapshot is missing: {job.code}")
+                    orders[job.token] = order_of(job, self.folder(job.token), base, self._tools, self.compute)
+                except (BackendUnavailable, InvalidJob) as fault:
+                    wrong[job.token] = fault
+            self._records.build([described(job) for job in jobs if job.token in orders], list(orders.values()))
+            if os.fspath(self._home) != self._records.jobs:
+                for token in orders:
+                    self._link(token)
+
+        await self._do("write the job's order", make)
+        return wrong
+
+    def _link(self, token: str) -> None:
+        link = self._home / token
+        if not link.is_symlink():
+            link.symlink_to(self.folder(token))
+
+    def script(self, token: str) -> bytes:
+        return tools.script(self.place, token, self._tools, self._python)
 
     async def fetch(self, token: str) -> Path:
         return Path(self.folder(token))

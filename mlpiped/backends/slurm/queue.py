@@ -81,6 +81,8 @@ class Queue:
         self._runner = runner
         self._on_strangers = on_strangers
         self._watches: dict[Ref, set[Watch]] = {}
+        self._of: dict[str, Watch] = {}  # token -> the last that was begun for it
+        self._said = ""  # what squeue printed last
         self._asking: list[_Question] = []
         self._wanted = anyio.Event()  # something is expected soon
         self._began = float("-inf")
@@ -103,6 +105,7 @@ class Queue:
     def watch(self, token: str, job: Ref, name: str, submitted: float) -> Iterator[Watch]:
         watch = Watch(token, job, name, submitted)
         self._watches.setdefault(job, set()).add(watch)
+        self._of[token] = watch
         self.expect()
         try:
             yield watch
@@ -111,6 +114,8 @@ class Queue:
             watches.discard(watch)
             if not watches:
                 del self._watches[job]
+            if self._of.get(token) is watch:
+                del self._of[token]
 
     async def fresh(self) -> Mapping[Ref, Listed]:
         """What squeue says when asked after now. Raises BackendUnavailable."""
@@ -146,11 +151,11 @@ class Queue:
 
     def waiting(self, token: str) -> str | None:
         """Slurm's reason, as those who wait for this job have heard it last; None when it does not wait."""
-        for watch in (one for some in self._watches.values() for one in some if one.token == token):
-            if watch.state == "":
-                return "Slurm has not been asked about it yet"
-            if watch.state in commands.WAITING:
-                return NO_REASON if watch.reason in ("", "None") else watch.reason
+        watch = self._of.get(token)
+        if watch is not None and watch.state == "":
+            return "Slurm has not been asked about it yet"
+        if watch is not None and watch.state in commands.WAITING:
+            return NO_REASON if watch.reason in ("", "None") else watch.reason
         return None
 
     def states(self) -> dict[str, int]:
@@ -184,11 +189,13 @@ class Queue:
         try:
             if self.config is None:
                 await self.configure()
-            listing = commands.listed(await ask(self._runner, commands.squeue()))
+            said = await ask(self._runner, commands.squeue())
         except BackendUnavailable as fault:
             self._fail(fault.message, watches)
             return
-        self.listing, self.trouble, self._failures = listing, None, 0
+        if said != self._said:  # while nothing happens, it is the same for thousands of jobs
+            self.listing, self._said = commands.listed(said), said
+        listing, self.trouble, self._failures = self.listing, None, 0
         for question in asking:
             question.answer = listing
             question.answered.set()

@@ -19,17 +19,18 @@ import anyio.to_thread
 from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Exited
 from mlpiped.backends.environments import clean
-from mlpiped.backends.slurm import commands, tools
+from mlpiped.backends.slurm import apptainer, commands, tools
+from mlpiped.backends.slurm.asking import Asking
 from mlpiped.backends.slurm.backend import PATIENCE, SlurmBackend
-from mlpiped.backends.slurm.files import Files, described, order_of
+from mlpiped.backends.slurm.files import Fault, Files, described, order_of
 from mlpiped.backends.slurm.runner import attempt
-from mlpiped.errors import BackendUnavailable
+from mlpiped.errors import BackendUnavailable, InvalidJob
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AsyncExitStack
 
-    from mlpiped.backends.base import Handle, Job, Outcome
+    from mlpiped.backends.base import Handle, Job, NeverRan, Outcome
     from mlpiped.backends.slurm.runner import Runner
     from mlpiped.config.computes import SlurmCompute
 
@@ -57,6 +58,7 @@ class Placed(Protocol):
 
     inputs: Mapping[str, Sequence[str]]
     needed: Sequence[str]
+    uses: Sequence[str]
     code: str | None
     sdk: str | None
     bins: Sequence[str]
@@ -73,6 +75,13 @@ class Stage(Protocol):
     async def place(self, job: Job) -> Any:
         """Bring what is missing; a `Placed`. Raises InvalidJob too."""
 
+    async def content(self, token: str, content: str, path: str) -> str | None:
+        """Where this file of ours lies there; None: it has changed. After `place`; raises InvalidJob too."""
+
+    def placed(self, token: str) -> None:
+        """Nothing has to stay any more for this job that it does not name itself."""
+
+    async def prune(self, *, only_look: bool) -> tuple[int, int]: ...
     def forget(self) -> None: ...
     async def bring(self, token: str, what: str, folder: Path, names: Sequence[str]) -> None: ...
     async def discard(self, token: str) -> None: ...
@@ -90,12 +99,14 @@ class StagedFiles(Files):
         self.compute = compute
         self.stage = stage
         self._runner = runner
+        self.place = stage.root
         self._jobs = f"{stage.root}/jobs"
         self._home = state_dir.absolute() / "jobs"
         digest, self._shipped = tools.program()
         self._tools = f"{stage.root}/slurm/{digest}"
         self._python = ""
         self._environ: dict[str, str] | None = None  # None: it is not known whether our program is there
+        self._asking = Asking(self._send)
         self._preparing = anyio.Lock()
         self._bringing: dict[str, anyio.Lock] = {}
 
@@ -109,7 +120,7 @@ class StagedFiles(Files):
     # --- asked there ------------------------------------------------------------------------------------------
     async def call(self, what: str, name: str, *facts: Any) -> Any:
         await self._prepared()
-        return await self._asked(what, name, *facts)
+        return self._answer(what, await self._asking.ask(name, facts))
 
     async def _prepared(self) -> dict[str, str]:
         """Our program is there, and the folder of the jobs; what a login finds around it."""
@@ -122,22 +133,26 @@ class StagedFiles(Files):
                 code, _, stderr = await attempt(self._runner, words, self._shipped)
                 if code != 0:
                     raise self._failed("install its tools", stderr)
-                await self._asked("make its folders", "prepare")
-                found = await self._asked("look around", "environment")
-                self._environ = {name: text for name, text in clean(found).items() if not name.startswith(LOGIN)}
+                said = await self._send([{"name": name, "facts": []} for name in ("prepare", "environment")])
+                self._answer("make its folders", said[0])
+                found = clean(self._answer("look around", said[1]))
+                self._environ = {name: text for name, text in found.items() if not name.startswith(LOGIN)}
             return self._environ
 
-    async def _asked(self, what: str, name: str, *facts: Any) -> Any:
-        request = json.dumps({"root": self.stage.root, "name": name, "facts": facts}).encode()
+    async def _send(self, calls: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        request = json.dumps({"root": self.stage.root, "calls": calls}).encode()
         words = ["env", self._python, "-I", "-S", "-c", ASK, self._tools]
         code, stdout, stderr = await attempt(self._runner, words, request)
         try:
             said = json.loads(stdout) if code == 0 else None
         except ValueError:
             said = None
-        if not isinstance(said, dict):
+        if not isinstance(said, list) or len(said) != len(calls):
             self._environ = None
-            raise self._failed(what, stderr)
+            raise self._failed("look at its folders", stderr)
+        return said
+
+    def _answer(self, what: str, said: Mapping[str, Any]) -> Any:
         if "answer" in said:
             return said["answer"]
         if "unavailable" in said:
@@ -148,29 +163,68 @@ class StagedFiles(Files):
         return BackendUnavailable(f"cannot {what} on `{self.name}`: {commands.complaint(words)}")
 
     # --- the job's files --------------------------------------------------------------------------------------
-    async def build(self, job: Job) -> bytes:
+    def at_once(self, job: Job) -> bool:
+        return False
+
+    async def ready(self, job: Job) -> tuple[dict[str, Any], dict[str, Any], list[str], list[str]]:
+        """What it needs is there; what `Records.build` is told of it."""
         environ, folder = await self._prepared(), self.folder(job.token)
+        await self._home_of(job.token)
+        placed: Placed = await self.stage.place(job)
+        code = None if placed.code is None else f"{placed.root}/{placed.code}"
+        needed, uses, image = list(placed.needed), list(placed.uses), None
+        if job.image is not None:
+            content, sif = await self._image(job)
+            needed, uses, image = [*needed, sif], [*uses, content], f"-:{content}:{sif}"
+        inputs = {port: tuple(paths) for port, paths in placed.inputs.items()}
+        there = replace(job, inputs=inputs, code=code, image=image)
+        path = [*placed.bins, environ.get("PATH", os.defpath)]
+        own = {"PATH": ":".join(path), "PYTHONPATH": placed.sdk or "", "PYTHONUNBUFFERED": "1"}
+        order = order_of(there, folder, {**environ, **placed.env, **own}, self._tools, self.compute)
+        return described(there), order, needed, uses
+
+    async def fence(self, token: str) -> NeverRan | Handle:
+        await self._home_of(token)
+        return await super().fence(token)
+
+    async def _home_of(self, token: str) -> Path:
+        """Its folder here, from before there is one there: what has none here is not found again by who cleans up."""
+        folder = Path(folders.at(self._home, token))
+        await _here(lambda: folder.mkdir(exist_ok=True))
+        return folder
+
+    async def _image(self, job: Job) -> tuple[str, str]:
+        """(its content, where it lies there)"""
+        assert job.image is not None
+        _, content, path = apptainer.parts(job.image)
+        there = await self.stage.content(job.token, content, path)
+        if there is None:
+            raise InvalidJob(f"image {path} has changed since the run looked at it: what it is now is for the next run")
+        return content, there
+
+    async def build(self, jobs: Sequence[Job], ready: Sequence[Any]) -> dict[str, Fault]:
         for _ in range(3):
-            placed: Placed = await self.stage.place(job)
-            code = None if placed.code is None else f"{placed.root}/{placed.code}"
-            there = replace(job, inputs={port: tuple(paths) for port, paths in placed.inputs.items()}, code=code)
-            path = [*placed.bins, environ.get("PATH", os.defpath)]
-            own = {"PATH": ":".join(path), "PYTHONPATH": placed.sdk or "", "PYTHONUNBUFFERED": "1"}
-            order = order_of(there, folder, {**environ, **placed.env, **own}, self._tools, self.compute)
-            absent = await self.call("make the job's folder", "build", described(there), order, list(placed.needed))
-            if absent is None:
-                return tools.script(folder, self._tools, self._python)
+            described, orders, needed, uses = zip(*ready, strict=True)
+            wanted = list(dict.fromkeys(path for paths in needed for path in paths))
+            if not await self.call("write the jobs' orders", "build", described, orders, wanted, uses):
+                return {}
             self.stage.forget()
+            ready = [await self.ready(job) for job in jobs]
         raise BackendUnavailable(f"`{self.name}` loses what is sent to it")
+
+    def left(self, token: str) -> None:
+        self.stage.placed(token)
+
+    def script(self, token: str) -> bytes:
+        return tools.script(self.place, token, self._tools, self._python)
 
     async def ended(self, token: str, outcome: Outcome) -> None:
         """What it has printed and measured, and then its exit.json."""
         if not isinstance(outcome, Exited):
             return
-        folder = Path(folders.at(self._home, token))
+        folder = await self._home_of(token)
         async with self._bringing.setdefault(token, anyio.Lock()):
             if not await _here((folder / "exit.json").exists):
-                await _here(lambda: folder.mkdir(exist_ok=True))
                 await self.stage.bring(token, "its log", folder, SMALL_FILES)
                 await _here(lambda: _testify(folder, outcome))
         self._bringing.pop(token, None)
@@ -219,6 +273,9 @@ class StagedSlurmBackend(SlurmBackend):
         while chunk := (await self._files.read(self._of(handle)[0], "metrics.jsonl", offset))[1]:
             offset += len(chunk)
             yield chunk
+
+    async def prune(self, *, only_look: bool) -> tuple[int, int]:
+        return await self._stage.prune(only_look=only_look)
 
 
 async def _here(function: Callable[[], Any]) -> Any:

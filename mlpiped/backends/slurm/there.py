@@ -1,6 +1,7 @@
 """`Records`, asked on a login node: a request on stdin, its answer on stdout, both one line of JSON.
 
-{"root": …, "name": …, "facts": […]}   ->   {"answer": …}, {"unavailable": sentence} or {"error": words, "file": path}
+{"root": …, "calls": [{"name": …, "facts": […]}, …]}
+->  of each {"answer": …}, {"unavailable": sentence} or {"error": words, "file": path}
 
 Standard library only, as all that it imports. `environment` is answered here: what a login there finds around it.
 """
@@ -16,17 +17,21 @@ from mlpiped.backends.slurm.records import Records
 from mlpiped.errors import BackendUnavailable
 
 
-def answered(request: dict[str, Any]) -> dict[str, Any]:
-    if request["name"] == "environment":
+def answered(records: Records, call: dict[str, Any]) -> dict[str, Any]:
+    if call["name"] == "environment":
         return {"answer": dict(os.environ)}
     try:
-        return {"answer": getattr(Records(request["root"]), request["name"])(*request["facts"])}
+        return {"answer": getattr(records, call["name"])(*call["facts"])}
     except BackendUnavailable as fault:
         return {"unavailable": fault.message}
     except OSError as error:
         return {"error": error.strerror or str(error), "file": os.fspath(error.filename or "")}
+    except ValueError as fault:  # a damaged file: the others are answered all the same
+        return {"error": str(fault), "file": ""}
 
 
 def main() -> None:
-    json.dump(answered(json.load(sys.stdin)), sys.stdout)
+    request = json.load(sys.stdin)
+    records = Records(request["root"])
+    json.dump([answered(records, call) for call in request["calls"]], sys.stdout)
     sys.stdout.write("\n")

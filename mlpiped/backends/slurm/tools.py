@@ -19,7 +19,8 @@ WRAPPER = Path(__file__).with_name("wrapper.sh")
 TOOLS = (Path(supervisor.__file__), Path(memory_group.__file__), *surroundings.SCRIPTS)
 THERE = (
     "__init__.py errors.py backends/__init__.py backends/base.py backends/folder.py backends/supervisor.py "
-    "backends/slurm/__init__.py backends/slurm/records.py backends/slurm/submission.py backends/slurm/there.py"
+    "backends/slurm/__init__.py backends/slurm/records.py backends/slurm/submission.py backends/slurm/there.py "
+    "backends/slurm/uses.py"
 ).split()
 INHERITED = ("SLURM_", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 
@@ -61,10 +62,9 @@ def program() -> tuple[str, bytes]:
     return digest.hexdigest(), archive.getvalue()
 
 
-def script(folder: str, tools: str, python: str) -> bytes:
+def script(root: str, token: str, tools: str, python: str) -> bytes:
     """The token is in the script itself: nothing in the environment can make it another's."""
     text = WRAPPER.read_text(encoding="ascii")
-    filled = {"TOKEN": os.path.basename(folder), "TOOLS": tools, "FOLDER": folder, "PYTHON": python}
-    for name, value in filled.items():
+    for name, value in {"TOKEN": token, "TOOLS": tools, "ROOT": root, "PYTHON": python}.items():
         text = text.replace(f"@{name}@", value if name == "TOKEN" else shlex.quote(value))
     return os.fsencode(text)

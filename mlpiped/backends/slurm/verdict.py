@@ -39,6 +39,8 @@ def judge(look: Look, job: Ref, state: str | None, reason: str, waited: float, p
 
     "fence": as far as anybody knows it has not started, and it must not any more.
     """
+    if look.dropped and state == "CANCELLED":
+        state = "PENDING"  # so it was when it was over for us
     word = "REQUEUED" if look.claimed and state in WAITING else state
     over = is_over(look, state)
     late = over and waited >= patience

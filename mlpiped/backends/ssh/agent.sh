@@ -119,6 +119,11 @@ fence() {
     esac
 }
 
+# Whether the dead supervisor of $T has not begun the step, and nothing that it left can: see `begin`.
+unbegun() {
+    [ ! -e "$T/claim/pid" ] && true >"$T/claim/cancelled" && [ ! -e "$T/claim/pid" ]
+} 2>/dev/null
+
 # Liveness first, the witness after it: the other order calls a step lost that ended in between.
 look() {
     for T in "$@"; do
@@ -137,7 +142,7 @@ look() {
             put_line "n $T"
         elif [ "$lives" != 0 ]; then
             why=killed
-            case $who in *" $boot "*) ;; *) why=rebooted ;; esac
+            case $who in *" $boot "*) unbegun && why=unbegun ;; *) why=rebooted ;; esac
             bury || why=stuck
             put_line "l $T $why"
         fi

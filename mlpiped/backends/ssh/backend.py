@@ -19,6 +19,7 @@ import anyio.to_thread
 from mlpiped.backends import folder as folders
 from mlpiped.backends.base import Capacity, Exited, Handle, Job, Lost, NeverRan, Outcome
 from mlpiped.backends.ssh.carrier import Carrier
+from mlpiped.backends.ssh.given_up import GivenUp
 from mlpiped.backends.ssh.gpus import BoxCards
 from mlpiped.backends.ssh.homecoming import Homecoming
 from mlpiped.backends.ssh.keeper import End, Keeper
@@ -66,6 +67,7 @@ class SshBackend:
         self._tails = Tails(self.keeper)
         self._homes: dict[str, anyio.Lock] = {}
         self._cards = BoxCards(self.keeper, settings.gpus, instance, state_dir.absolute() / "gpus" / name)
+        self._given_up = GivenUp(self.keeper, self._cards, state_dir.absolute() / "given-up" / name)
         self._threads = anyio.CapacityLimiter(4)
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -122,6 +124,8 @@ class SshBackend:
 
     async def wait(self, handle: Handle) -> Outcome:
         token = _token(handle)
+        if token in self._given_up:
+            return self._stayed_away()
         try:
             end = await self.keeper.end(token)
             if isinstance(end.outcome, Exited):
@@ -132,8 +136,12 @@ class SshBackend:
         except BackendUnavailable:
             since = self.keeper.silent_since
             if since is not None and time.monotonic() - since > self.settings.unreachable_timeout:
-                return Lost(f"`{self.name}` has not been reached for {self.settings.unreachable_timeout / 3600:.0f} h")
+                await self._here("note what is given up", lambda: self._given_up.note(token))
+                return self._stayed_away()
             raise
+
+    def _stayed_away(self) -> Lost:
+        return Lost(f"`{self.name}` has not been reached for {self.settings.unreachable_timeout / 3600:.0f} h")
 
     async def cancel(self, handle: Handle) -> None:
         agent = await self.keeper.agent()
@@ -249,13 +257,17 @@ class SshBackend:
         try:
             agent = await self.keeper.agent()
             _, lines = await agent.ask("health")
+            await self._given_up.end()
             await self._cards.look()
         except BackendUnavailable as fault:
-            return fault.message
+            return fault.advice
         free = next((int(line.split()[1]) for line in lines if line.startswith("d ") and line[2:].isdigit()), None)
         if free is not None and free < LITTLE_SPACE:
             return f"only {free >> 10} MiB are free on `{self.name}` in {agent.box.root}"
         return self.keeper.trouble
+
+    def try_again(self) -> None:
+        self.link.try_again()
 
     async def _here(self, what: str, function: Callable[[], T]) -> T:
         """In a thread; no foreign exception gets out."""

@@ -6,6 +6,16 @@ echo --mlpiped--
 take() {
     dd bs="$1" count=1 iflag=fullblock 2>/dev/null
 }
+# A logind may end all that a user has started, with his session.
+if [ -n "${XDG_SESSION_ID-}" ] && [ "$(id -u)" != 0 ] && command -v loginctl >/dev/null; then
+    case $(timeout 5 loginctl show-user -p KillUserProcesses -p KillExcludeUsers 2>/dev/null) in
+    *KillExcludeUsers=*"$(id -un)"*) ;;
+    *KillUserProcesses=yes*)
+        echo "x its logind ends steps with the connection: it needs KillUserProcesses=no in its /etc/systemd/logind.conf"
+        exit 1
+        ;;
+    esac
+fi
 umask_before=$(umask)
 umask 077
 read -r work instance digest

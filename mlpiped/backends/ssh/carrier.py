@@ -90,7 +90,7 @@ class Carrier:
                     process.stdin.write_eof()
                     with anyio.fail_after(patience):
                         said = await process.stdout.read()
-                        said += await process.stderr.read()
+                        words = await process.stderr.read()  # a login shell may warn of anything
                         await process.wait_closed()
                 finally:
                     process.channel.abort()
@@ -98,7 +98,7 @@ class Carrier:
                 if isinstance(fault, OSError) and fault.filename is not None:
                     raise  # of a file here
                 raise BackendUnavailable(f"the connection to `{self.link.name}` was lost") from fault
-        return bytes(said)
+        return bytes(said or words)
 
     # --- words --------------------------------------------------------------------------------------------------
     async def lines(self, command: Sequence[str], patience: float, given: bytes = b"") -> list[str]:

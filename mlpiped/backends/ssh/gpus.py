@@ -7,6 +7,7 @@ back: a daemon that comes back knows what it holds there.
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from mlpiped.backends.ssh.keeper import Keeper
 
 PATIENCE = 3 * cards.ANSWER + 10  # seconds: a driver that hangs keeps even `timeout` from ending
+REST = 600.0  # seconds without a look after that: each leaves processes there that nobody can end
+
+
+class _Hangs(BackendUnavailable):
+    """nvidia-smi cannot even be ended; the box is well otherwise."""
 
 
 class BoxCards:
@@ -39,20 +45,29 @@ class BoxCards:
         self._records = records
         self._held = _read(records) if self._wanted else {}
         self._lock = anyio.Lock()
+        self._rests_until, self._rests_on = 0.0, keeper.known
 
     async def look(self) -> None:
         """Raises BackendUnavailable when the box cannot be asked; what is wrong with its cards is `trouble`."""
-        if not self._wanted:
+        if not self._wanted or (time.monotonic() < self._rests_until and self.keeper.known is self._rests_on):
             return
+        try:
+            await self._look()
+        except _Hangs as fault:
+            self.trouble = fault.message
+            self._rests_until, self._rests_on = time.monotonic() + REST, self.keeper.known
+
+    async def _look(self) -> None:
         _, said = await self._run(cards.arguments("look", self._instance))
         found = cards.look(said)
         if found.trouble is None:
             self.seen = found.cards(self._instance)[: self._most]
         self.trouble = found.trouble
         leased = {lease.uuid for lease in found.leases}
-        for token, record in list(self._held.items()):
-            if not leased.issuperset(record["cards"]):  # somebody cleans /tmp there
-                await self._lease(token, record)
+        async with self._lock:  # what is being given back just now is not taken again
+            for token, record in list(self._held.items()):
+                if not leased.issuperset(record["cards"]):  # somebody cleans /tmp there
+                    await self._lease(token, record)
 
     def environment(self, job: Job) -> dict[str, str]:
         """The leased cards; none to a job that has leased none, where there are any."""
@@ -85,8 +100,8 @@ class BoxCards:
                 return
             name, uuids = token, record["cards"]
             if record["shared"]:
-                others = [other for key, other in self._held.items() if key != token and other["shared"]]
-                still = {uuid for other in others for uuid in other["cards"]}
+                others = await anyio.to_thread.run_sync(self._others, token)
+                still = {uuid for other in others if other["shared"] for uuid in other["cards"]}
                 name, uuids = cards.SHARED, [uuid for uuid in uuids if uuid not in still]
             if uuids:
                 await self._run(cards.give(self._instance, name, uuids))
@@ -113,7 +128,7 @@ class BoxCards:
                     finally:
                         process.channel.abort()
             except TimeoutError:
-                raise BackendUnavailable(f"nvidia-smi hangs on `{link.name}` and cannot be ended") from None
+                raise _Hangs(f"nvidia-smi hangs on `{link.name}` and cannot be ended") from None
             except (OSError, asyncssh.Error) as fault:
                 raise BackendUnavailable(f"the connection to `{link.name}` was lost") from fault
         status = process.exit_status
@@ -130,6 +145,11 @@ class BoxCards:
             (self._records / token).write_text(json.dumps(record))
         except OSError as fault:
             raise BackendUnavailable(f"no lease can be noted: {fault.strerror}: {fault.filename}") from fault
+
+    def _others(self, token: str) -> list[dict[str, Any]]:
+        """Of all computes of this daemon: two of them may be one box."""
+        found = [_read(each) for each in self._records.parent.iterdir()] if self._records.parent.is_dir() else []
+        return [record for records in found for key, record in records.items() if key != token]
 
     async def _forget(self, token: str) -> None:
         self._held.pop(token, None)

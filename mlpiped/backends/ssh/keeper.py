@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LOOK_AGAIN = 20.0  # seconds: news may be lost, the folder is not
 RECENT = 4096  # jobs whose end is remembered
 AT_ONCE = 40  # tokens in a line
+UNBEGUN = "its box could not begin it: may no more processes be made there?"
 WHY = {
     "killed": "its supervisor was killed; what was left of the step has been killed too",
     "rebooted": "host rebooted",
@@ -115,6 +116,10 @@ class Keeper:
             raise BackendUnavailable(f"the connection to `{agent.name}` was lost")
         return found
 
+    def has_ended(self, token: str) -> bool:
+        """As far as the box has told."""
+        return token in self._ended
+
     def forget(self, token: str) -> None:
         self._ended.pop(token, None)
         self._begun.discard(token)
@@ -172,6 +177,8 @@ def _read(kind: str, fact: str) -> End | None:
     if kind == "n":
         return End(NeverRan("its token was fenced before it started"), frozenset())
     if kind == "l":
+        if fact == "unbegun":
+            return End(NeverRan(UNBEGUN), frozenset())
         return End(Lost(WHY[fact]), frozenset()) if fact in WHY else None  # `stuck`: it may end yet
     flags, _, text = fact.partition(" ")
     try:

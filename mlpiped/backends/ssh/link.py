@@ -124,10 +124,11 @@ class Link:
                 f"the host key of {where} has changed: nothing is sent there until that is explained",
                 hint=f"if the box was installed anew, replace its line in {self.known_hosts}",
             )
-        scan = f"ssh-keyscan -p {port or 22} {name} >> {self.known_hosts}"
-        return BackendUnavailable(
-            f"the host key of {where} is not known", hint=f"`{scan}`, and compare it with the box's own"
-        )
+        hint = f"`mlpiped trust {self.name}`, as the daemon's user"
+        if host != self.settings.host:
+            scan = f"ssh-keyscan -p {port or 22} {name} >> {self.known_hosts}"
+            hint = f"`{scan}`, and compare it with the host's own"
+        return BackendUnavailable(f"the host key of {where} is not known", hint=hint)
 
     def _known(self, name: str, port: int | None) -> bool:
         with suppress(OSError, ValueError, asyncssh.Error):
@@ -142,6 +143,10 @@ class Link:
             except OSError:
                 stamps.append(0.0)
         return tuple(stamps)
+
+    def try_again(self) -> None:
+        """Somebody says that it is mended: no pause goes on."""
+        self._closed_until, self._refusals = 0.0, 0
 
     def drop(self) -> None:
         """Give the connection up: something on it does not answer."""
@@ -221,7 +226,7 @@ def quoted(*words: str, first: str = "") -> str:
     if not first and all(PLAIN.match(word) for word in words):
         return " ".join(words)
     text = (f"echo; echo {first}; " if first else "") + "exec " + shlex.join(words)
-    return f"exec sh -c 'eval \"$(printf %b \"$0\")\"' '{encoded(text).decode()}'"
+    return f"exec sh -c 'eval \"$(printf %b \"$1\")\"' sh '{encoded(text).decode()}'"
 
 
 def _words(fault: Exception) -> str:

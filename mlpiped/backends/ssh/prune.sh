@@ -5,7 +5,7 @@
 #
 # A job names what it uses in its claim (second line of `who`), and only then looks whether that is there, unless somebody
 # is in .pruning: then it waits. Who prunes goes in there before he reads the claims, so what a job has found stays.
-# .used/NAME is as old as the last use.
+# .used/NAME is as old as the last use. A job of a cluster that this box is the login node of names it in slurm/uses/JOB.
 
 . "${0%/*}/step.sh"
 LC_ALL=C
@@ -53,6 +53,9 @@ users() {
         set -f
     done
     set +f
+    for list in slurm/uses/*; do
+        [ -e "jobs/${list##*/}/exit.json" ] || while read -r name; do echo "$name 2"; done <"$list"
+    done
     for lock in .envs/*.lock; do
         name=${lock##*/}
         echo "${name%.lock} 2"

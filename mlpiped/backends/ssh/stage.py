@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mlpiped.backends.ssh.carrier import Carrier
 from mlpiped.backends.ssh.homecoming import Homecoming
 from mlpiped.backends.ssh.keeper import Keeper
+from mlpiped.backends.ssh.pruning import Pruning
 from mlpiped.backends.ssh.returning import Returning
 from mlpiped.backends.ssh.staging import Staging
 
@@ -24,13 +25,16 @@ if TYPE_CHECKING:
 
 
 class Stage:
-    def __init__(self, link: Link, work_dir: Path, instance: str, datastores: Mapping[str, Path]) -> None:
-        """`work_dir`: on the cluster."""
+    def __init__(
+        self, link: Link, work_dir: Path, instance: str, datastores: Mapping[str, Path], store: int | None = None
+    ) -> None:
+        """`work_dir`: on the cluster. `store`: bytes of what is brought there that may stay; None: all."""
         link.lasts()
         self.root = f"{work_dir}/{instance}"
         self._keeper = Keeper(link, str(work_dir), instance, link.settings.python, steady=True)
         carrier = Carrier(link)
         self._staging = Staging(self._keeper, carrier, datastores, link.settings.mounts)
+        self._pruning = Pruning(self._keeper, carrier, self._staging, store)
         self._homecoming = Homecoming(self._keeper, Returning(carrier), self._staging.progress)
 
     async def python(self) -> str:
@@ -38,11 +42,19 @@ class Stage:
         return (await self._keeper.agent()).box.python
 
     async def place(self, job: Job) -> Place:
-        """Bring what is missing. Raises InvalidJob, BackendUnavailable."""
-        try:
-            return await self._staging.place(job, {})
-        finally:
-            self._staging.placed(job.token)  # nothing is pruned there: nobody has to know what it uses
+        """Bring what is missing; it stays until `placed`. Raises InvalidJob, BackendUnavailable."""
+        return await self._staging.place(job, {})
+
+    async def content(self, token: str, content: str, path: str) -> str | None:
+        """Where a file that is here at `path` lies there; None: it is not that content any more. After `place`."""
+        return await self._staging.bring(token, content, path)
+
+    def placed(self, token: str) -> None:
+        """The job itself says there what it uses, or will not start."""
+        self._staging.placed(token)
+
+    async def prune(self, *, only_look: bool) -> tuple[int, int]:
+        return await self._pruning.prune(only_look=only_look)
 
     def forget(self) -> None:
         """Something is not there that we believed there."""

@@ -149,6 +149,21 @@ class Staging:
         said, _ = await agent.ask("alias", content, encoded(name).decode("ascii"))
         return said == "ok"
 
+    async def bring(self, token: str, content: str, path: str) -> str | None:
+        """Where a file of this content lies there, brought for a job that has its place; None: it is another by now.
+
+        Raises InvalidJob, BackendUnavailable.
+        """
+        name = _name(path)
+        what = f"sends {name} to {self.keeper.link.name}"
+        try:
+            came = await self._bring(token, what, content, [Piece(path, name, content.replace("-", ":", 1))], name)
+        except FileNotFoundError as fault:
+            raise InvalidJob(f"there is no file `{path}`") from fault
+        except OSError as fault:
+            raise BackendUnavailable(f"`{path}` cannot be read: {fault.strerror}") from fault
+        return f"{(await self.keeper.agent()).box.root}/.cas/{content}/{name}" if came else None
+
     # --- contents -----------------------------------------------------------------------------------------------
     async def _bring(self, token: str, what: str, content: str, pieces: Sequence[Piece], name: str) -> bool:
         """Make `content` be there under `name`. False: what lies here is not that content."""

@@ -79,7 +79,7 @@ leftovers() {
     set -f
 }
 
-# --- the processes of a step: its group, and all that has the mark in its environment
+# --- the processes of a step: its group, and all that has the mark in its environment or works in its folder
 
 # $strays: the processes above $floor that bear the mark of $T.
 strays() {
@@ -92,6 +92,10 @@ strays() {
         done
         set -f
     }
+    for folder in $young; do
+        pid=${folder%/environ}
+        [ "$pid/cwd" -ef "$root/$T/work" ] && bare_of "$folder" && strays="$strays ${pid#/proc/}"
+    done
     if [ $count -gt 3 ]; then # a shell reads a byte at a time: many are for grep, where there is one
         few=$(grep -lzsF -- "MLPIPED_JOB_DIR=$root/$T/" $young)
         [ $? = 127 ] || young=$few
@@ -115,6 +119,15 @@ near() {
     done
     return 0
 }
+
+# Whether nothing of an environment is left: who gives himself another title writes it over his own. A person who looks
+# at the folder has one.
+bare_of() {
+    while IFS= read -r text || [ -n "$text" ]; do
+        case $text in *PATH=* | *HOME=*) return 1 ;; esac
+    done <"$1"
+    return 0
+} 2>/dev/null
 
 marked() {
     while IFS= read -r text || [ -n "$text" ]; do

@@ -81,17 +81,20 @@ def _switch(call: Call, where: str, kind: str, verb: str, sentence: str) -> int:
 
 def reload(call: Call) -> int:
     answer = call.client.post(path("reload"), timeout=300)
-    broken = answer.get("broken", [])
+    broken, config = answer.get("broken", []), str(answer.get("config", "-"))
+    word, _, faults = config.partition(": ") if config.startswith("refused") else (config, "", "")
     if call.as_json:
         call.document(answer)
-        return 1 if broken else 0
+        return 1 if broken or faults else 0
     for fault in broken:
         place = f"{fault['file']}:{fault['line']}" if fault["line"] else fault["file"]
         call.say(f"{shown(place)}: {shown(fault['message'])}")
         if fault["hint"]:
             call.say(f"  hint: {shown(fault['hint'])}")
+    for line in faults.splitlines():
+        call.say(shown(line))
     call.note(
         f"{counted(answer.get('pipelines', 0), 'pipeline')}, {counted(len(broken), 'fault')}; "
-        f"config: {shown(answer.get('config', '-'))}"
+        f"config: {shown(word)}{', what the daemon has stays in use' if faults else ''}"
     )
-    return 1 if broken else 0
+    return 1 if broken or faults else 0

@@ -84,10 +84,17 @@ def _place(fault: dict[str, Any]) -> str:
 def _compute_row(compute: dict[str, Any]) -> list[object]:
     holders = ", ".join(f"{h['run']}/{h['step']}" for h in compute["holders"][:4])
     more = len(compute["holders"]) - 4
-    text = (
-        Cell(compute["health"], "failed") if compute["health"] else holders + (f" and {more} more" if more > 0 else "")
-    )
-    return [compute["name"], compute["kind"], f"{compute['used']}/{compute['slots']}", text]
+    words = [holders + (f" and {more} more" if more > 0 else "")] if holders else []
+    style = None
+    if compute["drained"]:
+        words, style = [_drained(compute), *words], "paused"
+    if compute["health"]:
+        words, style = [shown(compute["health"]), *words], "failed"
+    return [compute["name"], compute["kind"], f"{compute['used']}/{compute['slots']}", Cell("; ".join(words), style)]
+
+
+def _drained(compute: dict[str, Any]) -> str:
+    return f"drained by {shown(compute['drained_by'])}" if compute.get("drained_by") else "drained"
 
 
 def pipelines(call: Call) -> int:
@@ -194,7 +201,8 @@ def _health(compute: dict[str, Any], now: float) -> Cell:
         since = f" (since {ago(compute['unwell_since'], now)})" if compute["unwell_since"] else ""
         return Cell(compute["health"] + since, "failed")
     if compute["drained"]:
-        return Cell("drained: its steps finish, nothing new starts", "paused")
+        since = f" (since {ago(compute['drained_since'], now)})" if compute.get("drained_since") else ""
+        return Cell(f"{_drained(compute)}: its steps finish, nothing new starts{since}", "paused")
     if (compute.get("cluster") or {}).get("full"):
         return Cell(f"its queue takes no more jobs: {shown(compute['cluster']['full'])}", "warn")
     trouble = compute["cards_trouble"]

@@ -15,9 +15,10 @@ if __name__ == "__main__":
     del sys.path[0]  # this folder: its modules are not for the daemon
     if sys.argv[1] in MUTANTS:
         MUTANTS[sys.argv.pop(1)]()
-    from mlpiped.backends.slurm import SlurmBackend
+    from mlpiped.backends.slurm import SlurmBackend, StagedSlurmBackend
 
-    replace_default(SlurmBackend.__init__, "patience", PATIENCE)
+    for backend in (SlurmBackend, StagedSlurmBackend):
+        replace_default(backend.__init__, "patience", PATIENCE)
     from mlpiped.cli.admin import main
 
     sys.exit(main(sys.argv[1:]))

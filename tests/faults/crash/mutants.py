@@ -47,9 +47,8 @@ def sbatch_believed() -> None:
     from mlpiped.backends.slurm import SlurmBackend, submission
 
     async def recorded(self: Any, tokens: Any) -> dict[str, Any]:
-        folders = {token: f"{self.jobs_dir}/{token}" for token in tokens}
-        records = {token: submission.record_of(folder) for token, folder in folders.items()}
-        return {token: submission.handle_of(folders[token], found) for token, found in records.items() if found}
+        standing = await self._files.standing(tokens)
+        return {token: submission.handle_of(token, one.record) for token, one in standing.items() if one.record}
 
     _replace(SlurmBackend, "find", recorded)
     _replace(SlurmBackend, "fence", _no_fence_without_record)
