@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import anyio
 from blake3 import blake3
 
-from mlpiped.backends.base import Exited, Job, Part
+from mlpiped.backends.base import Exited, Job, JobOutput, Part
 from mlpiped.backends.ssh import SshBackend
 from mlpiped.config.computes import SshCompute
 from tests.bench.figures import Figure
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 60
 MANY = 500
-LARGE = 1 << 30
+LARGE, LARGE_ROUNDS = 1 << 30, 3
 TIMES_SSH = 1.3
 MOST_MEMORY = 30.0  # MB
 LEAST_SHARE = 0.8
@@ -152,44 +152,83 @@ async def _many(there: Place, backend: SshBackend) -> list[Figure]:
     ]
 
 
-# --- a large input ----------------------------------------------------------------------------------------------------
+# --- large things -----------------------------------------------------------------------------------------------------
 def large() -> Iterator[Figure]:
     yield from on_a_box(_large)
 
 
 async def _large(there: Place, backend: SshBackend) -> list[Figure]:
+    """There and home, in turn with scp and rsync, so that all suffer the same from whoever else is here."""
     await one(backend, true("warm"))
     with tempfile.TemporaryDirectory(prefix="mlpd-large-") as folder:
-        path = Path(folder, "large.bin")
-        block = os.urandom(1 << 20)
-        hasher = blake3()
+        path, back, target = Path(folder, "large.bin"), Path(folder, "back.bin"), there.box.home / "copied"
+        block, remote = os.urandom(1 << 20), f"{there.box.address}:{target}"
         with path.open("wb") as file:
             for _ in range(LARGE >> 20):
                 file.write(block)
-                hasher.update(block)
-        digest = f"b3:{hasher.hexdigest()}"
-        target = there.box.home / "copied"
-        remote = f"{there.box.address}:{target}"
-        shell = " ".join(there.ssh())
-        copies = {
-            "scp": ["scp", "-q", *there.options, "-P", str(there.box.port), str(path), remote],
-            "rsync": ["rsync", "--whole-file", "-e", shell, str(path), remote],
-        }
-        raw = {}
-        for name, command in copies.items():
-            raw[name] = wall(lambda command=command: subprocess.run(command, check=True))  # type: ignore[misc]
-            target.unlink()
-
-        def job(token: str) -> Job:
-            arguments = ((Part("text", "test"),), (Part("text", "-s"),), (Part("input", "x"),))
-            inputs = {"x": (str(path),)}
-            return Job(token=token, arguments=arguments, inputs=inputs, contents={str(path): digest})
-
-        first, second = await one(backend, job("first")), await one(backend, job("second"))
-    best = min(raw, key=lambda name: raw[name])
-    note = ", ".join(f"{name} {LARGE / 1e6 / seconds:.0f} MB/s" for name, seconds in raw.items())
+        scp = ["scp", "-q", *there.options, "-P", str(there.box.port)]
+        rsync = ["rsync", "--whole-file", "-e", " ".join(there.ssh())]
+        out: dict[str, list[float]] = {"scp": [], "rsync": [], "ours": []}
+        home: dict[str, list[float]] = {"scp": [], "rsync": [], "ours": []}
+        for number in range(LARGE_ROUNDS):
+            digest = _changed(path, number)
+            for name, copy in (("scp", scp), ("rsync", rsync)):
+                target.unlink(missing_ok=True)
+                out[name].append(_run([*copy, str(path), remote]))
+                back.unlink(missing_ok=True)
+                home[name].append(_run([*copy, remote, str(back)]))
+            out["ours"].append(await one(backend, _reads(f"first-{number}", path, digest)))
+            home["ours"].append(await _fetched(backend, f"made-{number}", path, Path(folder)))
+        second = await one(backend, _reads("second", path, digest))
     return [
-        Figure(f"1 GiB to a box / {best}", raw[best] / first, "×", LEAST_SHARE, floor=True, note=note),
-        Figure("the same", LARGE / 1e6 / first, "MB/s"),
+        *_shares("1 GiB to a box", out, LEAST_SHARE),
         Figure("the second time", second, "s", AGAIN),
+        *_shares("1 GiB home", home, None),
+    ]
+
+
+def _run(command: list[str]) -> float:
+    return wall(lambda: subprocess.run(command, check=True))
+
+
+def _changed(path: Path, number: int) -> str:
+    """Another content, of which the box has nothing; its digest."""
+    with path.open("r+b") as file:
+        file.write(b"%d" % number)
+    with path.open("rb") as file:
+        hasher = blake3()
+        while data := file.read(1 << 20):
+            hasher.update(data)
+    return f"b3:{hasher.hexdigest()}"
+
+
+def _reads(token: str, path: Path, digest: str) -> Job:
+    arguments = ((Part("text", "test"),), (Part("text", "-s"),), (Part("input", "x"),))
+    return Job(token=token, arguments=arguments, inputs={"x": (str(path),)}, contents={str(path): digest})
+
+
+async def _fetched(backend: SshBackend, token: str, path: Path, into: Path) -> float:
+    """Seconds for an output of a step there, which is this file."""
+    arguments = ((Part("text", "cp"),), (Part("text", str(path)),), (Part("output", "y"),))
+    job = Job(token=token, arguments=arguments, outputs=(JobOutput("y", "y", "file"),))
+    handle = await backend.submit(job)
+    found = await backend.wait(handle)
+    assert isinstance(found, Exited) and found.code == 0, found
+    before = time.perf_counter()
+    await backend.fetch(handle, into)
+    took = time.perf_counter() - before
+    await backend.discard(token, keep_logs=False)
+    await backend.removed()
+    return took
+
+
+def _shares(what: str, took: dict[str, list[float]], least: float | None) -> list[Figure]:
+    speeds = {name: LARGE / 1e6 / statistics.median(times) for name, times in took.items()}
+    ours = speeds.pop("ours")
+    best = max(speeds, key=lambda name: speeds[name])
+    share = statistics.median(theirs / mine for theirs, mine in zip(took[best], took["ours"], strict=True))
+    note = ", ".join(f"{name} {speed:.0f} MB/s" for name, speed in speeds.items())
+    return [
+        Figure(f"{what} / {best}", share, "×", least, floor=True, note=f"median of {LARGE_ROUNDS}; {note}"),
+        Figure("the same", ours, "MB/s"),
     ]

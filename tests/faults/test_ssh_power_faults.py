@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.anyio, pytest.mark.lab]
 SIZES = {"small": 3 << 20, "large": 12 << 20}  # by a channel, by a child
+MANY = 11_000
 SYNC = """#!/bin/sh
 [ ! -e "${0%/*}/held" ] || { rm -f "${0%/*}/held"; exec sleep 600; }
 exec /bin/sync "$@"
@@ -211,6 +212,25 @@ async def test_B4_an_environment_is_built_again_if_it_had_not_reached_the_box_s_
     powered.reboot()
     await well(backend)
     assert (await built() == before) is synced
+
+
+async def test_B4_a_witness_that_outlives_a_power_cut_vouches_for_no_bytes_that_did_not(
+    powered: Powered, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    """More files than one command takes, too."""
+    daemon, output = Daemon(powered.box, tmp_path / "state"), JobOutput("made", "made", "folder")
+    backend = await daemon.life(stack)
+    name = "long" * 50
+    script = f'mkdir "$0"; cd "$0"; n=0; while [ $n -lt {MANY} ]; do n=$((n + 1)); echo $n >{name}$n; done'
+    handle, found = await ended(backend, job("sh", "-c", script, Part("output", "made"), outputs=(output,)))
+    assert found.code == 0
+    folder = daemon.root / handle["token"]
+    with (folder / "exit.json").open("rb") as file:
+        os.fsync(file.fileno())
+    powered.reboot()
+    assert (folder / "exit.json").read_text().startswith('{"v": 1')
+    made = list((folder / "out/made/made").iterdir())
+    assert len(made) == MANY and all(path.read_text() == path.name.removeprefix(name) + "\n" for path in made)
 
 
 async def test_B4_a_script_of_ours_that_a_power_cut_has_cut_is_written_again(

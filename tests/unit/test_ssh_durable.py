@@ -131,3 +131,13 @@ def test_who_waits_for_what_was_sent_does_not_wait_for_the_disk(root: Path) -> N
     (tools / "go").write_text("now\n")
     while not (root / ".cas/x").stat().st_mode & 0o1000:
         pass
+
+
+@pytest.mark.parametrize(("kind", "ours"), [("ef53", True), ("58465342", True), ("6969", False), ("bd00bd0", False)])
+def test_a_network_s_file_system_is_not_the_box_s_own(root: Path, kind: str, ours: bool) -> None:
+    """ext4 and xfs; NFS and Lustre."""
+    (root / "stat").write_text(f"#!/bin/sh\n[ $1 = -f ] && echo {kind}\n")
+    (root / "stat").chmod(0o755)
+    env = {**os.environ, "PATH": f"{root}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-c", f". {SCRIPTS}/durable.sh; ours"], env=env, check=False)
+    assert (done.returncode == 0) is ours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -67,7 +68,7 @@ def test_what_arrives_stays_inside_its_folder(tmp_path: Path) -> None:
     into = Incoming(tmp_path / "into")
     into.feed(b"l link /etc\n")
     with pytest.raises(Garbled):
-        into.feed(b"f 1 00 link/passwd\nbytes\nx")
+        into.feed(b"f 1 link/passwd\nbytes\nx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["into"]
 
 
@@ -271,4 +272,46 @@ def test_a_part_at_home_is_judged_by_the_digest_of_the_whole(tmp_path: Path) -> 
 
 def test_a_box_that_names_a_file_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Garbled, match="two files"):
-        Incoming(tmp_path).feed(b"l name /etc\nf 0 00 name\n")
+        Incoming(tmp_path).feed(b"l name /etc\nf 0 name\n")
+
+
+def test_what_comes_home_is_not_taken_before_its_digest_came(tmp_path: Path) -> None:
+    good = hashlib.sha256(b"abc").hexdigest().encode()
+    for number, rest in enumerate((b"end\n", b"sum " + good[::-1] + b"\n", b"f 0 other\nbytes\nend\n")):
+        (tmp_path / f"{number}").mkdir()
+        with pytest.raises(Garbled):
+            Incoming(tmp_path / f"{number}").feed(b"f 3 name\nbytes\nabc" + rest)
+    (tmp_path / "whole").mkdir()
+    into = Incoming(tmp_path / "whole")
+    for byte in b"f 3 name\nx 0 empty\nbytes\nabcsum %b\nsum %b\nend\n" % (good, hashlib.sha256().hexdigest().encode()):
+        assert not into.done
+        into.feed(bytes([byte]))
+    assert into.done and (tmp_path / "whole/name").read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize(
+    "openssl", [None, "exit 1", "echo 0000 *stdin", 'echo >>"$0.used"; exec /usr/bin/openssl "$@"']
+)
+def test_the_digest_of_a_large_file_is_right_whoever_tells_it(tmp_path: Path, openssl: str | None) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("sh", "cat", "tail", "stat", "sha256sum", "du", "od"):
+        (tools / name).symlink_to(f"/usr/bin/{name}")
+    if openssl is not None:
+        if "exec" in openssl and not Path("/usr/bin/openssl").exists():
+            pytest.skip("openssl is not installed here")
+        (tools / "openssl").write_text(f"#!/bin/sh\n{openssl}\n")
+        (tools / "openssl").chmod(0o755)
+    out = tmp_path / "box/token/out"
+    (out / "odd").mkdir(parents=True)
+    (out / "large").write_bytes(os.urandom(9_000_000))
+    (out / "small").write_text("small")
+    (out / "odd/large\n2").write_bytes(os.urandom(9_000_000))
+    (tmp_path / "home").mkdir()
+    command = ["sh", str(SCRIPTS / "tree.sh"), "get", str(tmp_path / "box"), "token", "all", "out"]
+    done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, check=True)
+    into = Incoming(tmp_path / "home")
+    into.feed(done.stdout)
+    assert into.done and looks(tmp_path / "home/out") == looks(out)
+    used = tools / "openssl.used"
+    assert used.exists() is (openssl is not None and "exec" in openssl)

@@ -38,6 +38,6 @@ if [ -s "$name.$$.txt" ]; then
     }
 fi
 true >"../.used/$name"
-steady .. "$home" && : >"$home/.mlpiped-complete" || { echo "fault it cannot be written"; exit 0; }
+steady .. "$home" && : >"$home/.mlpiped-complete" || { echo "fault the environment cannot be written there"; exit 0; }
 lasts "$home"
 echo ok

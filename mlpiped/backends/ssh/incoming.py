@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import stat
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,8 @@ class Incoming:
         self.done = self.big = False
         self._moving = moving
         self._buffer = b""
-        self._listed: list[tuple[str, int, str, str]] = []  # kind, size, sha256, path: their bytes come later
+        self._listed: deque[tuple[str, int, str]] = deque()  # kind, size, path: their bytes come later
+        self._came: deque[tuple[str, str]] = deque()  # path, sha256: what it is on the box comes later
         self._seen: set[str] = set()
         self._answers: list[bytes] = []
         self._file: int | None = None
@@ -48,26 +50,29 @@ class Incoming:
         """What is to be answered. Raises Garbled, OSError."""
         if self._moving is not None:
             self._moving.moved(len(data))
-        self._buffer += data
-        while self._buffer and not self.done:
+        data, at = self._buffer + data if self._buffer else data, 0
+        view = memoryview(data)
+        while at < len(data) and not self.done:
             if self._file is not None:
-                taken, self._buffer = self._buffer[: self._left], self._buffer[self._left :]
+                taken = view[at : at + self._left]
+                at += len(taken)
                 self._write(taken)
                 continue
-            line, newline, rest = self._buffer.partition(b"\n")
-            if not newline:
-                if len(line) > 65536:
+            end = data.find(b"\n", at)
+            if end < 0:
+                if len(data) - at > 65536:
                     raise Garbled("a line without an end")
                 break
-            self._buffer = rest
+            line, at = data[at:end], end + 1
             self._take(line.decode("ascii", "replace").split(" "))
+        self._buffer = data[at:]
         answers, self._answers = self._answers, []
         return answers
 
     def _take(self, words: list[str]) -> None:
         match words:
-            case ["end"] if self._listed:
-                raise Garbled("files without their bytes")
+            case ["end"] if self._listed or self._came:
+                raise Garbled("files without their bytes or their digests")
             case ["end"]:
                 self._check()
                 self.done = True
@@ -78,6 +83,10 @@ class Incoming:
                 self.done = self.big = True
             case ["bytes"]:
                 self._next()
+            case ["sum", digest] if self._came:
+                path, found = self._came.popleft()
+                if digest != found:
+                    raise Garbled(f"`{os.path.relpath(path, self.folder)}` is not what it is on the box")
             case ["ask"]:
                 self._go_on()
             case ["d", name]:
@@ -86,8 +95,8 @@ class Incoming:
                 os.symlink(decoded(target), self._new(name))
             case ["s", name]:
                 os.mkfifo(self._new(name))  # whoever collects it complains of it
-            case [("f" | "x") as kind, size, digest, name] if size.isdigit():
-                self._listed.append((kind, int(size), digest, self._path(name)))
+            case [("f" | "x") as kind, size, name] if size.isdigit():
+                self._listed.append((kind, int(size), self._path(name)))
             case _:
                 raise Garbled(f"no entry: {words!r:.200}")
 
@@ -97,21 +106,20 @@ class Incoming:
         while self._listed and (found := self._found(*self._listed[0])) is not None:
             here, self._hash = found
             had += here
-            _, size, digest, path = self._listed[0]
+            _, size, path = self._listed[0]
             if here < size:
                 self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
                 self._left = size - here
                 break
-            if self._hash.hexdigest() != digest:
-                raise Garbled(f"`{os.path.relpath(path, self.folder)}` is not what it is on the box")
-            self._listed.pop(0)
+            self._came.append((path, self._hash.hexdigest()))
+            self._listed.popleft()
         if self._moving is not None:
             self._moving.moved(had)
         self._answers.append(b"%d\n" % had)
         if self._file is None:
             self._next()
 
-    def _found(self, kind: str, size: int, _: str, path: str) -> tuple[int, hashlib._Hash] | None:
+    def _found(self, kind: str, size: int, path: str) -> tuple[int, hashlib._Hash] | None:
         """Of a file that may be here in part: its bytes, and their hash so far."""
         try:
             fd = open_file(path)
@@ -126,7 +134,7 @@ class Incoming:
     def _next(self) -> None:
         """Open the file whose bytes come now; those that are empty are done at once."""
         while self._listed:
-            kind, self._left, _, path = self._listed[0]
+            kind, self._left, path = self._listed[0]
             os.makedirs(os.path.dirname(path), exist_ok=True)
             _clear(path)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -136,11 +144,10 @@ class Incoming:
                 return
             self._close()
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, view: memoryview) -> None:
         assert self._file is not None
-        self._hash.update(data)
-        self._left -= len(data)
-        view = memoryview(data)
+        self._hash.update(view)
+        self._left -= len(view)
         while view:
             view = view[os.write(self._file, view) :]
         if not self._left:
@@ -151,9 +158,8 @@ class Incoming:
         assert self._file is not None
         os.close(self._file)
         self._file = None
-        _, _, digest, path = self._listed.pop(0)
-        if self._hash.hexdigest() != digest:
-            raise Garbled(f"`{os.path.relpath(path, self.folder)}` did not arrive as it is on the box")
+        _, _, path = self._listed.popleft()
+        self._came.append((path, self._hash.hexdigest()))
 
     def _path(self, name: str) -> str:
         plain = decoded(name)

@@ -17,7 +17,7 @@ export LC_ALL
 
 # Instead of tree.sh's: no bytes. A file with a second name could be changed by that name: `h`; `u` has set-user-id.
 files() {
-    sha256sum -- "$@" | while read -r sum rest && read -r size links <&3; do
+    sums "$@" | while read -r sum rest && read -r size links <&3; do
         mode=f
         [ ! -x "$1" ] || mode=x
         [ "$links" = 1 ] || mode=h

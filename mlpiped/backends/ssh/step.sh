@@ -291,9 +291,14 @@ flags() {
 
 # Make durable what a successful step has made: a witness that outlives a power cut must not vouch for bytes that do not.
 settle() {
+    made=$1
     set +f
     set -- "$1"/* "$1"/.[!.]* "$1"/..?*
     set -f
+    if [ $# -gt 1000 ]; then # a command takes so many words only
+        sync -f "$made" 2>/dev/null || sync
+        return
+    fi
     sync -- "$@" 2>/dev/null
     for path in "$@"; do
         [ -d "$path" ] && [ ! -h "$path" ] && (settle "$path")
