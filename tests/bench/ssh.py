@@ -173,10 +173,11 @@ async def _large(there: Place, backend: SshBackend) -> list[Figure]:
         for number in range(LARGE_ROUNDS):
             digest = _changed(path, number)
             for name, copy in (("scp", scp), ("rsync", rsync)):
-                target.unlink(missing_ok=True)
                 out[name].append(_run([*copy, str(path), remote]))
-                back.unlink(missing_ok=True)
                 home[name].append(_run([*copy, remote, str(back)]))
+                target.unlink()
+                back.unlink()
+            os.sync()
             out["ours"].append(await one(backend, _reads(f"first-{number}", path, digest)))
             home["ours"].append(await _fetched(backend, f"made-{number}", path, Path(folder)))
         second = await one(backend, _reads("second", path, digest))
@@ -188,6 +189,7 @@ async def _large(there: Place, backend: SshBackend) -> list[Figure]:
 
 
 def _run(command: list[str]) -> float:
+    os.sync()  # what was written before is nobody's to pay for
     return wall(lambda: subprocess.run(command, check=True))
 
 
@@ -208,12 +210,13 @@ def _reads(token: str, path: Path, digest: str) -> Job:
 
 
 async def _fetched(backend: SshBackend, token: str, path: Path, into: Path) -> float:
-    """Seconds for an output of a step there, which is this file."""
+    """Seconds for an output of a step there, which is this file: until it is on the disk here, unlike a copy."""
     arguments = ((Part("text", "cp"),), (Part("text", str(path)),), (Part("output", "y"),))
     job = Job(token=token, arguments=arguments, outputs=(JobOutput("y", "y", "file"),))
     handle = await backend.submit(job)
     found = await backend.wait(handle)
     assert isinstance(found, Exited) and found.code == 0, found
+    os.sync()
     before = time.perf_counter()
     await backend.fetch(handle, into)
     took = time.perf_counter() - before
