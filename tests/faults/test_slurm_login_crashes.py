@@ -8,6 +8,7 @@ MLPIPED_LOGIN_CRASH_RUNS says how many, of each form.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,8 +19,7 @@ from lab import slurm_apart, slurm_login, slurm_rig
 from lab.ssh_rig import Cable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from lab.slurm_apart import Apart
     from lab.slurm_login import LoginNode
     from lab.ssh_rig import Lab
 
@@ -35,9 +35,9 @@ class LoginTrial(ClusterTrial):
     lives = (1.0, 5.0)  # what is asked over there takes its time
     often = 0.65
 
-    def __init__(self, seed: int, login: LoginNode, work_dir: Path | None = None, **more: Any) -> None:
-        """`work_dir`: where it lies on the cluster alone; None: both see it."""
-        self.login, self.work_dir = login, work_dir
+    def __init__(self, seed: int, login: LoginNode, apart: Apart | None = None, **more: Any) -> None:
+        """`apart`: the cluster, if it shares no files."""
+        self.login, self.apart, self.work_dir = login, apart, apart and apart.work_dir
         self.cable = Cable(login.box)
         super().__init__(seed, login.cluster, **{"alive": min(RUNS, 16)} | more)
 
@@ -53,6 +53,12 @@ class LoginTrial(ClusterTrial):
             harm(what, self.login.box, self.cable, self.random.uniform(0, 0.3))
         else:
             super().happens(what)
+
+    def job_folder(self, token: str) -> Path:
+        if self.apart is None:
+            return super().job_folder(token)
+        found = self.apart.from_here(self.apart.work_dir).glob(f"*/jobs/{token}")
+        return next(found, Path("/nowhere"))
 
     def processes(self) -> set[int]:
         return super().processes() | (processes_below(self.work_dir) if self.work_dir else set())
@@ -90,6 +96,6 @@ def test_no_job_of_a_cluster_that_shares_no_files_is_lost_or_runs_twice(
     ssh_lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with slurm_apart.running(ssh_lab) as apart:
-        with LoginTrial(6500, apart.login, apart.work_dir) as trial:
+        with LoginTrial(6500, apart.login, apart) as trial:
             judged(trial, capsys)
         assert apart.seen_here() == []

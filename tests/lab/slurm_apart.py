@@ -37,6 +37,10 @@ class Apart:
         """What a command says on the cluster's side."""
         return subprocess.run([*self.within, *argv], check=True, capture_output=True, text=True, timeout=60).stdout
 
+    def from_here(self, path: Path) -> Path:
+        """The way to a path of theirs."""
+        return Path(f"/proc/{self.within[self.within.index('-t') + 1]}/root") / path.relative_to("/")
+
     def seen_here(self) -> list[str]:
         return [path.name for path in self.work_dir.iterdir()]
 

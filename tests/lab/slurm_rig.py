@@ -290,6 +290,13 @@ class Cluster:
         before.rename(state)
         self.restart()
 
+    def unread(self) -> set[int]:
+        """The sockets (their inodes) of those whose words the controller has received and not read."""
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        here = f":{self.ctld:04X}"
+        told = {row[2] for row in rows if row[1].endswith(here) and int(row[4].partition(":")[2], 16)}
+        return {int(row[9]) for row in rows if row[1] in told and row[2].endswith(here)}
+
     def controller_answers(self) -> bool:
         return "is UP" in self.command("scontrol", "ping", check=False)
 

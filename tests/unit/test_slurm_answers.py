@@ -328,6 +328,8 @@ def test_a_job_that_ends_without_having_started_is_fenced_at_once() -> None:
     assert judge(fenced, "FAILED", 0) == Exited(
         code=None, error="Slurm could not start it: job 77 ended as FAILED: no Python"
     )
+    wordless = judge(look(claimed=False, fenced=True), "FAILED", 0)  # a SIGKILL, a credential that was revoked
+    assert wordless == NeverRan("Slurm could not start it: job 77 ended as FAILED")
     assert judge(look(claimed=False, fenced=True, cancelled=True), "PENDING", 0) == Exited(code=None, cancelled=True)
     assert judge(look(claimed=False), "PENDING", 0, "BadConstraints") == "fence"
 

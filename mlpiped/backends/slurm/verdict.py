@@ -96,6 +96,8 @@ def _never_started(look: Look, job: Ref, word: str | None, reason: str) -> Outco
         return NeverRan(f"Slurm does not know job {job} any more, and it had not started")
     if word in MACHINES:
         return NeverRan(f"Slurm job {job} was ended before it started: {MACHINES[word]}")
+    if word == "FAILED" and not look.complaint:  # its script did not come to a word: a prolog, a credential, a SIGKILL
+        return NeverRan(f"Slurm could not start it: job {job} ended as {word}")
     if word in ENDED:
         why = f": {look.complaint}" if look.complaint else ""
         return Exited(code=None, error=f"Slurm could not start it: job {job} ended as {word}{why}")

@@ -86,19 +86,33 @@ class ClusterTrial(TrialElsewhere):
             time.sleep(self.random.uniform(0, 0.3))
             self.cluster.serve(node)
         else:
-            self._freeze(kill=what == "sbatch")
+            with self.frozen():
+                if what == "sbatch":
+                    with contextlib.suppress(AssertionError):
+                        self.cut_off(1)
+                else:
+                    time.sleep(self.random.uniform(0.2, 0.8))  # what it asks for is on its way
 
-    def _freeze(self, *, kill: bool) -> None:
-        """The controller hears nothing for a while; those who tell it something meanwhile may not live to see it."""
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The controller hears nothing meanwhile; what it is told, it finds afterwards."""
         self.cluster.kill("slurmctld", signal.SIGSTOP)
-        if kill:
-            with contextlib.suppress(AssertionError):
-                until(self._submitting, "somebody submits", 1)
-        time.sleep(self.random.uniform(0.2, 0.8))  # what it asks for is on its way
-        for pid in self._submitting() if kill else ():
+        try:
+            yield
+        finally:
+            self.cluster.kill("slurmctld", signal.SIGCONT)
+
+    def cut_off(self, within: float) -> None:
+        """Those who have handed a job in, as a frozen controller will find, do not live to see it."""
+        until(self._handed_in, "somebody has handed a job in", within, 0.02)
+        for pid in self._handed_in():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.cluster.kill("slurmctld", signal.SIGCONT)
+
+    def _handed_in(self) -> list[int]:
+        """The sbatch of ours whose words lie unread at the controller."""
+        unread = self.cluster.unread()
+        return [pid for pid in self.processes() if _name(pid) == "sbatch" and _sockets(pid) & unread]
 
     def _look_after(self) -> None:
         """An administrator. Nodes that have drained themselves are resumed; a job that runs for too long is one that
@@ -110,9 +124,6 @@ class ClusterTrial(TrialElsewhere):
                 if any(_seconds(spent) > MISSED for spent in said):
                     self.cluster.compare()
                     self._over.wait(MISSED)  # for so long the nodes take no jobs, at worst
-
-    def _submitting(self) -> list[int]:
-        return [pid for pid in self.processes() if _name(pid) == "sbatch"]
 
     def jobs(self) -> list[str]:
         """Those of ours that are in the queue or run."""
@@ -151,6 +162,17 @@ def _seconds(spent: str) -> int:
     """ "1:05" """
     minutes, _, seconds = spent.rpartition(":")
     return 60 * int(minutes.rpartition(":")[2] or 0) + int(seconds)
+
+
+def _sockets(pid: int) -> set[int]:
+    """Their inodes."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if (name := os.readlink(link)).startswith("socket:["):
+                    found.add(int(name[8:-1]))
+    return found
 
 
 def _name(pid: int) -> str:

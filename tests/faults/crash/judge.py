@@ -11,7 +11,8 @@
 
 After a harsh death (a power cut, or supervisors and steps killed too) 1 allows further starts and 4 allows `lost`;
 what the daemon has told anybody (a run's number, an event) must be in the ledger all the same. Where steps may be cut
-off by what they run on, a token that has started and not ended may be lost, and the step start once more.
+off by what they run on, a token that has started and not ended may be lost, and the step start once more; and one that
+has ended, if its supervisor was cut off before it could say so: there is no witness in its folder then.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from crash.scenario import ARRIVING, ASKED, FLAKY, PERIOD, STEPS, TICKING, Mark
 from mlpiped.execution.tries import LOST_LIMIT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 _MISSED = re.compile(r"(\d+) fires? from .* missed")
 
@@ -57,7 +58,7 @@ class Evidence:
     clocks_until: int = 0  # … and had fired for it by then
     harsh: int = 0  # deaths that took steps with them
     kept: dict[str, Path] = field(default_factory=dict)  # compute -> below which it keeps outputs that stay there
-    cuts: bool = False  # steps may be ended by what they run on
+    cuts: Callable[[str], Path] | None = None  # steps may be ended by what they run on: the folder there of a token
 
 
 @dataclass(slots=True)
@@ -114,7 +115,7 @@ class _Case:
         for mark in marks:
             self.said[mark.token].append(mark.word)
         lost = Counter((row["run_id"], row["idx"]) for row in self.attempts.values() if row["end"] == "lost")
-        may = evidence.harsh or evidence.cuts
+        may = evidence.harsh or evidence.cuts is not None
         self.given_up = {run for (run, _), count in lost.items() if may and count > LOST_LIMIT}
 
     # --- 2, 3, 4 ---------------------------------------------------------------------------------------------------
@@ -144,7 +145,12 @@ class _Case:
 
     def _cut(self, token: str) -> bool:
         """Whether it may have been ended by what it ran on."""
-        return self.evidence.cuts and self.said.get(token, []) in (["start"], [])
+        if self.evidence.cuts is None:
+            return False
+        if self.said.get(token, []) in (["start"], []):
+            return True
+        lost = token in self.attempts and self.attempts[token]["end"] == "lost"
+        return lost and not (self.evidence.cuts(token) / "exit.json").exists()
 
     # --- 7, and the ledger in itself -------------------------------------------------------------------------------
     def runs(self) -> Iterator[str]:

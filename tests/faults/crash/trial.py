@@ -70,7 +70,7 @@ class Trial:
         self.daemon = Daemon(slots=slots)
         if program is not None:
             self.daemon.program = program
-        self.evidence = Evidence(cuts=cuts)
+        self.evidence = Evidence(cuts=self.job_folder if cuts else None)
         self.disk: Disk | None = None
         self.murder = murder
         self.alive, self.points, self.finished = alive, points, finished
@@ -181,6 +181,10 @@ class Trial:
         verdict = judge(ledger, self.scenario.marks(), self.evidence, self.processes())
         verdict.violations += self._errors()
         return verdict
+
+    def job_folder(self, token: str) -> Path:
+        """Where it was executed."""
+        return self.daemon.state / "jobs" / token
 
     def processes(self) -> set[int]:
         """Those of ours; none is to be left at the end."""
