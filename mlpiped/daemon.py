@@ -54,14 +54,13 @@ from mlpiped.scheduling.scheduler import Scheduler
 from mlpiped.triggers import Arrivals, Clockwork, LedgerMemory, cron
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from anyio.abc import TaskGroup
 
     from mlpiped.backends.base import Backend
     from mlpiped.config.settings import Settings
-    from mlpiped.execution.attempt import Attempt
     from mlpiped.loader import LoadResult
     from mlpiped.spec import Trigger
     from mlpiped.triggers import ScheduleView
@@ -165,7 +164,7 @@ class Daemon:
         self.arrivals = Arrivals(memory, self.fingerprinter, self.clock, self.scheduler.emit, dict(settings.datastores))
         self.scheduler.on_resume = self.arrivals.look
         self.keeper = Keeper(ledger, self.store, self.backends, settings.retention, datastores, self.clock)
-        self.log_cap = LogCap(f"{settings.daemon.state_dir}/jobs", self._begun, self._printing)
+        self.log_cap = LogCap(f"{settings.daemon.state_dir}/jobs", self.world.begun.keys, self._printing)
         self.server = AsyncExitStack()  # the control socket
         self.rooms = AsyncExitStack()  # the backends
         self.triggers = anyio.CancelScope()
@@ -340,19 +339,9 @@ class Daemon:
                 log.warning("housekeeping failed; it is tried again", why=str(fault), in_seconds=CHECKPOINT)
             await anyio.sleep(CHECKPOINT)
 
-    def _attempts(self) -> Iterator[Attempt]:
-        """Those that have begun and not ended."""
-        for each in self.scheduler.executions.values():
-            for t in each.tries.values():
-                if t.attempt is not None and t.attempt.begun:
-                    yield t.attempt
-
-    def _begun(self) -> list[str]:
-        return [attempt.token for attempt in self._attempts()]
-
     def _printing(self) -> list[str]:
-        """Without those that wait in a queue."""
-        return [attempt.token for attempt in self._attempts() if attempt.backend.doing(attempt.token) is None]
+        """Of those that have begun and not ended, without those that wait in a queue."""
+        return [token for token, each in self.world.begun.items() if each.backend.doing(token) is None]
 
     def _disk(self) -> None:
         """What the ledger can take has changed."""

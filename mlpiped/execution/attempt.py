@@ -70,11 +70,11 @@ class Attempt:
         self.step = execution.graph.steps[index]
         self.number = execution.tries[index].number  # counts from 1: `MLPIPED_ATTEMPT`
         self.inherited = not token.startswith(f"mlp-{execution.id}-{index}-")  # it was begun by another step
-        self.begun = False  # the intent is durable
         self.handle: Handle | None = None
         places, compute = execution.dispatcher, backend.name
         self.asking = Asking(self.clock, lambda: places.unavailable(compute, None), lambda: places.answered(compute))
         self.keeping = Asking(self.clock, _nothing, _nothing)
+        self._begun = False  # the intent is durable
         self._turn = asyncio.Event()
         self._granted = False
         self._telling: asyncio.TimerHandle | None = None
@@ -113,7 +113,7 @@ class Attempt:
             cards=self.cards,
         )
         await self.world.ledger.write(intent)
-        self.begun = True
+        self._begins()
         crash.point("after_intent")
         await self._its_turn()
         if self.cancelled:
@@ -138,11 +138,20 @@ class Attempt:
 
     async def adopt(self, row: AttemptRow) -> Ended:
         """Go on with what is begun: with its handle, or by fencing its intent."""
-        self.begun = True
+        self._begins()
         self._told_exit = row.exit_code is not None
         if row.handle is None:
             return await self._found_or_fenced(None)
         return await self._observe(row.handle)
+
+    def _begins(self) -> None:
+        self._begun = True
+        self.world.begun[self.token] = self
+
+    def leave(self) -> None:
+        """It has ended, or goes on as another step's."""
+        if self.world.begun.get(self.token) is self:
+            del self.world.begun[self.token]
 
     def go(self) -> None:
         """A place is leased for it."""
@@ -330,7 +339,7 @@ class Attempt:
         crash.point("before_end")
         now = self.clock.now()
         ops: list[moves.Op[Any]] = []
-        if self.begun:
+        if self._begun:
             to = StepState.QUEUED if again else None
             usage = json.dumps(ended.usage)
             ops.append(moves.attempt_ended(self.token, ended.end, to, None, ended.exit_code, ended.why, usage, now))

@@ -7,7 +7,7 @@ same walk serves a run and `plan`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlpiped.artifacts import Store
     from mlpiped.backends.base import Image
     from mlpiped.code import CodeFact, CodeReader
+    from mlpiped.execution.attempt import Attempt
     from mlpiped.execution.images import Find
     from mlpiped.execution.kept import Kept
     from mlpiped.files.fingerprint import Fingerprinter
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The rooms that facts come from."""
+    """The rooms that facts come from, and what has begun in all of them."""
 
     ledger: Ledger
     fingerprinter: Fingerprinter
@@ -45,6 +46,7 @@ class World:
     datastores: Mapping[str, Path]
     find_image: Find | None = None  # None: nothing here runs containers
     kept: Kept | None = None  # None: no machine keeps what is made on it
+    begun: dict[str, Attempt] = field(default_factory=dict)  # by token: those that have not ended
 
 
 @dataclass(frozen=True, slots=True)

@@ -317,6 +317,7 @@ class Execution:
             else:
                 ended = await attempt.adopt(adopted)
         finally:
+            attempt.leave()
             self.dispatcher.withdraw(self, index)  # it may have ended before its turn
             self.dispatcher.release(self.id, index)
         t = self.tries[index]

@@ -86,10 +86,12 @@ async def test_an_attempt_of_a_cancelled_step_goes_on_for_the_run_that_shares_it
         assert (why_waiting(cast(Any, scheduler), second.id, "a") or "").endswith(why)
         place = places(first).places["fake"]
         assert list(place.holders) == [(second.id, 0)] and place.used_slots == 1
+        assert [each.execution for each in lab.world.begun.values()] == [second]
         end(lab)
     assert told[second.id] is RunOutcome.SUCCEEDED
     assert (await lab.ends(first), await lab.ends(second)) == ([], [AttemptEnd.COMMITTED])
     assert place.holders == {} and place.used_slots == 0
+    assert lab.world.begun == {}
 
 
 async def test_those_who_follow_are_next_when_the_heir_is_cancelled_too_and_the_last_one_ends_the_attempt(
