@@ -29,7 +29,7 @@ from mlpiped.crash import POINTS
 
 RUNS = int(os.environ.get("MLPIPED_CRASH_RUNS", "500"))
 CUTS = int(os.environ.get("MLPIPED_POWER_CUTS", "20"))
-HITS = int(os.environ.get("MLPIPED_CRASH_HITS", "20"))
+HITS = int(os.environ.get("MLPIPED_CRASH_HITS", "12"))
 LANES = 2  # daemons at a time
 DOUBLE = int(os.environ.get("MLPIPED_DOUBLE_FAULTS", "50"))
 TRIALS = 3  # a mutant's race is lost in the first one, or nearly always
