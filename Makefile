@@ -65,7 +65,7 @@ check: $(VENV)/.dev
 # boot, and want the machine to themselves.
 test: $(VENV)/.dev
 	@echo 'test: unit'; $(BIN)/python -m pytest -q -n $$(( $$(nproc) + 1 )) --dist worksteal tests/unit tests/test_layers.py $(PYTEST_ARGS)
-	@echo 'test: the rest'; $(BIN)/python -m pytest --ignore=tests/unit --ignore=tests/test_layers.py $(PYTEST_ARGS)
+	@echo 'test: the rest'; $(BIN)/python -m pytest --durations=30 --ignore=tests/unit --ignore=tests/test_layers.py $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev
 	@PYTHONPATH=tests:tests/faults $(BIN)/python -m crash.soak --seconds $(SOAK_SECONDS)
