@@ -196,7 +196,7 @@ class Daemon:
         self._disk()
         self._set_triggers()
         await self.scheduler.tell_followers()
-        await self._listen()
+        await self._listen(tasks)
         tasks.start_soon(self._reloads, name="reloads")
         tasks.start_soon(self._triggers, name="triggers")
         tasks.start_soon(self._heartbeat, name="heartbeat")
@@ -216,7 +216,7 @@ class Daemon:
     async def _begin(self, backend: Backend) -> None:
         await backend.start(self.rooms)
 
-    async def _listen(self) -> None:
+    async def _listen(self, tasks: TaskGroup) -> None:
         settings = self.settings
         self.actions = Actions(
             self.scheduler,
@@ -255,7 +255,9 @@ class Daemon:
             healths=self._healths,
             loop_lag=lambda: self.lag,
         )
-        await ControlServer(settings.control.socket, self.service).start(self.server)
+        control = ControlServer(settings.control.socket, self.service)
+        await control.start(self.server)
+        tasks.start_soon(control.guard, name="control socket")
 
     # --- stop -------------------------------------------------------------------------------------------------
     async def stop(self) -> None:

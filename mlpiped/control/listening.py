@@ -37,17 +37,25 @@ def listen(environ: MutableMapping[str, str], path: Path, group: str | None) -> 
     sock = passed(environ)
     if sock is not None and not name.startswith(_KEPT):
         return sock, False
-    if sock is not None and name == _kept_name(path):
+    if sock is not None and name == kept_name(path):
         _give(path, _gid(group), group)
         return sock, False
     if sock is not None:
         sock.close()
         notify_systemd.let_go(name)
     sock = bind(path, group)
-    return sock, not notify_systemd.keep(sock.fileno(), _kept_name(path))
+    return sock, not notify_systemd.keep(sock.fileno(), kept_name(path))
 
 
-def _kept_name(path: Path) -> str:
+def anew(path: Path, group: str | None, name: str) -> tuple[socket.socket, bool]:
+    """In place of one whose file somebody has removed. `name`: what was its `kept_name`. As `listen`, less `passed`."""
+    notify_systemd.let_go(name)
+    sock = bind(path, group)
+    return sock, not notify_systemd.keep(sock.fileno(), kept_name(path))
+
+
+def kept_name(path: Path) -> str:
+    """By which systemd keeps the socket whose file is at `path`; "": none is there."""
     try:
         found = os.lstat(path)
     except OSError:

@@ -20,7 +20,7 @@ from mlpiped.control.access import Peer, credentials
 from mlpiped.control.answers import document, refusal
 from mlpiped.control.route import Ask, Route
 from mlpiped.control.routes import ROUTES
-from mlpiped.errors import UsageError
+from mlpiped.errors import MlpipedError, UsageError
 from mlpiped.ledger import moves
 from mlpiped.protocol import BODY_LIMIT
 
@@ -38,6 +38,7 @@ log = structlog.get_logger("control")
 
 PEER = web.RequestKey("peer", Peer)
 BODY_TIME = 10.0  # seconds for a whole body
+LOOK = 5.0  # seconds between two looks at the socket's file
 FIRST_REQUEST_TIME = 10.0  # seconds from the connection to the end of the first request's headers
 CONNECTIONS = 256
 CONNECTIONS_PER_USER = 128
@@ -58,6 +59,10 @@ class ControlServer:
         self.service = service
         self.routes = routes
         self._spoke: set[Any] = set()  # connections that have sent a whole request
+        self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
+        self._name = ""  # of the socket's file, as systemd keeps it
+        self._bound = self._ours = False  # the socket has its file at `path`; that is ours to remove
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._guard])
@@ -68,23 +73,57 @@ class ControlServer:
     async def start(self, stack: AsyncExitStack) -> None:
         """Listen. Raises MlpipedError when the socket cannot be had. On `stack`: streams end, requests at hand get a
         second, the socket file goes (one that systemd keeps stays)."""
-        sock, ours = listening.listen(os.environ, self.path, self.service.access.group)
-        if ours:
-            stack.callback(_unlink, self.path, os.lstat(self.path).st_ino)
-        runner = web.AppRunner(
+        sock, self._ours = listening.listen(os.environ, self.path, self.service.access.group)
+        self._bound = sock.getsockname() == os.fspath(self.path)
+        stack.callback(self._unlink)
+        self._runner = runner = web.AppRunner(
             self.application(), access_log=None, handle_signals=False, shutdown_timeout=1.0, lingering_time=1.0
         )
         await runner.setup()
-        loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: _Door(runner, self._spoke), sock=sock, **_FILE_STAYS)
+        await self._serve_on(sock)
 
         async def stop() -> None:
             self.service.closing.set()
-            server.close()
+            if self._server is not None:
+                self._server.close()
             with anyio.move_on_after(5, shield=True):
                 await runner.cleanup()
 
         stack.push_async_callback(stop)
+
+    async def guard(self) -> None:
+        """Until cancelled: where somebody removes the socket's file (a cleaner of /tmp), it is made anew."""
+        while True:
+            await anyio.sleep(LOOK)
+            if self._bound and not listening.kept_name(self.path):
+                await self._anew()
+
+    async def _anew(self) -> None:
+        try:
+            sock, self._ours = listening.anew(self.path, self.service.access.group, self._name)
+        except MlpipedError as fault:
+            log.warning("the control socket's file is gone", path=str(self.path), why=fault.message)
+            return
+        await self._serve_on(sock)
+        log.warning("the control socket's file was gone: it is made anew", path=str(self.path))
+
+    async def _serve_on(self, sock: socket.socket) -> None:
+        """From now on. Who is connected stays so."""
+        runner, before = self._runner, self._server
+        assert runner is not None
+        self._name = listening.kept_name(self.path)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: _Door(runner, self._spoke), sock=sock, **_FILE_STAYS)
+        if before is not None:
+            before.close()
+
+    def _unlink(self) -> None:
+        """Our own socket file, and not one that was put there since."""
+        try:
+            if self._ours and listening.kept_name(self.path) == self._name:
+                os.unlink(self.path)
+        except OSError as error:
+            log.warning("the control socket could not be removed", path=str(self.path), error=str(error))
 
     # --- one request ------------------------------------------------------------------------------------------------
     @web.middleware
@@ -144,17 +183,6 @@ async def _read(request: web.Request) -> bytes:
             return await request.read()
     except TimeoutError:
         raise UsageError(f"the body did not arrive within {BODY_TIME:g} s") from None
-
-
-def _unlink(path: Path, ino: int) -> None:
-    """Our own socket file, and not one that was put there since."""
-    try:
-        if os.lstat(path).st_ino == ino:
-            os.unlink(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        log.warning("the control socket could not be removed", path=str(path), error=str(error))
 
 
 class _Door(asyncio.Protocol):

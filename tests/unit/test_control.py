@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import json
 import os
+import shutil
 import socket
 import stat
 from contextlib import AsyncExitStack
@@ -18,7 +19,7 @@ from control_stage import Acts, Stage, staged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlpiped.control import listening, log_files, requests
+from mlpiped.control import listening, log_files, requests, server
 from mlpiped.control.openapi import openapi_document
 from mlpiped.control.routes import ROUTES
 from mlpiped.control.server import CONNECTIONS_PER_USER, ControlServer
@@ -46,6 +47,32 @@ async def test_socket_of_a_dead_daemon_is_replaced() -> None:
         async with AsyncExitStack() as stack:
             await ControlServer(stage.socket, stage.service).start(stack)
             assert (await stage.get("/v1/status"))["daemon"]["version"] == "0.1.0"
+
+
+async def test_a_socket_file_that_somebody_removes_is_made_anew_and_who_is_connected_stays_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "LOOK", 0.01)
+    async with staged(serve=False) as stage, anyio.create_task_group() as tasks:
+        async with AsyncExitStack() as stack:
+            control = ControlServer(stage.socket, stage.service)
+            await control.start(stack)
+            tasks.start_soon(control.guard)
+            peer = await anyio.connect_unix(str(stage.socket))
+            await peer.send(b"GET /v1/events?follow=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"200 OK" in await peer.receive()
+            shutil.rmtree(stage.socket.parent)
+            with anyio.fail_after(10):
+                while not stage.socket.exists():
+                    await anyio.sleep(0.005)
+            assert await stage.get("/v1/status")
+            assert stat.S_IMODE(os.lstat(stage.socket).st_mode) == 0o660
+            await stage.run()
+            with anyio.fail_after(10):
+                assert b"run.queued" in await peer.receive()
+            tasks.cancel_scope.cancel()
+        await peer.aclose()
+    assert not stage.socket.exists()
 
 
 async def test_socket_that_somebody_answers_on_is_left_alone() -> None:

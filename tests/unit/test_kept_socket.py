@@ -82,6 +82,22 @@ def test_who_asks_between_two_daemons_is_answered_by_the_second(
     assert len(systemd.kept) == 1
 
 
+def test_a_socket_that_is_made_anew_is_kept_in_place_of_the_one_whose_file_is_gone(
+    systemd: Keeper, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    before, _ = listening.listen({}, path, None)
+    name = listening.kept_name(path)
+    os.link(path, tmp_path / "inode")  # the next file must be another
+    path.unlink()
+    sock, ours = listening.anew(path, None, name)
+    systemd.listen_up()
+    assert not ours and list(systemd.kept) == [listening.kept_name(path)] != [name]
+    ask(path).close()
+    before.close()
+    sock.close()
+
+
 @pytest.mark.parametrize("change", ["removed", "replaced", "moved"])
 def test_a_kept_socket_that_nobody_can_reach_any_more_is_given_up_for_a_new_one(
     systemd: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -101,7 +117,7 @@ def test_a_kept_socket_that_nobody_can_reach_any_more_is_given_up_for_a_new_one(
     with second, ask(path):
         pass
     systemd.listen_up()
-    assert list(systemd.kept) == [listening._kept_name(path)]
+    assert list(systemd.kept) == [listening.kept_name(path)]
 
 
 def test_a_socket_unit_is_used_as_it_is(systemd: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
