@@ -343,7 +343,7 @@ class Daemon:
 
     def _printing(self) -> list[str]:
         """Of those that have begun and not ended, without those that wait in a queue."""
-        return [token for token, each in self.world.begun.items() if each.backend.doing(token) is None]
+        return [token for token, backend in self.world.begun.items() if backend.doing(token) is None]
 
     def _disk(self) -> None:
         """What the ledger can take has changed."""

@@ -146,12 +146,7 @@ class Attempt:
 
     def _begins(self) -> None:
         self._begun = True
-        self.world.begun[self.token] = self
-
-    def leave(self) -> None:
-        """It has ended, or goes on as another step's."""
-        if self.world.begun.get(self.token) is self:
-            del self.world.begun[self.token]
+        self.world.begun[self.token] = self.backend
 
     def go(self) -> None:
         """A place is leased for it."""

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mlpiped.artifacts import Store
-    from mlpiped.backends.base import Image
+    from mlpiped.backends.base import Backend, Image
     from mlpiped.code import CodeFact, CodeReader
-    from mlpiped.execution.attempt import Attempt
     from mlpiped.execution.images import Find
     from mlpiped.execution.kept import Kept
     from mlpiped.files.fingerprint import Fingerprinter
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The rooms that facts come from, and what has begun in all of them."""
+    """The rooms that facts come from, and what has begun on which backend."""
 
     ledger: Ledger
     fingerprinter: Fingerprinter
@@ -46,7 +45,7 @@ class World:
     datastores: Mapping[str, Path]
     find_image: Find | None = None  # None: nothing here runs containers
     kept: Kept | None = None  # None: no machine keeps what is made on it
-    begun: dict[str, Attempt] = field(default_factory=dict)  # by token: those that have not ended
+    begun: dict[str, Backend] = field(default_factory=dict)  # by token of the attempt, which has not ended
 
 
 @dataclass(frozen=True, slots=True)

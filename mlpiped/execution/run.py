@@ -317,9 +317,10 @@ class Execution:
             else:
                 ended = await attempt.adopt(adopted)
         finally:
-            attempt.leave()
             self.dispatcher.withdraw(self, index)  # it may have ended before its turn
             self.dispatcher.release(self.id, index)
+        if ended.end is not None:  # else it goes on, as another step's
+            self.world.begun.pop(attempt.token, None)
         t = self.tries[index]
         t.attempt = None
         cancelled = "the run was cancelled" if self.cancelled else "cancelled" if attempt.cancelled else None
