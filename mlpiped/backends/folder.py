@@ -187,7 +187,9 @@ def fence(folder: Place) -> NeverRan | Handle:
             if not os.path.isdir(folder):
                 raise
     if lock is not None:
+        os.fsync(lock)  # a claim without its word, as a power cut leaves it, would pass for somebody's who began
         os.close(lock)
+        sync_folder(f"{folder}/claim")
     if new:
         sync_folder(os.path.dirname(folder))
     handle = read_claim(folder)
