@@ -221,16 +221,20 @@ class SharedFiles(Files):
                 except (BackendUnavailable, InvalidJob) as fault:
                     wrong[job.token] = fault
             self._records.build([described(job) for job in jobs if job.token in orders], list(orders.values()))
-            if os.fspath(self._home) != self._records.jobs:
-                for token in orders:
-                    self._link(token)
+            for token in orders:
+                self._link(token)
 
         await self._do("write the job's order", make)
         return wrong
 
+    async def fence(self, token: str) -> NeverRan | Handle:
+        await self._do("fence the job", lambda: self._link(token))
+        return await super().fence(token)
+
     def _link(self, token: str) -> None:
+        """What has no folder here is not found again by who cleans up."""
         link = self._home / token
-        if not link.is_symlink():
+        if os.fspath(self._home) != self._records.jobs and not os.path.lexists(link):
             link.symlink_to(self.folder(token))
 
     def script(self, token: str) -> bytes:
