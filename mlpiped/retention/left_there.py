@@ -29,9 +29,16 @@ PATIENCE = 120.0  # seconds for a page of them: a file system that hangs there m
 class LeftThere:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._unwritten: list[tuple[str, str]] = []
 
     def note(self, token: str, compute: str) -> None:
-        """Blocks. Raises OSError."""
+        """Blocks. On a full disk it is written as soon as what is removed has made room."""
+        try:
+            self._write(token, compute)
+        except OSError:
+            self._unwritten.append((token, compute))
+
+    def _write(self, token: str, compute: str) -> None:
         try:
             (self._folder / compute / token).touch(mode=0o600)
         except FileNotFoundError:
@@ -39,12 +46,18 @@ class LeftThere:
             (self._folder / compute / token).touch(mode=0o600)
 
     async def discard(self, backends: Mapping[str, Backend]) -> None:
-        """As far as that goes now. What a compute has that the config does not name stays until it does again."""
+        """As far as that goes now. What a compute has that the config does not name stays until it does again.
+
+        Raises OSError.
+        """
         for compute, tokens in (await to_thread.run_sync(self._noted)).items():
             if compute in backends:
                 await self._discard(backends[compute], tokens)
 
     def _noted(self) -> dict[str, list[str]]:
+        while self._unwritten:
+            self._write(*self._unwritten[-1])
+            self._unwritten.pop()
         places = [path for path in self._folder.iterdir() if path.is_dir()] if self._folder.is_dir() else []
         return {path.name: sorted(os.listdir(path)) for path in places}
 

@@ -227,6 +227,18 @@ async def test_a_daemon_that_dies_between_the_folder_here_and_the_one_there_leav
     assert box.folders == set()
 
 
+async def test_what_cannot_be_noted_keeps_no_folder_here_and_is_not_forgotten(scene: Scene, box: Machine) -> None:
+    """As on a full disk, which the removal is to help."""
+    run = await box.run(40)
+    (scene.state / "left-there").mkdir()
+    (scene.state / "left-there" / "box").write_text("no folder")
+    assert (await scene.keeper.clean())["faults"] != []
+    assert not (scene.state / "jobs" / f"mlp-{run}-0").exists()
+    (scene.state / "left-there" / "box").unlink()
+    await scene.clean()
+    assert box.folders == set()
+
+
 async def test_thousands_of_folders_elsewhere_are_asked_for_many_at_once_and_one_that_will_not_go_holds_up_no_other(
     scene: Scene, box: Machine
 ) -> None:
