@@ -1,4 +1,6 @@
-"""`gc` while a machine is away: what lies there goes when it is back, also by the next daemon."""
+"""`gc` while a machine is away: what lies there goes when it is back, also by the next daemon. What a step there has
+measured stays here as long as its run.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
 SAYS = """
-say = CommandStep("echo said", name="say", version="VERSION", compute_target="far")
+line = '{"name": "a", "value": 1}'
+say = CommandStep(f"echo said; echo '{line}' >> $MLPIPED_METRICS", name="say", version="VERSION", compute_target="far")
 pipeline = Pipeline("says", steps=[say])
 """
 OLD_AT_ONCE = '\n[retention]\nruns = "1ms"\nlogs = "1ms"\n'
@@ -28,18 +31,20 @@ def run_and_forget(daemon: Daemon, box: Box, there: Callable[[], list[str]]) -> 
     with daemon:
         for version in "12":  # or the second would be reused
             daemon.install("says", SAYS.replace("VERSION", version))
-            daemon.go("says")
+            run = daemon.go("says")["id"]
         left = sorted(there())
         assert len(set(left)) == 2
         box.stop()
         assert daemon.json("gc")["faults"] == []
-        assert len(daemon.runs()) == 1 and not list((daemon.state / "jobs").glob("mlp-*"))
+        assert [each["id"] for each in daemon.runs()] == [run]
+        assert [path.name for path in (daemon.state / "jobs").glob("mlp-*/*")] == ["metrics.jsonl"]
         assert sorted(there()) == left
         daemon.kill9()
         daemon.start()
         box.start()
         until(lambda: daemon.json("gc")["faults"] == [] and not there(), "nothing is left there", 60, 0.2)
         assert not list((daemon.state / "left-there").glob("*/*"))
+        assert [step["last"] for step in daemon.json("metrics", run)["steps"]] == [{"a": 1}]
 
 
 def test_gc_removes_what_lies_on_a_box_once_it_is_back(ssh_lab: Lab) -> None:

@@ -245,10 +245,11 @@ class SharedFiles(Files):
 
     async def discard(self, token: str, *, keep_logs: bool) -> None:
         def remove() -> None:
-            trouble = self._records.discard(token, keep_logs)
+            os.stat(self._records.jobs)  # what is not mounted now has nothing to remove, and is not done with
+            trouble = self._records.discard(token, keep_logs, keep_metrics=True)
             self._trouble = trouble and f"files of ended jobs cannot be removed: {trouble}"
             link = self._home / token
-            if not keep_logs and link.is_symlink():
+            if not keep_logs and link.is_symlink() and not link.exists():
                 link.unlink()
 
         await self._do("remove the job's files", remove)

@@ -241,7 +241,7 @@ class SshBackend:
 
     async def discard(self, token: str, *, keep_logs: bool) -> None:
         folder = folders.at(self.jobs_dir, token)
-        await self._here("remove its files", lambda: folders.discard(folder, keep_logs=keep_logs))
+        await self._here("remove its files", lambda: folders.discard(folder, keep_logs=keep_logs, keep_metrics=True))
         agent = await self.keeper.agent()
         if keep_logs:
             agent.discard("work", token)
