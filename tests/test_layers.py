@@ -71,7 +71,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "placement": (3, ("placement",)),
     "one run": (4, ("execution",)),
     "all runs": (5, ("scheduling",)),
-    "retention": (5, ("retention.artifacts", "retention.keeper", "retention.keeping")),
+    "retention": (5, ("retention.artifacts", "retention.keeper", "retention.keeping", "retention.left_there")),
     "acts and questions": (6, ("actions", "inquiry", "live_logs")),
     "control": (6, ("control",)),
     "cli": (6, ("cli",)),

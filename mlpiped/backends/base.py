@@ -365,7 +365,9 @@ class Backend(Protocol):
     async def discard(self, token: str, *, keep_logs: bool) -> None:
         """Remove work/, scratch/ and out/ (and, without `keep_logs`, the rest) of a job that has ended.
 
-        It may return before they are gone. `health` tells what cannot be removed.
+        What it measured stays in the state folder, for the caller to remove. With `keep_logs` it may return before they
+        are gone; `health` tells what cannot be removed. Without, it raises BackendUnavailable when it is not known that
+        all of it is gone, or will go without being asked again.
         """
 
     async def health(self) -> str | None:

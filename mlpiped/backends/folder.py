@@ -32,6 +32,7 @@ TOKEN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,127}")
 KEPT = frozenset(
     {"claim", "exit.json", "metrics.jsonl", "params.json", "slurm.cancel", "stderr", "stdout"}
 )  # of a job that is discarded
+METRICS = frozenset({"metrics.jsonl"})  # … and of one whose logs are old
 NO_PARAMETERS = ".no-params.json"  # in the folder of all jobs: `{}`, for the jobs that have none
 DRAFT_LIFE = 600.0  # seconds; a builder needs less
 FENCED = {"v": 1, "fenced": True}
@@ -284,19 +285,28 @@ def discard_all(wanted: Iterable[tuple[str, bool]]) -> list[OSError]:
     return errors
 
 
-def discard(folder: Place, *, keep_logs: bool) -> None:
-    if not keep_logs:
+def discard(folder: Place, *, keep_logs: bool, keep_metrics: bool = False) -> None:
+    """`keep_metrics`: a folder that holds any stays with them, even without `keep_logs`."""
+    kept = KEPT if keep_logs else METRICS
+    if not keep_logs and not (keep_metrics and _measured(folder)):
         _remove(folder)
         return
     try:
         with os.scandir(folder) as found:
-            entries = [entry for entry in found if entry.name not in KEPT]
+            entries = [entry for entry in found if entry.name not in kept]
     except FileNotFoundError:
         return
     for entry in entries:
         if entry.name == "out" and entry.is_dir(follow_symlinks=False):
             _thin(entry.path)
         _remove(entry.path)
+
+
+def _measured(folder: Place) -> bool:
+    try:
+        return os.stat(f"{folder}/metrics.jsonl").st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _thin(out: str) -> None:

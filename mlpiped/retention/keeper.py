@@ -30,6 +30,7 @@ from mlpiped.errors import BackendUnavailable, MlpipedError
 from mlpiped.ledger import moves
 from mlpiped.retention import keeping
 from mlpiped.retention.artifacts import Artifacts
+from mlpiped.retention.left_there import LeftThere
 from mlpiped.retention.plan import PAGE, TICK, JobFolder, Part, Removal, Span, leapt, pages, spent_jobs
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Keeper:
         self.longest = 0.0
         state = store.state_dir
         self.jobs, self.envs, self.code = state / "jobs", state / "envs", state / "code"
+        self.left_there = LeftThere(state / "left-there")
         self._one = anyio.Lock()
         self._limiter = anyio.CapacityLimiter(1)
         self.artifacts = Artifacts(ledger, store, backends, clock, self._limiter)
@@ -187,13 +189,24 @@ class Keeper:
             async for spent, computes in self._spent(survey):
 
                 def clear(token: str, computes: Mapping[str, str] = computes) -> int | None:
-                    return keeping.clear_job(self.jobs / token, keep_metrics=token in computes, only_look=only_look)
+                    return keeping.clear_job(
+                        self.jobs / token,
+                        keep_metrics=token in computes,
+                        only_look=only_look,
+                        first=lambda: self._goes(token, computes.get(token)),
+                    )
 
                 freed = await self._slices(spent, clear)
                 count, size = count + len(freed), size + sum(freed.values())
-                if not only_look:
-                    await self._discard_elsewhere({token: computes[token] for token in freed if token in computes})
+        if not only_look:
+            await self.left_there.discard(self.backends)
         return Part("logs", count, size)
+
+    def _goes(self, token: str, compute: str | None) -> None:
+        """Its folder is removed now. Blocks."""
+        backend = self.backends.get(compute or "")
+        if compute is not None and (backend is None or backend.kind != "local"):
+            self.left_there.note(token, compute)
 
     async def _spent(self, survey: Survey) -> AsyncIterator[tuple[list[str], dict[str, str]]]:
         """Pages of (tokens whose folders go, token -> compute of those that are known)."""
@@ -206,16 +219,6 @@ class Keeper:
                 found.append(JobFolder(token, row is not None, row and row.finished_at, changed_at))
             if spent := spent_jobs(found, now=self.clock.now(), logs=self.retention.logs):
                 yield spent, {token: row.compute for token, row in rows.items()}
-
-    async def _discard_elsewhere(self, computes: Mapping[str, str]) -> None:
-        """On machines other than this one."""
-        for token, compute in computes.items():
-            backend = self.backends.get(compute)
-            if backend is not None and backend.kind != "local":
-                try:
-                    await backend.discard(token, keep_logs=False)
-                except BackendUnavailable:
-                    log.info("left for later", token=token, compute=compute)
 
     async def _slices(self, names: Sequence[str], work: Callable[[str], int | None]) -> dict[str, int]:
         """`work` on each name, in a thread, `SLICE` at a time; what it gave, less the None."""
@@ -312,6 +315,7 @@ class Keeper:
                 for run_id in page:
                     await self._forget(survey, run_id)
                     count += 1
+        await self.left_there.discard(self.backends)
         before = self._before(self.retention.runs)
         while not await self._bite(moves.forget_loose_events(before)):
             pass
@@ -320,8 +324,12 @@ class Keeper:
     async def _forget(self, survey: Survey, run_id: int) -> None:
         """Its job folders go first: without its rows nobody would know whose they are."""
         computes = dict(await survey.tokens_of(run_id))
-        await self._slices(list(computes), lambda token: keeping.clear_job(self.jobs / token, keep_metrics=False))
-        await self._discard_elsewhere(computes)
+
+        def clear(token: str) -> int | None:
+            self._goes(token, computes[token])
+            return keeping.clear_job(self.jobs / token, keep_metrics=False)
+
+        await self._slices(list(computes), clear)
         while not await self._bite(moves.forget_run(run_id)):
             pass
 

@@ -16,7 +16,7 @@ from mlpiped.artifacts import copying
 from mlpiped.backends import folder as jobs
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from pathlib import Path
 
 METRICS = "metrics.jsonl"
@@ -49,10 +49,12 @@ def listed(jobs_dir: Path) -> list[tuple[str, int]]:
         return []
 
 
-def clear_job(folder: Path, *, keep_metrics: bool, only_look: bool = False) -> int | None:
+def clear_job(
+    folder: Path, *, keep_metrics: bool, only_look: bool = False, first: Callable[[], object] = lambda: None
+) -> int | None:
     """Remove a job's folder, or all of it but its metrics. Bytes freed; None when there is nothing to remove.
 
-    A job that still runs is left alone.
+    A job that still runs is left alone. `first` is called before anything is removed.
     """
     path = os.path.realpath(folder)
     try:
@@ -64,6 +66,7 @@ def clear_job(folder: Path, *, keep_metrics: bool, only_look: bool = False) -> i
         size = sum(_size(f"{path}/{name}") for name in going)
         if only_look:
             return size
+        first()
         if not keep:
             jobs.discard(path, keep_logs=False)
             if folder.is_symlink():

@@ -1,30 +1,39 @@
 """Crash-injected runs whose steps are jobs of a Slurm cluster behind a login node, with files that both sides see and
 without: beside all that may happen to Slurm (crash/cluster.py), the login node's sshd is killed, its sessions too, and
-the way to it is cut. 0 lost, 0 duplicated, 0 stuck, and nothing of ours is left in the queue or on the login node.
+the way to it is cut. 0 lost, 0 duplicated, 0 stuck; and when `gc` has removed everything and an hour has gone by,
+nothing of ours is left in the queue, on the login node or in the cluster's folder.
 
 MLPIPED_LOGIN_CRASH_RUNS says how many, of each form.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from crash.cluster import ClusterTrial
 from crash.elsewhere import WAYS, harm
-from harness import processes_below
+from harness import processes_below, until
 from lab import slurm_apart, slurm_login, slurm_rig
 from lab.ssh_rig import Cable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lab.slurm_apart import Apart
     from lab.slurm_login import LoginNode
     from lab.ssh_rig import Lab
 
 RUNS = int(os.environ.get("MLPIPED_LOGIN_CRASH_RUNS", "16"))
 DEATHS = 10  # each has all runs alive, or nearly
+HOUR = 3601.0
+FACTS = ("orders", "records", "released", "uses")
+OF_JOBS = ("jobs/mlp-*", *(f"slurm/{kind}/[!.]*" for kind in FACTS), "mlp-*", ".cas/*", ".used/*")
+MAYBE_IN_USE = ("jobs/.mlp-*", "slurm/*/.*", "slurm/arrays/*", ".new/*")  # until it has been there for an hour
 
 
 class LoginTrial(ClusterTrial):
@@ -63,6 +72,33 @@ class LoginTrial(ClusterTrial):
     def processes(self) -> set[int]:
         return super().processes() | (processes_below(self.work_dir) if self.work_dir else set())
 
+    def left(self, *patterns: str) -> list[Path]:
+        """Of the cluster's folder."""
+        place = self.daemon.root / "shared"
+        if self.apart is not None:
+            [place] = self.apart.from_here(self.apart.work_dir).iterdir()
+        return [path for pattern in patterns for path in place.glob(pattern)]
+
+    def clean(self) -> list[str]:
+        """Everything is old enough for `gc`, and then for whoever starts an hour later; what is left all the same."""
+        assert self.left("jobs/mlp-*") and self.left("slurm/records/*")
+        text = self.daemon.config.read_text() + '\n[retention]\nruns = "1ms"\nlogs = "1ms"\n'
+        if self.apart is not None:
+            text = text.replace("[compute.cluster]", '[compute.cluster]\nstore = "1K"')
+        self.daemon.config.write_text(text)
+        self._gc(lambda: not self.left(*OF_JOBS))
+        old = self.left(*MAYBE_IN_USE)
+        for path in old:
+            os.utime(path, (time.time() - HOUR, time.time() - HOUR))
+        self._gc(lambda: not any(path.exists() for path in old))
+        noted = self.daemon.state.glob("left-there/*/*")
+        found = [*self.left(*OF_JOBS), *(path for path in old if path.exists()), *noted]
+        return [*(f"{path} is left" for path in found), *self.jobs()]
+
+    def _gc(self, enough: Callable[[], bool]) -> None:
+        with self.living(), contextlib.suppress(AssertionError):  # `clean` names what is left
+            until(lambda: self.daemon.json("gc")["faults"] == [] and enough(), "all is gone", 60, 0.5)
+
     def close(self) -> None:
         self.cable.close()
         super().close()
@@ -74,6 +110,8 @@ def judged(trial: LoginTrial, capsys: pytest.CaptureFixture[str]) -> None:
         print(f"\n{dict(trial.shaken)} in the cluster; {verdict}")
     assert not verdict.violations, f"{verdict}\n{trial.daemon.tail()}"
     assert verdict.injected >= RUNS and len(trial.shaken) > len(WAYS)
+    left = trial.clean()
+    assert not left, "\n".join([*left, trial.daemon.tail()])
 
 
 @pytest.mark.lab

@@ -9,6 +9,7 @@ import pytest
 from lab.ssh_daemon import Daemon, outcome, said, shell, well
 
 from mlpiped.backends.base import Lost
+from mlpiped.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,6 +59,24 @@ async def test_a_step_that_was_called_lost_is_ended_when_its_box_is_back(
     box.start()
     await over(daemon, backend, handle)
     assert isinstance(await backend.wait(handle), Lost)  # what was said once holds
+
+
+async def test_the_folder_of_a_step_that_was_called_lost_stays_until_the_step_has_been_ended(
+    box: Box, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    """Without it, nobody there would know whom to end."""
+    daemon = Daemon(box, tmp_path, unreachable_timeout="1.0s")
+    handle = await lost(daemon, box, await daemon.life(stack))
+    later = await daemon.life(stack)
+    box.start()
+    with pytest.raises(BackendUnavailable, match="has not been ended"):
+        await later.discard(handle["token"], keep_logs=False)
+    await over(daemon, later, handle)
+    with anyio.fail_after(30):
+        while any((daemon.state / "given-up/box").iterdir()):
+            await well(later)
+    await later.discard(handle["token"], keep_logs=False)
+    assert not (daemon.root / handle["token"]).exists()
 
 
 async def test_a_step_that_was_called_lost_is_ended_by_the_next_daemon_too(

@@ -51,23 +51,24 @@ class Scene:
         self.keeper.retention = Retention(**how)
 
     async def run(
-        self, age: float, *, pipeline: str = "p", made: str | None = None, steps: int = 1, end: bool = True
-    ) -> int:
+        self, age: float, *, pipeline: str = "p", made: str | None = None, steps: int = 1, end: bool = True,
+        compute: str = "local",
+    ) -> int:  # fmt: skip
         """A run of steps that committed, whose first made a file with the content `made`."""
         at = self.at(age)
         [run] = await self.ledger.write(opening(event(pipeline), now=at, tags={"age": str(age)}))
         rows = [StepRow(i, f"s{i}") for i in range(steps)]
         await self.ledger.write(moves.start_run(run, at), moves.add_steps(run, rows, at))
         for i in range(steps):
-            await self.step(run, i, at, made if i == 0 else None)
+            await self.step(run, i, at, made if i == 0 else None, compute)
         if end:
             await self.ledger.write(moves.finish_run(run, RunOutcome.SUCCEEDED, at))
         return int(run)
 
-    async def step(self, run: int, i: int, at: int, made: str | None) -> None:
+    async def step(self, run: int, i: int, at: int, made: str | None, compute: str) -> None:
         token, key = f"mlp-{run}-{i}", f"k{run}-{i}"
         await self.ledger.write(
-            moves.queue_step(run, i, key, "never ran", at), moves.intent(run, i, token, 1, "local", key, "{}", at)
+            moves.queue_step(run, i, key, "never ran", at), moves.intent(run, i, token, 1, compute, key, "{}", at)
         )
         facts = [await self.artifact(token, made, at)] if made else []
         self.job(token)
@@ -160,6 +161,95 @@ async def test_images_go_that_no_run_has_asked_for_in_its_time_and_none_that_an_
     engine.away = False
     await scene.clean()
     assert engine.asked == []
+
+
+# --- elsewhere ----------------------------------------------------------------------------------------------
+class Machine:
+    """As much of one as has job folders."""
+
+    kind = "ssh"
+
+    def __init__(self, name: str, scene: Scene) -> None:
+        self.name, self.scene = name, scene
+        self.folders: set[str] = set()
+        self.away = False
+        self.stubborn = ""
+        self.at_once = self.most = 0
+
+    async def discard(self, token: str, *, keep_logs: bool) -> None:
+        assert not keep_logs
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        await anyio.sleep(0)
+        self.at_once -= 1
+        if self.away or token == self.stubborn:
+            raise BackendUnavailable(f"`{self.name}` does not answer")
+        self.folders.discard(token)
+
+    async def run(self, age: float, steps: int = 1) -> int:
+        run = await self.scene.run(age, steps=steps, compute=self.name)
+        self.folders |= {f"mlp-{run}-{i}" for i in range(steps)}
+        return run
+
+
+@pytest.fixture
+def box(scene: Scene) -> Machine:
+    machine = Machine("box", scene)
+    scene.keeper.backends = {"box": machine}  # type: ignore[dict-item]
+    return machine
+
+
+@pytest.mark.parametrize("age", [40, OLD], ids=["its logs are old", "its run is old"])
+async def test_what_lies_on_a_machine_that_is_away_goes_when_it_is_back(scene: Scene, box: Machine, age: float) -> None:
+    run = await box.run(age)
+    await scene.run(0)
+    box.away = True
+    await scene.clean()
+    assert not (scene.state / "jobs" / f"mlp-{run}-0").exists() and box.folders == {f"mlp-{run}-0"}
+    assert (await scene.ledger.run(run) is None) == (age == OLD)
+    scene.keeper.backends = {}
+    await scene.clean()  # by a daemon whose config does not name it
+    box.away, scene.keeper.backends = False, {"box": box}  # type: ignore[dict-item]
+    await scene.clean()
+    assert box.folders == set() and not any((scene.state / "left-there" / "box").iterdir())
+
+
+async def test_a_daemon_that_dies_between_the_folder_here_and_the_one_there_leaves_neither(
+    scene: Scene, box: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await box.run(40)
+    with monkeypatch.context() as dying:
+        dying.setattr(keeping.jobs, "discard", lambda folder, keep_logs: 1 / 0)
+        with pytest.raises(AssertionError):
+            await scene.clean()
+    assert os.listdir(scene.state / "left-there" / "box") == sorted(box.folders)
+    await scene.clean()
+    assert box.folders == set()
+
+
+async def test_what_cannot_be_noted_keeps_no_folder_here_and_is_not_forgotten(scene: Scene, box: Machine) -> None:
+    """As on a full disk, which the removal is to help."""
+    run = await box.run(40)
+    (scene.state / "left-there").mkdir()
+    (scene.state / "left-there" / "box").write_text("no folder")
+    assert (await scene.keeper.clean())["faults"] != []
+    assert not (scene.state / "jobs" / f"mlp-{run}-0").exists()
+    (scene.state / "left-there" / "box").unlink()
+    await scene.clean()
+    assert box.folders == set()
+
+
+async def test_thousands_of_folders_elsewhere_are_asked_for_many_at_once_and_one_that_will_not_go_holds_up_no_other(
+    scene: Scene, box: Machine
+) -> None:
+    run = await box.run(40, steps=1200)
+    box.stubborn = f"mlp-{run}-0"
+    await scene.clean()
+    assert box.folders == {box.stubborn} and 100 < box.most <= 500
+    assert os.listdir(scene.state / "left-there" / "box") == [box.stubborn]
+    box.stubborn = ""
+    await scene.clean()
+    assert box.folders == set()
 
 
 # --- rows ---------------------------------------------------------------------------------------------------

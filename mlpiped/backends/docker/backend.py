@@ -344,7 +344,7 @@ class DockerBackend:
         def remove() -> str | None:
             claim = folders.read_claim(folder)
             ended = folders.witness(folder) is not None  # its container is on its way out
-            folders.discard(folder, keep_logs=keep_logs)
+            folders.discard(folder, keep_logs=keep_logs, keep_metrics=True)
             return None if ended else str((claim or {}).get("id") or token)
 
         container = await self._do("remove the job", remove)

@@ -221,16 +221,20 @@ class SharedFiles(Files):
                 except (BackendUnavailable, InvalidJob) as fault:
                     wrong[job.token] = fault
             self._records.build([described(job) for job in jobs if job.token in orders], list(orders.values()))
-            if os.fspath(self._home) != self._records.jobs:
-                for token in orders:
-                    self._link(token)
+            for token in orders:
+                self._link(token)
 
         await self._do("write the job's order", make)
         return wrong
 
+    async def fence(self, token: str) -> NeverRan | Handle:
+        await self._do("fence the job", lambda: self._link(token))
+        return await super().fence(token)
+
     def _link(self, token: str) -> None:
+        """What has no folder here is not found again by who cleans up."""
         link = self._home / token
-        if not link.is_symlink():
+        if os.fspath(self._home) != self._records.jobs and not os.path.lexists(link):
             link.symlink_to(self.folder(token))
 
     def script(self, token: str) -> bytes:
@@ -241,10 +245,11 @@ class SharedFiles(Files):
 
     async def discard(self, token: str, *, keep_logs: bool) -> None:
         def remove() -> None:
-            trouble = self._records.discard(token, keep_logs)
+            os.stat(self._records.jobs)  # what is not mounted now has nothing to remove, and is not done with
+            trouble = self._records.discard(token, keep_logs, keep_metrics=True)
             self._trouble = trouble and f"files of ended jobs cannot be removed: {trouble}"
             link = self._home / token
-            if not keep_logs and link.is_symlink():
+            if not keep_logs and link.is_symlink() and not link.exists():
                 link.unlink()
 
         await self._do("remove the job's files", remove)

@@ -185,13 +185,17 @@ class Records:
         over = over or not (os.path.exists(folder) or self._waits(token))
         return over, folders.read_stream(folder, stream, offset).decode("latin-1")
 
-    def discard(self, token: str, keep_logs: bool) -> str | None:
+    def discard(self, token: str, keep_logs: bool, keep_metrics: bool = False) -> str | None:
         """What cannot be removed."""
         self.uses.drop(token)
-        errors = folders.discard_all([(self.at(token), keep_logs)])
+        trouble = None
+        try:
+            folders.discard(self.at(token), keep_logs=keep_logs, keep_metrics=keep_metrics)
+        except OSError as error:
+            trouble = f"{error.strerror}: {error.filename}"
         for kind in ("orders",) if keep_logs else submission.KINDS:
             submission.forget(self.home, kind, token)
-        return next((f"{error.strerror}: {error.filename}" for error in errors), None)
+        return trouble
 
     def health(self) -> str | None:
         if not os.access(self.jobs, os.W_OK | os.X_OK):

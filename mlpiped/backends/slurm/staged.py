@@ -236,7 +236,8 @@ class StagedFiles(Files):
         return folder
 
     async def discard(self, token: str, *, keep_logs: bool) -> None:
-        await _here(lambda: folders.discard(folders.at(self._home, token), keep_logs=keep_logs))
+        folder = folders.at(self._home, token)
+        await _here(lambda: folders.discard(folder, keep_logs=keep_logs, keep_metrics=True))
         await self.stage.discard(token)
         trouble = await self.call("remove the job's files", "discard", token, keep_logs)
         if trouble is not None:

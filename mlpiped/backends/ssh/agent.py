@@ -76,9 +76,7 @@ class Agent(asyncssh.SSHClientSession[bytes]):
         """Why not, if it has ended before: it may do so before anybody waits for it."""
         self._asked: dict[str, tuple[asyncio.Future[str], list[str]]] = {}
         self._number = 0
-        self.told: set[str] = set()
-        """Numbers of the removals that were told and have not been answered."""
-        self._idle: list[asyncio.Future[None]] = []
+        self._removals: dict[str, asyncio.Future[bool]] = {}
 
     @classmethod
     async def open(
@@ -137,22 +135,19 @@ class Agent(asyncssh.SSHClientSession[bytes]):
     def tell(self, verb: str, *words: str) -> None:
         """A request whose answer nobody waits for; the lines before it are news."""
         self._number += 1
-        if verb == "discard":
-            self.told.add(str(self._number))
         self._write(" ".join([str(self._number), verb, *words]).encode() + b"\n")
+
+    def discard(self, what: str, token: str) -> asyncio.Future[bool]:
+        """Whether it is gone: for whoever waits. It may take any time, and False says that nobody knows."""
+        self.tell("discard", what, token)
+        gone: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._removals[str(self._number)] = gone
+        return gone
 
     async def answered(self) -> None:
         """All removals that were told until now are done, or the channel is closed."""
-        if self.told and not self.closed:
-            idle: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._idle.append(idle)
-            await idle
-
-    def _tell_idle(self) -> None:
-        idle, self._idle = self._idle, []
-        for one in idle:
-            if not one.done():
-                one.set_result(None)
+        if self._removals:
+            await asyncio.wait(list(self._removals.values()))
 
     def _write(self, data: bytes) -> None:
         if self.closed or self._channel is None:
@@ -186,10 +181,8 @@ class Agent(asyncssh.SSHClientSession[bytes]):
             asked = self._asked.get(number)
             if asked is not None and not asked[0].done():
                 asked[0].set_result(answer)
-            elif number in self.told:
-                self.told.remove(number)
-                if not self.told:
-                    self._tell_idle()
+            elif number in self._removals:
+                _settle(self._removals.pop(number), answer == "ok")
                 self._news("t", "" if answer == "ok" else "files of ended jobs cannot be removed there")
         elif kind in ("f", "d"):
             for _, lines in self._asked.values():  # each of those who asked takes what it knows
@@ -220,5 +213,12 @@ class Agent(asyncssh.SSHClientSession[bytes]):
         for answer, _ in self._asked.values():
             if not answer.done():
                 answer.set_exception(BackendUnavailable(f"the connection to `{self.name}` was lost"))
-        self._tell_idle()
+        for gone in self._removals.values():
+            _settle(gone, False)
+        self._removals.clear()
         self._ended(self)
+
+
+def _settle(gone: asyncio.Future[bool], said: bool) -> None:
+    if not gone.done():  # who waited for it may have been cancelled
+        gone.set_result(said)

@@ -241,11 +241,16 @@ class SshBackend:
 
     async def discard(self, token: str, *, keep_logs: bool) -> None:
         folder = folders.at(self.jobs_dir, token)
-        await self._here("remove its files", lambda: folders.discard(folder, keep_logs=keep_logs))
+        await self._here("remove its files", lambda: folders.discard(folder, keep_logs=keep_logs, keep_metrics=True))
         agent = await self.keeper.agent()
-        if not keep_logs:
-            self.keeper.forget(token)
-        agent.tell("discard", "work" if keep_logs else "all", token)
+        if keep_logs:
+            agent.discard("work", token)
+            return
+        if token in self._given_up:
+            raise BackendUnavailable(f"a step that was called lost has not been ended yet on `{self.name}`")
+        self.keeper.forget(token)
+        if not await agent.discard("all", token):
+            raise BackendUnavailable(f"it is not known that the files of `{token}` are gone on `{self.name}`")
 
     async def removed(self) -> None:
         """All that was discarded until now is gone, or the connection is."""

@@ -14,6 +14,7 @@ from mlpiped.backends.ssh.keeper import Keeper
 from mlpiped.backends.ssh.pruning import Pruning
 from mlpiped.backends.ssh.returning import Returning
 from mlpiped.backends.ssh.staging import Staging
+from mlpiped.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,8 +66,9 @@ class Stage:
         await self._homecoming.bring(token, what, folder, names, below="jobs/")
 
     async def discard(self, token: str) -> None:
-        """What was brought for this job alone."""
-        (await self._keeper.agent()).tell("discard", "all", token)
+        """What was brought for this job alone. Raises BackendUnavailable."""
+        if not await (await self._keeper.agent()).discard("all", token):
+            raise BackendUnavailable(f"it is not known that what was brought for `{token}` is gone")
 
     def missing(self, contents: Mapping[str, int]) -> int:
         return self._staging.missing(contents)
