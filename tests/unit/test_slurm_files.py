@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -62,3 +63,18 @@ async def test_what_a_step_has_measured_stays_until_its_run_goes(files: SharedFi
     keeping.clear_job(here, keep_metrics=False)
     await files.discard(TOKEN, keep_logs=False)
     assert not here.is_symlink() and not there.exists()
+
+
+async def test_lists_of_arrays_of_which_nothing_is_left_go_while_the_daemon_lives(
+    files: SharedFiles, tmp_path: Path
+) -> None:
+    slurm, hours = tmp_path / "shared" / "slurm", 3 * 3600
+    for array in ("gone", "lives", "new"):
+        await files.enlist(array, [f"mlp-{array}-{n}" for n in range(3)])
+    await files.fence("mlp-lives-2")
+    ago = time.time() - hours
+    for path in (slurm / ".swept", slurm / "arrays" / "gone", slurm / "arrays" / "lives"):
+        os.utime(path, (ago, ago))
+    assert await files.health() is None
+    assert sorted(os.listdir(slurm / "arrays")) == ["lives", "new"]
+    assert time.time() - (slurm / ".swept").stat().st_mtime < hours

@@ -44,7 +44,6 @@ class Records:
             os.makedirs(f"{self.home}/{kind}", exist_ok=True)
             folders.sweep_drafts(Path(self.home, kind))
         self._sweep()
-        self.uses.sweep(self.jobs, f"{self.home}/orders")
 
     # --- submitted --------------------------------------------------------------------------------------------
     def standing(self, tokens: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -200,6 +199,9 @@ class Records:
     def health(self) -> str | None:
         if not os.access(self.jobs, os.W_OK | os.X_OK):
             return f"the folder of its jobs cannot be written: {self.jobs}"
+        swept = f"{self.home}/.swept"
+        if not os.path.exists(swept) or time.time() - os.stat(swept).st_mtime > YOUNG:
+            self._sweep()
         return None
 
     # --- arrays -----------------------------------------------------------------------------------------------
@@ -225,13 +227,17 @@ class Records:
 
     def _sweep(self) -> None:
         """Remove the lists of which no job is left."""
+        with open(f"{self.home}/.swept", "w", encoding="ascii"):
+            pass
+        places = (self.jobs, *(f"{self.home}/{kind}" for kind in submission.KINDS))
         for array in os.listdir(self.lists) if os.path.isdir(self.lists) else ():
             path = f"{self.lists}/{array}"
-            if time.time() - os.stat(path).st_mtime > YOUNG:
-                tokens = self.arrays([array]).get(array, [])
-                places = (self.jobs, *(f"{self.home}/{kind}" for kind in submission.KINDS))
-                if not any(os.path.exists(f"{place}/{token}") for token in tokens for place in places):
-                    os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # the next daemon is at it too
+                if time.time() - os.stat(path).st_mtime > YOUNG:
+                    tokens = self.arrays([array]).get(array, [])
+                    if not any(os.path.exists(f"{place}/{token}") for token in tokens for place in places):
+                        os.unlink(path)
+        self.uses.sweep(self.jobs, f"{self.home}/orders")
 
 
 def _shares(facts: dict[str, T]) -> Iterator[dict[str, T]]:

@@ -60,9 +60,10 @@ class Uses:
     def sweep(self, *places: str) -> None:
         """Remove what belongs to no job, of which there is something in one of these folders."""
         for name in os.listdir(self.lists) if os.path.isdir(self.lists) else ():
-            old = time.time() - os.stat(f"{self.lists}/{name}").st_mtime > YOUNG
-            if old and not any(os.path.exists(f"{place}/{name}") for place in places):
-                os.unlink(f"{self.lists}/{name}")
+            with suppress(FileNotFoundError):
+                old = time.time() - os.stat(f"{self.lists}/{name}").st_mtime > YOUNG
+                if old and not any(os.path.exists(f"{place}/{name}") for place in places):
+                    os.unlink(f"{self.lists}/{name}")
 
 
 def _began(pid: str) -> str | None:
