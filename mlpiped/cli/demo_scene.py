@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpiped.errors import MlpipedError
+from mlpiped.protocol import SOCKET_PATH_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,6 +47,14 @@ slots = 2
 """
 
 
+def scratch_folder() -> Path:
+    """A new one, below $TMPDIR unless a socket in it would have too long a path."""
+    prefix, place = "mlpiped-demo-", tempfile.gettempdir()
+    longest = os.path.join(os.path.realpath(place), f"{prefix}12345678", "run", "socket")
+    short = len(os.fsencode(longest)) <= SOCKET_PATH_LIMIT
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=place if short else "/tmp")).resolve()
+
+
 class Broken(MlpipedError):
     """what the demo shows does not hold"""
 
@@ -54,7 +63,7 @@ class Scene:
     """The scratch folder and the daemon that works in it. `close` ends the one and removes the other."""
 
     def __init__(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="mlpiped-demo-")).resolve()
+        self.root = scratch_folder()
         self.incoming = self.root / "lab" / "digits" / "incoming"
         self.scripts = self.root / "plugins" / "digits"
         self.socket = self.root / "run" / "socket"

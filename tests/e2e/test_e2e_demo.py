@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from harness import BIN
 
-from mlpiped.cli import demo
+from mlpiped.cli import demo, demo_scene
+from mlpiped.protocol import SOCKET_PATH_LIMIT
 
 
 @pytest.mark.slow
@@ -34,6 +35,19 @@ def test_the_demo_holds_and_leaves_nothing_but_its_output(tmp_path: Path) -> Non
     assert {path.name for path in (tmp_path / "out").iterdir()} == {demo.PICTURE, demo.MODEL, demo.REPORT}
     assert (tmp_path / "out" / demo.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_its_scratch_folder_has_room_for_a_socket_however_long_the_path_for_temporary_files_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deep: bool
+) -> None:
+    place = tmp_path / ("x" * 100) if deep else Path("/tmp").resolve()
+    place.mkdir(exist_ok=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    folder = demo_scene.scratch_folder()
+    folder.rmdir()
+    assert len(bytes(folder / "run" / "socket")) <= SOCKET_PATH_LIMIT
+    assert folder.parent == Path("/tmp").resolve()
 
 
 def test_without_its_libraries_the_demo_says_what_to_install(
