@@ -75,7 +75,7 @@ class Counter:
         self._entries: dict[str, Entry] = {}
         self._lines: dict[tuple[Any, ...], _Line] = {}
         self._taken: list[Entry] = []  # by Slurm, and not recorded
-        self._recording = anyio.Lock()
+        self._recording = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -262,15 +262,24 @@ class Counter:
 
     # --- what counts --------------------------------------------------------------------------------------------
     async def _settled(self, entries: list[Entry]) -> None:
-        """With all that are taken while others are recorded."""
+        """With all that are taken while others are recorded. Returns when these are over, whatever becomes of others."""
         self._taken += entries
-        async with self._recording:
-            batch, self._taken = self._taken, []
-            if batch:
+        if not self._recording:
+            self._recording = True
+            self._spawn(self._record())
+        for entry in entries:
+            await entry.over.wait()
+
+    async def _record(self) -> None:
+        try:
+            while self._taken:
+                batch, self._taken = self._taken, []
                 try:
                     await self._settle(batch)
                 except Exception as fault:
                     self._fail(batch, fault)
+        finally:
+            self._recording = False
 
     async def _settle(self, batch: Sequence[Entry]) -> None:
         """Make these submissions the ones that count, and release them; or take them back, where another or the fence
