@@ -124,6 +124,14 @@ async def test_unlike_steps_are_jobs_of_their_own_and_a_lone_one_is_no_array(des
     assert good(await ends(backend, handles))
 
 
+async def test_unlike_steps_that_come_together_are_released_together_however_many_came_just_before(desk: Desk) -> None:
+    backend, runner = await counted(desk)
+    for _ in range(4):
+        runner.said.clear()
+        await submitted(backend, [desk.job("true", memory=(n + 1) << 20) for n in range(3 * MANY)])
+        assert runner.said.count("sbatch") == 3 * MANY and runner.said.count("release") < MANY
+
+
 async def test_what_comes_while_an_sbatch_is_under_way_goes_with_the_next(desk: Desk) -> None:
     backend, runner = await counted(desk)
     desk.cluster.kill("slurmctld", signal.SIGSTOP)

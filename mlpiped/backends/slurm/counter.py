@@ -262,7 +262,7 @@ class Counter:
 
     # --- what counts --------------------------------------------------------------------------------------------
     async def _settled(self, entries: list[Entry]) -> None:
-        """With all that are taken while others are recorded. Returns when these are over, whatever becomes of others."""
+        """With all that are taken while others are recorded. Returns when these are over: it waits for no others."""
         self._taken += entries
         if not self._recording:
             self._recording = True
