@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     Place = str | os.PathLike[str]
 
 TOKEN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,127}")
+METRICS = "metrics.jsonl"
 KEPT = frozenset(
-    {"claim", "exit.json", "metrics.jsonl", "params.json", "slurm.cancel", "stderr", "stdout"}
+    {"claim", "exit.json", METRICS, "params.json", "slurm.cancel", "stderr", "stdout"}
 )  # of a job that is discarded
-METRICS = frozenset({"metrics.jsonl"})  # … and of one whose logs are old
 NO_PARAMETERS = ".no-params.json"  # in the folder of all jobs: `{}`, for the jobs that have none
 DRAFT_LIFE = 600.0  # seconds; a builder needs less
 FENCED = {"v": 1, "fenced": True}
@@ -70,7 +70,7 @@ def variables(root: Place, job: Job, input_paths: Mapping[str, Sequence[str]] | 
         **job.env,
         **{name: "\n".join(paths[port]) for name, port in job.input_env.items()},
         "MLPIPED_TOKEN": job.token,
-        "MLPIPED_METRICS": f"{root}/metrics.jsonl",
+        "MLPIPED_METRICS": f"{root}/{METRICS}",
         "MLPIPED_PARAMS": params,
         "MLPIPED_SCRATCH": f"{root}/{'work' if job.code is None else 'scratch'}",
     }
@@ -287,8 +287,8 @@ def discard_all(wanted: Iterable[tuple[str, bool]]) -> list[OSError]:
 
 def discard(folder: Place, *, keep_logs: bool, keep_metrics: bool = False) -> None:
     """`keep_metrics`: a folder that holds any stays with them, even without `keep_logs`."""
-    kept = KEPT if keep_logs else METRICS
-    if not keep_logs and not (keep_metrics and _measured(folder)):
+    kept = KEPT if keep_logs else {METRICS}
+    if not keep_logs and not (keep_metrics and measured(folder)):
         _remove(folder)
         return
     try:
@@ -302,9 +302,10 @@ def discard(folder: Place, *, keep_logs: bool, keep_metrics: bool = False) -> No
         _remove(entry.path)
 
 
-def _measured(folder: Place) -> bool:
+def measured(folder: Place) -> bool:
+    """Whether its step has measured anything."""
     try:
-        return os.stat(f"{folder}/metrics.jsonl").st_size > 0
+        return os.stat(f"{folder}/{METRICS}").st_size > 0
     except FileNotFoundError:
         return False
 

@@ -92,11 +92,12 @@ class ControlServer:
         stack.push_async_callback(stop)
 
     async def guard(self) -> None:
-        """Until cancelled: where somebody removes the socket's file (a cleaner of /tmp), it is made anew."""
-        while True:
-            await anyio.sleep(LOOK)
+        """Until the server stops: where somebody removes the socket's file (a cleaner of /tmp), it is made anew."""
+        while not self.service.closing.is_set():
             if self._bound and not listening.kept_name(self.path):
                 await self._anew()
+            with anyio.move_on_after(LOOK):
+                await self.service.closing.wait()
 
     async def _anew(self) -> None:
         try:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
     from pathlib import Path
 
-METRICS = "metrics.jsonl"
 _ENVIRONMENT = re.compile(r"[0-9a-f]{32}")
 _BUILT = ".mlpiped-complete"
 NOATIME = 1024  # ST_NOATIME of statvfs
@@ -59,21 +58,17 @@ def clear_job(
     path = os.path.realpath(folder)
     try:
         names = os.listdir(path)
-        keep = keep_metrics and METRICS in names and os.path.getsize(f"{path}/{METRICS}") > 0
-        going = [name for name in names if not (keep and name == METRICS)]
+        keep = keep_metrics and jobs.measured(path)
+        going = [name for name in names if not (keep and name == jobs.METRICS)]
         if (keep and not going) or jobs.held(path):
             return None
         size = sum(_size(f"{path}/{name}") for name in going)
         if only_look:
             return size
         first()
-        if not keep:
-            jobs.discard(path, keep_logs=False)
-            if folder.is_symlink():
-                folder.unlink()
-            return size
-        for name in going:
-            jobs.discard(f"{path}/{name}", keep_logs=False)
+        jobs.discard(path, keep_logs=False, keep_metrics=keep)
+        if not keep and folder.is_symlink():
+            folder.unlink()
     except FileNotFoundError:
         return None
     return size

@@ -50,6 +50,12 @@ async def over(daemon: Daemon, backend: SshBackend, handle: Handle) -> None:
             await anyio.sleep(0.05)
 
 
+async def nothing_given_up(daemon: Daemon, backend: SshBackend) -> None:
+    with anyio.fail_after(30):
+        while any((daemon.state / "given-up/box").iterdir()):
+            await well(backend)
+
+
 async def test_a_step_that_was_called_lost_is_ended_when_its_box_is_back(
     box: Box, tmp_path: Path, stack: AsyncExitStack
 ) -> None:
@@ -72,9 +78,7 @@ async def test_the_folder_of_a_step_that_was_called_lost_stays_until_the_step_ha
     with pytest.raises(BackendUnavailable, match="has not been ended"):
         await later.discard(handle["token"], keep_logs=False)
     await over(daemon, later, handle)
-    with anyio.fail_after(30):
-        while any((daemon.state / "given-up/box").iterdir()):
-            await well(later)
+    await nothing_given_up(daemon, later)
     await later.discard(handle["token"], keep_logs=False)
     assert not (daemon.root / handle["token"]).exists()
 
@@ -88,6 +92,4 @@ async def test_a_step_that_was_called_lost_is_ended_by_the_next_daemon_too(
     box.start()
     assert isinstance(await later.wait(handle), Lost)  # the daemon may have died over the word
     await over(daemon, later, handle)
-    with anyio.fail_after(30):
-        while any((daemon.state / "given-up/box").iterdir()):
-            await well(later)
+    await nothing_given_up(daemon, later)

@@ -227,8 +227,8 @@ class Records:
 
     def _sweep(self) -> None:
         """Remove the lists of which no job is left."""
-        with open(f"{self.home}/.swept", "w", encoding="ascii"):
-            pass
+        with contextlib.suppress(OSError), open(f"{self.home}/.swept", "w", encoding="ascii"):
+            pass  # on a disk that takes nothing, it is only looked at more often
         places = (self.jobs, *(f"{self.home}/{kind}" for kind in submission.KINDS))
         for array in os.listdir(self.lists) if os.path.isdir(self.lists) else ():
             path = f"{self.lists}/{array}"
